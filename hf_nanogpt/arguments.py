@@ -1,0 +1,183 @@
+"""Settings from a recipe and flags: for the data, the architecture and the training run.
+
+A recipe is a YAML file whose sections hold what could as well be given as flags; it is read as if it
+stood on the command line before them, so that both are checked alike and flags win.
+"""
+
+import difflib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, make_dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+from .configuration_nanogpt import NanoGPTConfig
+from .data import DataArguments
+from .optim import OPTIM_DEFAULTS, OptimRecipe
+from .presets import load_preset
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+@dataclass
+class NanoGPTTrainingArguments(TrainingArguments):
+    """`TrainingArguments` of transformers, with the project's optimizer and defaults.
+
+    Every field of `TrainingArguments` keeps its name and meaning. `None` for `learning_rate`,
+    `adam_beta1`, `adam_beta2`, `weight_decay` or `max_grad_norm` means what `optim_recipe` says.
+    """
+
+    optim_recipe: OptimRecipe = field(
+        default="muon", metadata={"help": "muon (Muon for matrices, AdamW for the rest) or adamw."}
+    )
+    learning_rate: float | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Peak learning rate; of the matrices, where the recipe is muon."}
+    )
+    adam_beta1: float | None = field(default=None)  # type: ignore[assignment]
+    adam_beta2: float | None = field(default=None)  # type: ignore[assignment]
+    weight_decay: float | None = field(default=None)  # type: ignore[assignment]
+    max_grad_norm: float | None = field(default=None)  # type: ignore[assignment]
+    num_threads: int | None = field(
+        default=None, metadata={"help": "CPU threads for torch; by default as many as cores."}
+    )
+    sample_prompt: str = field(
+        default="", metadata={"help": "Prompt of the sample that is generated after training."}
+    )
+    logging_steps: float = field(default=10)
+    eval_strategy: str = field(default="steps")  # type: ignore[assignment]
+    eval_steps: float | None = field(default=None, metadata={"help": "Default: a tenth of all steps."})
+    save_steps: float = field(default=0.2, metadata={"help": "Steps between checkpoints, or a share."})
+    save_total_limit: int | None = field(default=2)
+    include_num_input_tokens_seen: str | bool = field(default=True)
+
+    def __post_init__(self):
+        for name, value in vars(OPTIM_DEFAULTS[self.optim_recipe]).items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        if self.eval_strategy == "steps" and self.eval_steps is None:
+            self.eval_steps = 0.1
+        if self.num_threads is not None:
+            if self.num_threads < 1:
+                raise ValueError(f"num_threads={self.num_threads} is not possible: give 1 or more.")
+            torch.set_num_threads(self.num_threads)
+        if not torch.accelerator.is_available():
+            self.dataloader_pin_memory = False
+        super().__post_init__()
+
+
+def _make_model_arguments() -> type:
+    """Derive the flags of the architecture from the configuration's own fields."""
+    aliases: dict[str, list[str]] = {}
+    for alias, name in NanoGPTConfig.attribute_map.items():
+        aliases.setdefault(name, []).append(f"--{alias}")
+    elsewhere = {"vocab_size", "bos_token_id", "eos_token_id", "pad_token_id", "use_cache"}
+    fields: list[Any] = [("preset", str, field(default="nano", metadata={"help": "A named architecture."}))]
+    for name, kind in NanoGPTConfig.__annotations__.items():
+        if name in elsewhere:
+            continue
+        if name == "rope_parameters":
+            kind = str
+        elif kind in (float | int, float | int | None):
+            kind = float
+        metadata = {"aliases": aliases.get(name, [])}
+        fields.append((name, kind | None, field(default=None, metadata=metadata)))
+    fields.append(("bias", bool | None, field(default=None)))
+    return make_dataclass("ModelArguments", fields)
+
+
+ModelArguments = _make_model_arguments()
+
+
+class _Parser(HfArgumentParser):
+    """An argument parser whose errors are exceptions of one sentence."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message[0].upper() + message[1:].rstrip(".") + ".")
+
+
+def make_parser(prog: str = "hf-nanogpt train") -> HfArgumentParser:
+    """Return the parser of all settings, for its `--help`."""
+    kinds = [DataArguments, ModelArguments, NanoGPTTrainingArguments]
+    return _Parser(kinds, prog=prog, allow_abbrev=False)
+
+
+def parse_settings(
+    recipe: str | Path, flags: Sequence[str] = (), **settings: Any
+) -> tuple[DataArguments, dict[str, Any], NanoGPTTrainingArguments]:
+    """Return what a recipe, then `settings`, then `flags` say: data, architecture, training.
+
+    Args:
+        recipe: the name of one of ours, or the path of a YAML file.
+        flags: as on the command line, `["--max_steps", "100"]`.
+        settings: the same as keywords, `max_steps=100`.
+
+    Raises:
+        ValueError: the recipe or a name in it is unknown, or a value does not fit.
+    """
+    given = [*_as_flags(_read_recipe(recipe)), *_as_flags(settings), *flags]
+    parser = make_parser()
+    data, model, training, unknown = parser.parse_args_into_dataclasses(
+        given, return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown:
+        known = [option for action in parser._actions for option in action.option_strings]
+        nearest = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1, cutoff=0.5)
+        hint = f"did you mean {nearest[0]}?" if nearest else "see hf-nanogpt train --help."
+        raise ValueError(f"{unknown[0]} is no known setting: {hint}")
+    architecture = {name: value for name, value in vars(model).items() if value is not None}
+    if "rope_parameters" in architecture:
+        architecture["rope_parameters"] = _parse_json("rope_parameters", model.rope_parameters)
+    return data, architecture, training
+
+
+def make_config(architecture: dict[str, Any], **fields: Any) -> NanoGPTConfig:
+    """Return the configuration that parsed architecture settings, with `fields` added, describe."""
+    overrides = {name: value for name, value in architecture.items() if name != "preset"}
+    return load_preset(architecture["preset"], **overrides, **fields)
+
+
+def list_recipes() -> list[str]:
+    """Return the names of the recipes that come with the package."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def _read_recipe(recipe: str | Path) -> dict[str, Any]:
+    path = Path(recipe)
+    if path.suffix not in (".yaml", ".yml"):
+        path = RECIPES / f"{recipe}.yaml"
+    if not path.is_file():
+        nearest = difflib.get_close_matches(str(recipe), list_recipes(), n=1, cutoff=0.4)
+        hint = f"Did you mean {nearest[0]!r}? " if nearest else ""
+        known = ", ".join(list_recipes())
+        raise ValueError(f"recipe={recipe} is unknown. {hint}Known: {known}, or a .yaml file.")
+    try:
+        sections = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"recipe={recipe} is not valid YAML: {' '.join(str(error).split())}") from error
+    names = ("data", "model", "training")
+    if not isinstance(sections, dict) or set(sections) - set(names):
+        raise ValueError(f"recipe={recipe} must have the sections {', '.join(names)} and no others.")
+    return {name: value for part in sections.values() for name, value in (part or {}).items()}
+
+
+def _as_flags(settings: dict[str, Any]) -> list[str]:
+    flags = []
+    for name, value in settings.items():
+        if value is None:
+            continue
+        if isinstance(value, dict):
+            value = json.dumps(value)
+        values = value if isinstance(value, list | tuple) else [value]
+        flags += [f"--{name}={values[0]}"] if len(values) == 1 else [f"--{name}", *map(str, values)]
+    return flags
+
+
+def _parse_json(name: str, text: str) -> dict[str, Any]:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{name}={text} is not a JSON object: {error}.") from error

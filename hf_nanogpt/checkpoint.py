@@ -1,0 +1,125 @@
+"""The checkpoint folder: found and loaded with clear errors, written whole or not at all."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from huggingface_hub import constants
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from . import auto  # noqa: F401 (importing it registers the Auto classes)
+
+# Written last: a folder with this file is complete, one without it cannot be taken for a model.
+_MARKER = "config.json"
+_ARTIFACTS = (
+    _MARKER,
+    "README.md",
+    "chat_template.jinja",
+    "configuration_nanogpt.py",
+    "generation_config.json",
+    "loss.png",
+    "metrics.json",
+    "model*.safetensors*",
+    "modeling_nanogpt.py",
+    "special_tokens_map.json",
+    "tokenizer*",
+    "training_args.bin",
+    "checkpoint-*",
+)
+
+
+def check_checkpoint(checkpoint: str | Path) -> str:
+    """Return the folder or Hub id as a string, or raise a `ValueError` that says what is wrong with it."""
+    path = Path(checkpoint)
+    if (path / _MARKER).is_file():
+        return str(path)
+    if path.is_dir():
+        steps = sorted(path.glob("checkpoint-*"), key=lambda p: p.stat().st_mtime)
+        hint = f" It holds unfinished training: try {steps[-1]}." if steps else ""
+        raise ValueError(f"{path} is no checkpoint folder: it has no {_MARKER}.{hint}")
+    if path.exists():
+        raise ValueError(f"{path} is a file; give the folder of a checkpoint, or a Hub id.")
+    looks_like_a_path = path.is_absolute() or str(checkpoint).startswith((".", "~"))
+    if looks_like_a_path or str(checkpoint).count("/") != 1 or path.parent.is_dir():
+        raise ValueError(f"There is no checkpoint at {path}: no such folder, and it is not a Hub id.")
+    return str(checkpoint)
+
+
+def load_checkpoint(checkpoint: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load the model, ready for use (`eval` mode), and the tokenizer of a folder or Hub id.
+
+    Raises:
+        ValueError: it is neither, or the Hub cannot be reached and has never been asked for it.
+    """
+    name = check_checkpoint(checkpoint)
+    try:
+        return AutoModelForCausalLM.from_pretrained(name).eval(), AutoTokenizer.from_pretrained(name)
+    except OSError as error:
+        if Path(name).is_dir():
+            raise ValueError(f"{name} cannot be loaded: {error}") from error
+        raise ValueError(unreachable(name, "checkpoint folder")) from error
+
+
+def unreachable(name: str, what: str) -> str:
+    """Say why a Hub id could not be loaded, in one sentence."""
+    offline = constants.HF_HUB_OFFLINE
+    why = "HF_HUB_OFFLINE is set" if offline else "the Hub has no such id, or cannot be reached"
+    return f"{name!r} is no {what} here, and could not be loaded from the Hub: {why}."
+
+
+def check_output_dir(output_dir: str | Path, *, overwrite: bool = False, resume: bool = False) -> None:
+    """Raise a `ValueError` unless a checkpoint can be written to `output_dir`; change nothing.
+
+    A folder with something in it is taken with `resume`, which needs a `checkpoint-*` inside, or with
+    `overwrite`, which needs everything inside to be a checkpoint's own.
+    """
+    path = Path(output_dir)
+    parent = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ValueError(f"output_dir={path}: cannot write to {parent}; choose another folder.")
+    content = {p.name for p in path.iterdir()} if path.is_dir() else set()
+    if resume and not any(name.startswith("checkpoint-") for name in content):
+        raise ValueError(f"output_dir={path} has no checkpoint-* to resume from; leave out --resume.")
+    if not content or resume:
+        return
+    if not overwrite:
+        raise ValueError(
+            f"output_dir={path} exists and is not empty: choose another folder, or give --resume to "
+            "go on from its last checkpoint or --overwrite to train it anew."
+        )
+    known = {p.name for pattern in _ARTIFACTS for p in path.glob(pattern)}
+    if foreign := sorted(content - known):
+        raise ValueError(
+            f"output_dir={path} holds files that no training wrote ({', '.join(foreign[:3])}), which "
+            "--overwrite would delete: choose another folder, or move them away."
+        )
+
+
+def clear_output_dir(output_dir: str | Path) -> None:
+    """Delete what an earlier training left in `output_dir`, and nothing else."""
+    for pattern in _ARTIFACTS:
+        for path in Path(output_dir).glob(pattern):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+@contextmanager
+def staged_folder(destination: str | Path) -> Iterator[Path]:
+    """Give a temporary folder whose files appear in `destination` when the block ends without error.
+
+    They are renamed into place on the same file system, `config.json` last; after an error, nothing
+    of them is left.
+    """
+    destination = Path(destination)
+    destination.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".staged-", dir=destination) as staged:
+        yield Path(staged)
+        for path in sorted(Path(staged).iterdir(), key=lambda p: p.name == _MARKER):
+            os.replace(path, destination / path.name)

@@ -1,0 +1,207 @@
+"""The configuration of NanoGPT: one flat set of fields that spells out the whole GPT family."""
+
+import difflib
+import math
+from dataclasses import fields
+from typing import Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import GenerationConfig, PreTrainedConfig
+from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import RopeParameters
+
+# Names that the base class consumes from the keyword arguments without having a field for them.
+_BASE_KEYWORDS = {
+    "attn_implementation",
+    "auto_map",
+    "experts_implementation",
+    "name_or_path",
+    "num_labels",
+    "output_attentions",
+    "partial_rotary_factor",
+    "per_layer_config",
+    "quantization_config",
+    "rope_scaling",
+    "rope_theta",
+    "torch_dtype",
+}
+
+
+@strict
+class NanoGPTConfig(PreTrainedConfig):
+    """Describe one decoder-only transformer; the defaults are the `nano` architecture.
+
+    `None` means "derive": `intermediate_size` (4 x `hidden_size`, or 8/3 of it rounded up to a
+    multiple of 32 for `mlp_type="glu"`), `num_key_value_heads` (`num_attention_heads`), `head_dim`
+    (`hidden_size / num_attention_heads`), `layer_types` (all sliding where `sliding_window` is set,
+    otherwise all full) and `rope_parameters` (base 10000).
+
+    The short names of nanoGPT (`n_layer`, `n_head`, `n_embd`, `block_size`, `bias`) and of GPT-2
+    (`n_positions`, `n_inner`) are accepted too. A name that is no field raises a `ValueError`.
+
+    Fields that need a word:
+        position_embedding_type: `"rope"` rotates q and k (RoFormer, arXiv:2104.09864); `"learned"`
+            adds a table of `max_position_embeddings` vectors, as GPT-1 to GPT-3 do.
+        norm_type: `"rmsnorm"` (arXiv:1910.07467), `"rmsnorm_unweighted"` (nanochat) or `"layernorm"`.
+        norm_position: `"pre"` normalises the input of each sublayer and the final state (GPT-2 and
+            after), `"post"` the sum after each sublayer (GPT-1).
+        embedding_norm: normalise the embeddings before the first layer (nanochat).
+        qk_norm: normalise each query and key head before the rotation (Qwen3, nanochat).
+        mlp_type: `"glu"` is down(act(gate(x)) * up(x)) (arXiv:2002.05202), `"mlp"` down(act(up(x))).
+        dropout: probability, after the embeddings, the attention weights and each sublayer.
+        sliding_window: positions a `"sliding_attention"` layer of `layer_types` sees, itself included.
+        initializer_range: standard deviation of GPT-2's normal initialisation, the projections into
+            the residual stream scaled by 1/sqrt(2 x layers). `None` selects the one made for Muon:
+            embeddings N(0, 1), matrices uniform with variance 0.36 / fan-in, zero for the projections
+            into the residual stream and the head (so that the first loss is exactly ln(vocab_size)).
+    """
+
+    model_type = "nanogpt"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    attribute_map = {
+        "n_layer": "num_hidden_layers",
+        "n_head": "num_attention_heads",
+        "n_embd": "hidden_size",
+        "n_inner": "intermediate_size",
+        "block_size": "max_position_embeddings",
+        "n_positions": "max_position_embeddings",
+    }
+    base_model_pp_plan = {
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
+
+    vocab_size: int = 50304
+    hidden_size: int = 768
+    intermediate_size: int | None = None
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    max_position_embeddings: int = 1024
+    position_embedding_type: Literal["rope", "learned"] = "rope"
+    rope_parameters: RopeParameters | dict | None = None
+    norm_type: Literal["rmsnorm", "rmsnorm_unweighted", "layernorm"] = "rmsnorm"
+    norm_position: Literal["pre", "post"] = "pre"
+    norm_eps: float = 1e-6
+    embedding_norm: bool = False
+    qk_norm: bool = True
+    hidden_act: str = "silu"
+    mlp_type: Literal["glu", "mlp"] = "glu"
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    dropout: float | int = 0.0
+    sliding_window: int | None = None
+    layer_types: list[str] | None = None
+    final_logit_softcapping: float | int | None = None
+    initializer_range: float | None = None
+    tie_word_embeddings: bool = False
+    use_cache: bool = True
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self, **kwargs):
+        for alias, name in self.attribute_map.items():
+            if alias in kwargs:
+                setattr(self, name, kwargs.pop(alias))
+        if "bias" in kwargs:
+            self.attention_bias = self.mlp_bias = kwargs.pop("bias")
+        self._refuse_unknown_names(kwargs)
+        self._check_sizes()
+        self._derive()
+        super().__post_init__(**kwargs)
+        if self.position_embedding_type == "learned":
+            self.rope_parameters = None
+        self.validate_architecture()
+        self.base_model_tp_plan = self._tensor_parallel_plan()
+
+    def _refuse_unknown_names(self, kwargs):
+        """Raise on a misspelt field; what a saved file carries besides is left to the base class."""
+        if "model_type" in kwargs or self.transformers_version is not None:
+            return
+        known = {field.name for field in fields(self)} | {*self.attribute_map, "bias"}
+        allowed = _BASE_KEYWORDS | set(GenerationConfig._get_default_generation_params())
+        for name in kwargs:
+            if name.startswith("_") or name in allowed:
+                continue
+            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            hint = f"Did you mean {nearest[0]!r}?" if nearest else f"Known: {sorted(known)}."
+            raise ValueError(f"{name}={kwargs[name]!r} is not a field of NanoGPTConfig. {hint}")
+
+    def _check_sizes(self):
+        """Raise on a size that is not positive, before anything is divided by it."""
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+            "max_position_embeddings",
+            "sliding_window",
+        ):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} is not possible: give a whole number of 1 or more.")
+
+    def _derive(self):
+        """Fill in every field that was left at `None`."""
+        if self.head_dim is None:
+            if self.hidden_size % self.num_attention_heads:
+                raise ValueError(
+                    f"hidden_size (n_embd)={self.hidden_size} is not divisible by num_attention_heads "
+                    f"(n_head)={self.num_attention_heads}: choose a multiple of it, or set head_dim."
+                )
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.intermediate_size is None:
+            glu = self.mlp_type == "glu"
+            self.intermediate_size = 32 * math.ceil(self.hidden_size / 12) if glu else 4 * self.hidden_size
+        if self.layer_types is None:
+            kind = "full_attention" if self.sliding_window is None else "sliding_attention"
+            self.layer_types = [kind] * self.num_hidden_layers
+
+    def validate_architecture(self):
+        """Check the fields that depend on each other; runs when made and when saved."""
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_key_value_heads={self.num_key_value_heads} does not divide num_attention_heads="
+                f"{self.num_attention_heads}: choose one of its divisors, or leave it out."
+            )
+        if self.position_embedding_type == "rope" and self.head_dim % 2:
+            raise ValueError(
+                f"head_dim={self.head_dim} is odd, and RoPE rotates pairs: choose an even head_dim "
+                "(hidden_size / num_attention_heads), or position_embedding_type='learned'."
+            )
+        allowed = {"full_attention", "sliding_attention"}
+        if set(self.layer_types) - allowed or len(self.layer_types) != self.num_hidden_layers:
+            raise ValueError(
+                f"layer_types={self.layer_types} must be a list of num_hidden_layers="
+                f"{self.num_hidden_layers} entries out of {sorted(allowed)}."
+            )
+        if "sliding_attention" in self.layer_types and self.sliding_window is None:
+            raise ValueError("layer_types has 'sliding_attention', so set sliding_window to its length.")
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"hidden_act={self.hidden_act!r} is unknown; allowed: {sorted(ACT2FN)}.")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout} must be at least 0 and below 1.")
+
+    def _tensor_parallel_plan(self):
+        """Say how each linear of a layer is split over devices (rotary and norms need no split)."""
+        attention = {f"layers.*.self_attn.{name}_proj": "colwise" for name in "qkv"}
+        if self.qk_norm and self.norm_type != "rmsnorm_unweighted":
+            norms = ("q_norm", "k_norm")
+            attention |= {f"layers.*.self_attn.{n}": "replicated_with_grad_allreduce" for n in norms}
+        columns = ("gate_proj", "up_proj") if self.mlp_type == "glu" else ("up_proj",)
+        mlp = {f"layers.*.mlp.{name}": "colwise" for name in columns}
+        rows = {"layers.*.self_attn.o_proj": "rowwise", "layers.*.mlp.down_proj": "rowwise"}
+        return attention | mlp | rows
+
+
+NanoGPTConfig.register_for_auto_class()
+
+__all__ = ["NanoGPTConfig"]

@@ -1,0 +1,444 @@
+"""NanoGPT: one decoder-only transformer that is the whole GPT family by configuration.
+
+Read it top-down: norm, positions, attention, MLP, layer, model, heads. Shapes are written with
+B rows, T query positions, S key positions, C = hidden_size, H heads (G key-value heads), D = head_dim
+and V = vocab_size.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_masks_for_generate
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_nanogpt import NanoGPTConfig
+
+
+class NanoGPTRMSNorm(nn.RMSNorm):
+    """Root-mean-square norm with or without a weight; the name is what transformers' init looks for."""
+
+
+class NanoGPTLayerNorm(nn.LayerNorm):
+    """Layer norm with weight and bias, as in GPT-1 to GPT-3."""
+
+
+def build_norm(config: NanoGPTConfig, size: int) -> nn.Module:
+    """Make the norm that the configuration names, over a last dimension of `size`."""
+    if config.norm_type == "layernorm":
+        return NanoGPTLayerNorm(size, eps=config.norm_eps)
+    weighted = config.norm_type == "rmsnorm"
+    return NanoGPTRMSNorm(size, eps=config.norm_eps, elementwise_affine=weighted)
+
+
+class NanoGPTRotaryEmbedding(nn.Module):
+    """Cosines and sines of RoPE; every scaling type of transformers works through `rope_parameters`."""
+
+    inv_freq: torch.Tensor
+    original_inv_freq: torch.Tensor
+
+    def __init__(self, config: NanoGPTConfig):
+        super().__init__()
+        self.config = config
+        self.max_seq_len_cached = config.max_position_embeddings
+        self.original_max_seq_len = config.max_position_embeddings
+        self.rope_type = config.rope_parameters["rope_type"]
+        compute = ROPE_INIT_FUNCTIONS.get(self.rope_type, self.compute_default_rope_parameters)
+        inv_freq, self.attention_scaling = compute(config)
+        self.register_buffer("inv_freq", inv_freq, persistent=False)
+        self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
+
+    @staticmethod
+    def compute_default_rope_parameters(config: NanoGPTConfig, **kwargs) -> tuple[torch.Tensor, float]:
+        """Return base^(-2i/D) for each pair i, shape (D/2,), and the factor for cos and sin (1)."""
+        pairs = torch.arange(0, config.head_dim, 2, dtype=torch.float)
+        return config.rope_parameters["rope_theta"] ** (-pairs / config.head_dim), 1.0
+
+    @torch.no_grad()
+    @dynamic_rope_update
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        angles = position_ids[..., None].float() * self.inv_freq.to(x.device).float()
+        angles = torch.cat((angles, angles), dim=-1)  # (B, T, D)
+        cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+        return cos.to(x.dtype), sin.to(x.dtype)
+
+
+def rotate_half(x: torch.Tensor) -> torch.Tensor:
+    """Map the halves (a, b) of the last dimension to (-b, a)."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((-b, a), dim=-1)
+
+
+def apply_rotary_pos_emb(q, k, cos, sin):
+    """Rotate q (B, H, T, D) and k (B, G, T, D) by the angles of their positions, cos/sin (B, T, D)."""
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    return q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Unpack[TransformersKwargs],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attend step by step, so that the weights can be looked at; the other kernels must agree."""
+    key = key.repeat_interleave(module.num_key_value_groups, dim=1)  # (B, H, S, D)
+    value = value.repeat_interleave(module.num_key_value_groups, dim=1)
+    scores = query @ key.transpose(2, 3) * scaling  # (B, H, T, S)
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights  # (B, T, H, D)
+
+
+class NanoGPTAttention(nn.Module):
+    """Causal self-attention; fewer key-value heads than query heads make it grouped-query attention."""
+
+    def __init__(self, config: NanoGPTConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = True
+        sliding = config.layer_types[layer_idx] == "sliding_attention"
+        self.sliding_window = config.sliding_window if sliding else None
+
+        width, bias = config.hidden_size, config.attention_bias
+        self.q_proj = nn.Linear(width, config.num_attention_heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(width, config.num_key_value_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(width, config.num_key_value_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, width, bias=bias)
+        self.o_proj.is_residual_proj = True
+        self.q_norm = build_norm(config, self.head_dim) if config.qk_norm else nn.Identity()
+        self.k_norm = build_norm(config, self.head_dim) if config.qk_norm else nn.Identity()
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        input_shape = hidden_states.shape[:-1]
+        heads = (*input_shape, -1, self.head_dim)
+        query = self.q_norm(self.q_proj(hidden_states).view(heads)).transpose(1, 2)  # (B, H, T, D)
+        key = self.k_norm(self.k_proj(hidden_states).view(heads)).transpose(1, 2)  # (B, G, T, D)
+        value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
+        if position_embeddings is not None:
+            query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)  # (B, G, S, D)
+
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        attn_output, attn_weights = attention_interface(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.config.dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            **kwargs,
+        )
+        return self.o_proj(attn_output.reshape(*input_shape, -1).contiguous()), attn_weights
+
+
+class NanoGPTMLP(nn.Module):
+    """The position-wise network: down(act(gate(x)) * up(x)), or down(act(up(x))) without a gate."""
+
+    def __init__(self, config: NanoGPTConfig):
+        super().__init__()
+        width, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = nn.Linear(width, inner, bias=bias) if config.mlp_type == "glu" else None
+        self.up_proj = nn.Linear(width, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, width, bias=bias)
+        self.down_proj.is_residual_proj = True
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.gate_proj is None:
+            return self.down_proj(self.act_fn(self.up_proj(x)))
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class NanoGPTDecoderLayer(GradientCheckpointingLayer):
+    """Attention, then MLP, each added to the residual stream; the norm sits before or after the sum."""
+
+    def __init__(self, config: NanoGPTConfig, layer_idx: int):
+        super().__init__()
+        self.norm_position = config.norm_position
+        self.input_layernorm = build_norm(config, config.hidden_size)
+        self.self_attn = NanoGPTAttention(config, layer_idx)
+        self.post_attention_layernorm = build_norm(config, config.hidden_size)
+        self.mlp = NanoGPTMLP(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
+        x = hidden_states  # (B, T, C)
+        if self.norm_position == "pre":
+            x = x + self.dropout(self.self_attn(self.input_layernorm(x), **kwargs)[0])
+            return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
+        x = self.input_layernorm(x + self.dropout(self.self_attn(x, **kwargs)[0]))
+        return self.post_attention_layernorm(x + self.dropout(self.mlp(x)))
+
+
+class NanoGPTPreTrainedModel(PreTrainedModel):
+    config: NanoGPTConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["NanoGPTDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _can_compile_fullgraph = True
+    _supports_attention_backend = True
+    _can_record_outputs = {"hidden_states": NanoGPTDecoderLayer, "attentions": NanoGPTAttention}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        """Initialise one leaf module; the two schemes are described at `initializer_range`."""
+        super()._init_weights(module)  # norms, biases, RoPE and GPT-2's normal distribution
+        std, tied = self.config.initializer_range, self.config.tie_word_embeddings
+        residual = getattr(module, "is_residual_proj", False)
+        if std is not None:
+            if residual:
+                init.normal_(module.weight, std=std / math.sqrt(2 * self.config.num_hidden_layers))
+        elif tied and (isinstance(module, nn.Embedding) or hasattr(module, "is_lm_head")):
+            pass  # one table serves both ends, and its logits must start small: GPT-2's 0.02
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight, std=1.0)
+        elif residual or hasattr(module, "is_lm_head"):
+            init.zeros_(module.weight)
+        elif isinstance(module, nn.Linear):
+            bound = 0.6 * math.sqrt(3 / module.in_features)
+            init.uniform_(module.weight, -bound, bound)
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """Save as transformers does, and make the folder load through every Auto class."""
+        self.config.auto_map = {"AutoConfig": "configuration_nanogpt.NanoGPTConfig"} | {
+            auto_class: f"modeling_nanogpt.{name}" for name, auto_class in _AUTO_CLASSES.items()
+        }
+        super().save_pretrained(save_directory, **kwargs)
+
+
+class NanoGPTModel(NanoGPTPreTrainedModel):
+    """The stack of decoder layers between token ids and final hidden states; no encoder anywhere."""
+
+    def __init__(self, config: NanoGPTConfig):
+        super().__init__(config)
+        learned, pre_norm = config.position_embedding_type == "learned", config.norm_position == "pre"
+        width, layers = config.hidden_size, range(config.num_hidden_layers)
+        self.embed_tokens = nn.Embedding(config.vocab_size, width)
+        self.embed_positions = nn.Embedding(config.max_position_embeddings, width) if learned else None
+        self.embed_norm = build_norm(config, width) if config.embedding_norm else nn.Identity()
+        self.dropout = nn.Dropout(config.dropout)
+        self.layers = nn.ModuleList([NanoGPTDecoderLayer(config, layer_idx) for layer_idx in layers])
+        self.norm = build_norm(config, width) if pre_norm else nn.Identity()
+        self.rotary_emb = None if learned else NanoGPTRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPast:
+        """Map `input_ids` or `inputs_embeds`, one of the two, to hidden states (B, T, C).
+
+        `position_ids` (B, T) that start again at 0 mark packed documents, which then do not see each
+        other; that holds for `attention_mask=None` and `use_cache=False` only.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            past_seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_seen
+            position_ids = position_ids.unsqueeze(0)
+
+        masks = attention_mask  # `generate` hands over one mask per kind of layer for static caches
+        if not isinstance(masks, dict):
+            masks = create_masks_for_generate(
+                config=self.config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+            )
+
+        hidden_states = inputs_embeds
+        position_embeddings = None
+        if self.embed_positions is not None:
+            self._check_positions(position_ids)
+            hidden_states = hidden_states + self.embed_positions(position_ids)
+        else:
+            position_embeddings = self.rotary_emb(hidden_states, position_ids)
+        hidden_states = self.dropout(self.embed_norm(hidden_states))
+        for layer, layer_type in zip(self.layers, self.config.layer_types, strict=True):
+            hidden_states = layer(
+                hidden_states,
+                attention_mask=masks[layer_type],
+                position_embeddings=position_embeddings,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values
+        )
+
+    def _check_positions(self, position_ids: torch.Tensor):
+        """Raise before a learned table is read past its end (on CPU; a GPU would have to wait)."""
+        if position_ids.device.type != "cpu" or torch.compiler.is_compiling():
+            return
+        limit = self.config.max_position_embeddings
+        if position_ids.numel() and (longest := int(position_ids.max())) >= limit:
+            raise ValueError(
+                f"Position {longest} does not exist: this model has learned positions for "
+                f"max_position_embeddings (block_size)={limit} tokens. Shorten the text, or choose "
+                "position_embedding_type='rope'."
+            )
+
+
+class NanoGPTForCausalLM(NanoGPTPreTrainedModel, GenerationMixin):
+    """The language model: hidden states to logits over the next token."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: NanoGPTConfig):
+        super().__init__(config)
+        self.model = NanoGPTModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head.is_lm_head = True
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CausalLMOutputWithPast:
+        """Map tokens to logits (B, T, V) and, given `labels` (B, T), to the loss in nats per token.
+
+        Labels are not shifted: the model compares logits at t with the label at t + 1, and ignores
+        -100. `logits_to_keep` limits the logits to the last so many positions (0 keeps all), or to
+        the given indices.
+        """
+        outputs: BaseModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
+        logits = self.lm_head(hidden_states)
+        if (cap := self.config.final_logit_softcapping) is not None:
+            logits = cap * torch.tanh(logits / cap)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
+            )
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+# The mixins below would build their trunk through AutoModel, which a model loaded as remote code is
+# not registered with: each head makes its own NanoGPTModel and keeps the mixin's forward.
+
+
+class NanoGPTForSequenceClassification(GenericForSequenceClassification, NanoGPTPreTrainedModel):
+    def __init__(self, config: NanoGPTConfig):
+        NanoGPTPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = NanoGPTModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+
+class NanoGPTForTokenClassification(GenericForTokenClassification, NanoGPTPreTrainedModel):
+    def __init__(self, config: NanoGPTConfig):
+        NanoGPTPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = NanoGPTModel(config)
+        self.dropout = nn.Dropout(config.dropout)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+
+class NanoGPTForQuestionAnswering(GenericForQuestionAnswering, NanoGPTPreTrainedModel):
+    def __init__(self, config: NanoGPTConfig):
+        NanoGPTPreTrainedModel.__init__(self, config)
+        self.model = NanoGPTModel(config)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.post_init()
+
+
+_AUTO_CLASSES = {
+    "NanoGPTModel": "AutoModel",
+    "NanoGPTForCausalLM": "AutoModelForCausalLM",
+    "NanoGPTForSequenceClassification": "AutoModelForSequenceClassification",
+    "NanoGPTForTokenClassification": "AutoModelForTokenClassification",
+    "NanoGPTForQuestionAnswering": "AutoModelForQuestionAnswering",
+}
+for _name, _auto_class in _AUTO_CLASSES.items():
+    globals()[_name].register_for_auto_class(_auto_class)
+
+__all__ = ["NanoGPTPreTrainedModel", *_AUTO_CLASSES]

@@ -1,0 +1,150 @@
+"""Named architectures: one row each, with the paper or code that the figures come from."""
+
+import difflib
+from typing import Any
+
+from .configuration_nanogpt import NanoGPTConfig
+
+_GPT: dict[str, Any] = {
+    "vocab_size": 50257,
+    "position_embedding_type": "learned",
+    "norm_type": "layernorm",
+    "norm_eps": 1e-5,
+    "qk_norm": False,
+    "hidden_act": "gelu_new",
+    "mlp_type": "mlp",
+    "attention_bias": True,
+    "mlp_bias": True,
+    "dropout": 0.1,
+    "initializer_range": 0.02,
+    "tie_word_embeddings": True,
+    "bos_token_id": 50256,
+    "eos_token_id": 50256,
+}
+_GPT1 = _GPT | {
+    "vocab_size": 40478,
+    "max_position_embeddings": 512,
+    "norm_position": "post",
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+# GPT-3 alternates dense and locally banded layers; the band was never published, 256 is GPT-Neo's.
+_GPT3 = _GPT | {
+    "max_position_embeddings": 2048,
+    "dropout": 0.0,
+    "sliding_window": 256,
+    "layer_types": ["full_attention", "sliding_attention"],
+}
+_LLAMA: dict[str, Any] = {
+    "vocab_size": 32000,
+    "max_position_embeddings": 2048,
+    "qk_norm": False,
+    "initializer_range": 0.02,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_QWEN3: dict[str, Any] = {
+    "vocab_size": 151936,
+    "max_position_embeddings": 40960,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+    "head_dim": 128,
+    "num_key_value_heads": 8,
+    "initializer_range": 0.02,
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+}
+_NANOCHAT: dict[str, Any] = {
+    "vocab_size": 65536,
+    "max_position_embeddings": 2048,
+    "norm_type": "rmsnorm_unweighted",
+    "embedding_norm": True,
+    "hidden_act": "relu2",
+    "mlp_type": "mlp",
+    "final_logit_softcapping": 15.0,
+}
+
+
+def _size(layers: int, width: int, heads: int, **more: Any) -> dict[str, Any]:
+    return {"num_hidden_layers": layers, "hidden_size": width, "num_attention_heads": heads, **more}
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # Ours: Qwen3's mathematics.
+    "nano": _size(12, 768, 12),
+    # Radford et al. 2018.
+    "gpt1": _GPT1 | _size(12, 768, 12),
+    # Radford et al. 2019, table 2.
+    "gpt2": _GPT | _size(12, 768, 12),
+    "gpt2-medium": _GPT | _size(24, 1024, 16),
+    "gpt2-large": _GPT | _size(36, 1280, 20),
+    "gpt2-xl": _GPT | _size(48, 1600, 25),
+    # Brown et al. 2020 (arXiv:2005.14165), table 2.1. For 1.3B the paper prints 24 heads of 128, which
+    # is not 2048 wide, and for 13B a width of 5140, which 40 heads do not divide.
+    "gpt3-125m": _GPT3 | _size(12, 768, 12),
+    "gpt3-350m": _GPT3 | _size(24, 1024, 16),
+    "gpt3-760m": _GPT3 | _size(24, 1536, 16),
+    "gpt3-1.3b": _GPT3 | _size(24, 2048, 16),
+    "gpt3-2.7b": _GPT3 | _size(32, 2560, 32),
+    "gpt3-6.7b": _GPT3 | _size(32, 4096, 32),
+    "gpt3-13b": _GPT3 | _size(40, 5120, 40),
+    "gpt3-175b": _GPT3 | _size(96, 12288, 96),
+    # Touvron et al. 2023 (arXiv:2302.13971), table 2; MLP widths from the released weights.
+    "llama-7b": _LLAMA | _size(32, 4096, 32, intermediate_size=11008),
+    "llama-13b": _LLAMA | _size(40, 5120, 40, intermediate_size=13824),
+    "llama-33b": _LLAMA | _size(60, 6656, 52, intermediate_size=17920),
+    "llama-65b": _LLAMA | _size(80, 8192, 64, intermediate_size=22016),
+    # Yang et al. 2025 (arXiv:2505.09388), table 1, and the released configurations.
+    "qwen3-0.6b": _QWEN3 | _size(28, 1024, 16, intermediate_size=3072, tie_word_embeddings=True),
+    "qwen3-1.7b": _QWEN3 | _size(28, 2048, 16, intermediate_size=6144, tie_word_embeddings=True),
+    "qwen3-4b": _QWEN3 | _size(36, 2560, 32, intermediate_size=9728, tie_word_embeddings=True),
+    "qwen3-8b": _QWEN3 | _size(36, 4096, 32, intermediate_size=12288),
+    # nanochat, speedrun depths: width 64 x depth, heads of 128.
+    "nanochat-d12": _NANOCHAT | _size(12, 768, 6),
+    "nanochat-d20": _NANOCHAT | _size(20, 1280, 10),
+    "nanochat-d32": _NANOCHAT | _size(32, 2048, 16),
+}
+
+# What a row states and what it depends on: overriding the second drops the first, to be derived again.
+_DEPENDS = {
+    "intermediate_size": {"hidden_size", "mlp_type"},
+    "head_dim": {"hidden_size", "num_attention_heads"},
+    "num_key_value_heads": {"num_attention_heads"},
+    "layer_types": {"sliding_window"},
+    "rope_parameters": {"position_embedding_type"},
+}
+
+
+def list_presets() -> list[str]:
+    """Return the names that `load_preset` takes."""
+    return list(PRESETS)
+
+
+def load_preset(name: str, **overrides: Any) -> NanoGPTConfig:
+    """Return the configuration of a named architecture, with any field replaced.
+
+    Fields go by their own names or nanoGPT's (`n_layer`, `n_head`, `n_embd`, `block_size`, `bias`);
+    what a preset states but an override makes wrong, such as the MLP's width after a change of
+    `hidden_size`, is derived again. An unknown name or field raises a `ValueError`.
+
+    >>> load_preset("gpt2", n_layer=6, n_head=6, n_embd=384).intermediate_size
+    1536
+    """
+    if name not in PRESETS:
+        nearest = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.4)
+        hint = f"Did you mean {nearest[0]!r}? " if nearest else ""
+        raise ValueError(f"preset={name!r} is unknown. {hint}Known: {', '.join(PRESETS)}.")
+    aliases = NanoGPTConfig.attribute_map
+    overrides = {aliases.get(key, key): value for key, value in overrides.items()}
+    if "bias" in overrides:
+        bias = overrides.pop("bias")
+        overrides = {"attention_bias": bias, "mlp_bias": bias} | overrides
+    row = {
+        key: value
+        for key, value in PRESETS[name].items()
+        if not _DEPENDS.get(key, set()) & set(overrides)
+    }
+    fields = row | overrides
+    if "layer_types" not in overrides and (pattern := row.get("layer_types")):
+        layers = fields["num_hidden_layers"]
+        fields["layer_types"] = [pattern[i % len(pattern)] for i in range(layers)]
+    return NanoGPTConfig(**fields)
