@@ -1,7 +1,7 @@
 """Settings from a recipe and flags: for the data, the architecture and the training run.
 
-A recipe is a YAML file whose sections hold what could as well be given as flags; it is read as if it
-stood on the command line before them, so that both are checked alike and flags win.
+A recipe is a YAML file whose sections hold what could as well be given as flags; it is read as if
+it stood on the command line before them, so that both are checked alike and flags win.
 """
 
 import difflib
@@ -35,7 +35,8 @@ class NanoGPTTrainingArguments(TrainingArguments):
         default="muon", metadata={"help": "muon (Muon for matrices, AdamW for the rest) or adamw."}
     )
     learning_rate: float | None = field(  # type: ignore[assignment]
-        default=None, metadata={"help": "Peak learning rate; of the matrices, where the recipe is muon."}
+        default=None,
+        metadata={"help": "Peak learning rate; of the matrices, where the recipe is muon."},
     )
     adam_beta1: float | None = field(default=None)  # type: ignore[assignment]
     adam_beta2: float | None = field(default=None)  # type: ignore[assignment]
@@ -49,8 +50,12 @@ class NanoGPTTrainingArguments(TrainingArguments):
     )
     logging_steps: float = field(default=10)
     eval_strategy: str = field(default="steps")  # type: ignore[assignment]
-    eval_steps: float | None = field(default=None, metadata={"help": "Default: a tenth of all steps."})
-    save_steps: float = field(default=0.2, metadata={"help": "Steps between checkpoints, or a share."})
+    eval_steps: float | None = field(
+        default=None, metadata={"help": "Default: a tenth of all steps."}
+    )
+    save_steps: float = field(
+        default=0.2, metadata={"help": "Steps between checkpoints, or a share."}
+    )
     save_total_limit: int | None = field(default=2)
     include_num_input_tokens_seen: str | bool = field(default=True)
 
@@ -75,7 +80,9 @@ def _make_model_arguments() -> type:
     for alias, name in NanoGPTConfig.attribute_map.items():
         aliases.setdefault(name, []).append(f"--{alias}")
     elsewhere = {"vocab_size", "bos_token_id", "eos_token_id", "pad_token_id", "use_cache"}
-    fields: list[Any] = [("preset", str, field(default="nano", metadata={"help": "A named architecture."}))]
+    fields: list[Any] = [
+        ("preset", str, field(default="nano", metadata={"help": "A named architecture."}))
+    ]
     for name, kind in NanoGPTConfig.__annotations__.items():
         if name in elsewhere:
             continue
@@ -157,10 +164,14 @@ def _read_recipe(recipe: str | Path) -> dict[str, Any]:
     try:
         sections = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"recipe={recipe} is not valid YAML: {' '.join(str(error).split())}") from error
+        raise ValueError(
+            f"recipe={recipe} is not valid YAML: {' '.join(str(error).split())}"
+        ) from error
     names = ("data", "model", "training")
     if not isinstance(sections, dict) or set(sections) - set(names):
-        raise ValueError(f"recipe={recipe} must have the sections {', '.join(names)} and no others.")
+        raise ValueError(
+            f"recipe={recipe} must have the sections {', '.join(names)} and no others."
+        )
     return {name: value for part in sections.values() for name, value in (part or {}).items()}
 
 

@@ -1,4 +1,4 @@
-"""Make `model_type = "nanogpt"` known to transformers' Auto classes; importing this file does it."""
+"""Make `model_type = "nanogpt"` known to transformers' Auto classes, by being imported."""
 
 import transformers
 from transformers import AutoConfig

@@ -18,7 +18,10 @@ class ProgressCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
             self.bar = tqdm(
-                total=state.max_steps, initial=state.global_step, desc="Training", dynamic_ncols=True
+                total=state.max_steps,
+                initial=state.global_step,
+                desc="Training",
+                dynamic_ncols=True,
             )
             self.started, self.tokens_before = time.perf_counter(), state.num_input_tokens_seen
 
@@ -57,7 +60,7 @@ def _count(number: float) -> str:
 
 
 def plot_losses(log_history: list[dict], path: str | Path, *, title: str = "") -> None:
-    """Draw training and validation loss against tokens seen, from `TrainerState.log_history`, as PNG."""
+    """Draw training and validation loss against tokens seen, from `TrainerState.log_history`."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter

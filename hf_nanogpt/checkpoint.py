@@ -37,7 +37,7 @@ _ARTIFACTS = (
 
 
 def check_checkpoint(checkpoint: str | Path) -> str:
-    """Return the folder or Hub id as a string, or raise a `ValueError` that says what is wrong with it."""
+    """Return the folder or Hub id as a string, or raise a `ValueError` that says what is wrong."""
     path = Path(checkpoint)
     if (path / _MARKER).is_file():
         return str(path)
@@ -49,7 +49,9 @@ def check_checkpoint(checkpoint: str | Path) -> str:
         raise ValueError(f"{path} is a file; give the folder of a checkpoint, or a Hub id.")
     looks_like_a_path = path.is_absolute() or str(checkpoint).startswith((".", "~"))
     if looks_like_a_path or str(checkpoint).count("/") != 1 or path.parent.is_dir():
-        raise ValueError(f"There is no checkpoint at {path}: no such folder, and it is not a Hub id.")
+        raise ValueError(
+            f"There is no checkpoint at {path}: no such folder, and it is not a Hub id."
+        )
     return str(checkpoint)
 
 
@@ -61,7 +63,9 @@ def load_checkpoint(checkpoint: str | Path) -> tuple[PreTrainedModel, PreTrained
     """
     name = check_checkpoint(checkpoint)
     try:
-        return AutoModelForCausalLM.from_pretrained(name).eval(), AutoTokenizer.from_pretrained(name)
+        return AutoModelForCausalLM.from_pretrained(name).eval(), AutoTokenizer.from_pretrained(
+            name
+        )
     except OSError as error:
         if Path(name).is_dir():
             raise ValueError(f"{name} cannot be loaded: {error}") from error
@@ -75,11 +79,13 @@ def unreachable(name: str, what: str) -> str:
     return f"{name!r} is no {what} here, and could not be loaded from the Hub: {why}."
 
 
-def check_output_dir(output_dir: str | Path, *, overwrite: bool = False, resume: bool = False) -> None:
+def check_output_dir(
+    output_dir: str | Path, *, overwrite: bool = False, resume: bool = False
+) -> None:
     """Raise a `ValueError` unless a checkpoint can be written to `output_dir`; change nothing.
 
-    A folder with something in it is taken with `resume`, which needs a `checkpoint-*` inside, or with
-    `overwrite`, which needs everything inside to be a checkpoint's own.
+    A folder with something in it is taken with `resume`, which needs a `checkpoint-*` inside, or
+    with `overwrite`, which needs everything inside to be a checkpoint's own.
     """
     path = Path(output_dir)
     parent = next(p for p in (path, *path.absolute().parents) if p.exists())
@@ -87,19 +93,21 @@ def check_output_dir(output_dir: str | Path, *, overwrite: bool = False, resume:
         raise ValueError(f"output_dir={path}: cannot write to {parent}; choose another folder.")
     content = {p.name for p in path.iterdir()} if path.is_dir() else set()
     if resume and not any(name.startswith("checkpoint-") for name in content):
-        raise ValueError(f"output_dir={path} has no checkpoint-* to resume from; leave out --resume.")
+        raise ValueError(
+            f"output_dir={path} has no checkpoint-* to resume from; leave out --resume."
+        )
     if not content or resume:
         return
     if not overwrite:
         raise ValueError(
-            f"output_dir={path} exists and is not empty: choose another folder, or give --resume to "
-            "go on from its last checkpoint or --overwrite to train it anew."
+            f"output_dir={path} exists and is not empty: choose another folder, or give --resume "
+            "to go on from its last checkpoint, or --overwrite to train it anew."
         )
     known = {p.name for pattern in _ARTIFACTS for p in path.glob(pattern)}
     if foreign := sorted(content - known):
         raise ValueError(
-            f"output_dir={path} holds files that no training wrote ({', '.join(foreign[:3])}), which "
-            "--overwrite would delete: choose another folder, or move them away."
+            f"output_dir={path} holds files that no training wrote ({', '.join(foreign[:3])}), "
+            "so --overwrite does not touch it: choose another folder, or move them away."
         )
 
 
@@ -112,7 +120,7 @@ def clear_output_dir(output_dir: str | Path) -> None:
 
 @contextmanager
 def staged_folder(destination: str | Path) -> Iterator[Path]:
-    """Give a temporary folder whose files appear in `destination` when the block ends without error.
+    """Give a temporary folder whose files appear in `destination` when the block ends well.
 
     They are renamed into place on the same file system, `config.json` last; after an error, nothing
     of them is left.

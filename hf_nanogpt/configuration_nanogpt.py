@@ -42,18 +42,20 @@ class NanoGPTConfig(PreTrainedConfig):
     Fields that need a word:
         position_embedding_type: `"rope"` rotates q and k (RoFormer, arXiv:2104.09864); `"learned"`
             adds a table of `max_position_embeddings` vectors, as GPT-1 to GPT-3 do.
-        norm_type: `"rmsnorm"` (arXiv:1910.07467), `"rmsnorm_unweighted"` (nanochat) or `"layernorm"`.
+        norm_type: `"rmsnorm"` (arXiv:1910.07467), `"rmsnorm_unweighted"` or `"layernorm"`.
         norm_position: `"pre"` normalises the input of each sublayer and the final state (GPT-2 and
             after), `"post"` the sum after each sublayer (GPT-1).
         embedding_norm: normalise the embeddings before the first layer (nanochat).
         qk_norm: normalise each query and key head before the rotation (Qwen3, nanochat).
-        mlp_type: `"glu"` is down(act(gate(x)) * up(x)) (arXiv:2002.05202), `"mlp"` down(act(up(x))).
+        mlp_type: `"glu"` is down(act(gate(x)) * up(x)) (arXiv:2002.05202), `"mlp"` is
+            down(act(up(x))).
         dropout: probability, after the embeddings, the attention weights and each sublayer.
-        sliding_window: positions a `"sliding_attention"` layer of `layer_types` sees, itself included.
-        initializer_range: standard deviation of GPT-2's normal initialisation, the projections into
-            the residual stream scaled by 1/sqrt(2 x layers). `None` selects the one made for Muon:
-            embeddings N(0, 1), matrices uniform with variance 0.36 / fan-in, zero for the projections
-            into the residual stream and the head (so that the first loss is exactly ln(vocab_size)).
+        sliding_window: positions that a `"sliding_attention"` layer sees, its own included.
+        initializer_range: standard deviation of GPT-2's normal initialisation, the projections
+            into the residual stream scaled by 1/sqrt(2 x layers). `None` selects the one made for
+            Muon: embeddings N(0, 1), matrices uniform with variance 0.36 / fan-in, zero for the
+            projections into the residual stream and the head, so that the first loss is exactly
+            ln(vocab_size).
     """
 
     model_type = "nanogpt"
@@ -118,7 +120,7 @@ class NanoGPTConfig(PreTrainedConfig):
         self.base_model_tp_plan = self._tensor_parallel_plan()
 
     def _refuse_unknown_names(self, kwargs):
-        """Raise on a misspelt field; what a saved file carries besides is left to the base class."""
+        """Raise on a misspelt field; what else a saved file carries is left to the base class."""
         if "model_type" in kwargs or self.transformers_version is not None:
             return
         known = {field.name for field in fields(self)} | {*self.attribute_map, "bias"}
@@ -145,22 +147,27 @@ class NanoGPTConfig(PreTrainedConfig):
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"{name}={value} is not possible: give a whole number of 1 or more.")
+                raise ValueError(
+                    f"{name}={value} is not possible: give a whole number of 1 or more."
+                )
 
     def _derive(self):
         """Fill in every field that was left at `None`."""
         if self.head_dim is None:
             if self.hidden_size % self.num_attention_heads:
                 raise ValueError(
-                    f"hidden_size (n_embd)={self.hidden_size} is not divisible by num_attention_heads "
-                    f"(n_head)={self.num_attention_heads}: choose a multiple of it, or set head_dim."
+                    f"hidden_size (n_embd)={self.hidden_size} is not divisible by "
+                    f"num_attention_heads (n_head)={self.num_attention_heads}: choose a multiple "
+                    "of it, or set head_dim."
                 )
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.intermediate_size is None:
             glu = self.mlp_type == "glu"
-            self.intermediate_size = 32 * math.ceil(self.hidden_size / 12) if glu else 4 * self.hidden_size
+            self.intermediate_size = (
+                32 * math.ceil(self.hidden_size / 12) if glu else 4 * self.hidden_size
+            )
         if self.layer_types is None:
             kind = "full_attention" if self.sliding_window is None else "sliding_attention"
             self.layer_types = [kind] * self.num_hidden_layers
@@ -169,8 +176,9 @@ class NanoGPTConfig(PreTrainedConfig):
         """Check the fields that depend on each other; runs when made and when saved."""
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
-                f"num_key_value_heads={self.num_key_value_heads} does not divide num_attention_heads="
-                f"{self.num_attention_heads}: choose one of its divisors, or leave it out."
+                f"num_key_value_heads={self.num_key_value_heads} does not divide "
+                f"num_attention_heads={self.num_attention_heads}: choose one of its divisors, or "
+                "leave it out."
             )
         if self.position_embedding_type == "rope" and self.head_dim % 2:
             raise ValueError(
@@ -184,9 +192,13 @@ class NanoGPTConfig(PreTrainedConfig):
                 f"{self.num_hidden_layers} entries out of {sorted(allowed)}."
             )
         if "sliding_attention" in self.layer_types and self.sliding_window is None:
-            raise ValueError("layer_types has 'sliding_attention', so set sliding_window to its length.")
+            raise ValueError(
+                "layer_types has 'sliding_attention', so set sliding_window to its length."
+            )
         if self.hidden_act not in ACT2FN:
-            raise ValueError(f"hidden_act={self.hidden_act!r} is unknown; allowed: {sorted(ACT2FN)}.")
+            raise ValueError(
+                f"hidden_act={self.hidden_act!r} is unknown; allowed: {sorted(ACT2FN)}."
+            )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout} must be at least 0 and below 1.")
 
@@ -195,7 +207,9 @@ class NanoGPTConfig(PreTrainedConfig):
         attention = {f"layers.*.self_attn.{name}_proj": "colwise" for name in "qkv"}
         if self.qk_norm and self.norm_type != "rmsnorm_unweighted":
             norms = ("q_norm", "k_norm")
-            attention |= {f"layers.*.self_attn.{n}": "replicated_with_grad_allreduce" for n in norms}
+            attention |= {
+                f"layers.*.self_attn.{n}": "replicated_with_grad_allreduce" for n in norms
+            }
         columns = ("gate_proj", "up_proj") if self.mlp_type == "glu" else ("up_proj",)
         mlp = {f"layers.*.mlp.{name}": "colwise" for name in columns}
         rows = {"layers.*.self_attn.o_proj": "rowwise", "layers.*.mlp.down_proj": "rowwise"}

@@ -1,8 +1,9 @@
 """From text to training batches: sources -> documents -> packed blocks with `position_ids`.
 
 A corpus is a list of documents, not one stream. Packed, it reads `<eos> document <eos> document ...
-<eos>`, cut into blocks of `context_length` tokens in which the last token of one block is the first of
-the next: as models predict the tokens after the first of a block, every token is predicted exactly once.
+<eos>`, cut into blocks of `context_length` tokens in which the last token of one block is the first
+of the next: as models predict the tokens after the first of a block, every token is predicted
+exactly once.
 """
 
 import glob
@@ -13,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import TypeAlias, cast
 
 import numpy as np
 import torch
@@ -22,7 +24,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .checkpoint import unreachable
-from .tokenization import train_tokenizer
+from .tokenization import TokenizerKind, train_tokenizer
 
 logger = logging.get_logger(__name__)
 
@@ -32,7 +34,7 @@ _PIECE = 4_000_000  # characters of a long text that are handled at a time
 _TOKENIZER_BYTES = 64_000_000  # more text than this does not change a small vocabulary
 _FEW = 20  # with fewer documents than this, each gives its tail to validation
 
-Documents = Dataset | IterableDataset
+Documents: TypeAlias = Dataset | IterableDataset
 
 
 @dataclass
@@ -42,27 +44,37 @@ class DataArguments:
     data: str = field(
         default=STDLIB,
         metadata={
-            "help": "Text to train on: a file, folder or glob of UTF-8 text, a .jsonl/.csv/.parquet "
-            f"file, a Hub dataset id, or {STDLIB} (the source code of Python's standard library)."
+            "help": "Text to train on: a file, folder or glob of UTF-8 text, or of .jsonl, .csv "
+            "or .parquet tables, a Hub dataset id, or "
+            f"{STDLIB} (the source code of Python's standard library)."
         },
     )
     validation_data: str | None = field(
-        default=None, metadata={"help": "Text to validate on; by default part of `data` is held out."}
+        default=None,
+        metadata={"help": "Text to validate on; by default part of `data` is held out."},
     )
     validation_fraction: float = field(
         default=0.1, metadata={"help": "Share of `data` that is held out, by document."}
     )
-    text_column: str = field(default="text", metadata={"help": "Column of a table that holds the text."})
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
+    text_column: str = field(
+        default="text", metadata={"help": "Column of a table that holds the text."}
+    )
+    dataset_config: str | None = field(
+        default=None, metadata={"help": "Configuration of a Hub dataset."}
+    )
     dataset_split: str = field(default="train", metadata={"help": "Split of a Hub dataset."})
-    streaming: bool = field(default=False, metadata={"help": "Read a table or Hub dataset as a stream."})
+    streaming: bool = field(
+        default=False, metadata={"help": "Read a table or Hub dataset as a stream."}
+    )
     validation_documents: int = field(
         default=200, metadata={"help": "Documents to hold out of a stream."}
     )
     tokenizer: str = field(
         default="bpe", metadata={"help": "bpe, char, byte, or the folder or Hub id of a tokenizer."}
     )
-    vocab_size: int = field(default=2048, metadata={"help": "Size of the vocabulary for tokenizer=bpe."})
+    vocab_size: int = field(
+        default=2048, metadata={"help": "Size of the vocabulary for tokenizer=bpe."}
+    )
     context_length: int | None = field(
         default=None, metadata={"help": "Tokens in a block; by default the model's context."}
     )
@@ -71,7 +83,8 @@ class DataArguments:
     def __post_init__(self):
         if not 0 < self.validation_fraction < 1:
             raise ValueError(
-                f"validation_fraction={self.validation_fraction} must be between 0 and 1, for example 0.1."
+                f"validation_fraction={self.validation_fraction} must be between 0 and 1, "
+                "for example 0.1."
             )
 
 
@@ -79,7 +92,8 @@ def load_documents(args: DataArguments) -> tuple[Documents, Documents]:
     """Load `args.data` and return its training and validation documents, rows with a `text`.
 
     Which documents are held out depends on their text alone (a checksum), not on their order; of a
-    corpus of fewer than 20 text files the end of each is held out, of so small a table the last rows.
+    corpus of fewer than 20 text files the end of each is held out, of so small a table the last
+    rows.
 
     Raises:
         ValueError: the source is missing, empty or no text, or too small to hold anything out.
@@ -89,8 +103,9 @@ def load_documents(args: DataArguments) -> tuple[Documents, Documents]:
     train, validation = _read(args.data, args, args.validation_fraction)
     if _is_empty(validation) or _is_empty(train):
         raise ValueError(
-            f"data={args.data} is too small to hold out {args.validation_fraction:.0%} of its documents: "
-            "give more text, another validation_fraction, or validation_data."
+            f"data={args.data} is too small to hold out validation_fraction="
+            f"{args.validation_fraction} of it: give more text, a larger fraction, or "
+            "validation_data."
         )
     return train, validation
 
@@ -122,12 +137,16 @@ def _find_files(data: str) -> list[Path]:
         skip = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
         files = [p for p in root.rglob("*.py") if not skip & set(p.relative_to(root).parts)]
     elif path.is_dir():
-        files = [p for p in path.rglob("*") if not any(x[0] == "." for x in p.relative_to(path).parts)]
+        files = [
+            p for p in path.rglob("*") if not any(x[0] == "." for x in p.relative_to(path).parts)
+        ]
     elif path.is_file():
         return [path]
     else:
         files = [Path(p) for p in glob.glob(str(path), recursive=True)]
-        if not files and (data.count("/") != 1 or path.suffix or path.parent.is_dir() or "*" in data):
+        if not files and (
+            data.count("/") != 1 or path.suffix or path.parent.is_dir() or "*" in data
+        ):
             raise ValueError(f"data={data} was not found: there is no such file, folder or match.")
         if not files:
             return []
@@ -135,7 +154,9 @@ def _find_files(data: str) -> list[Path]:
     texts = [p for p in files if p.suffix not in _TABLES and _is_text(p)]
     tables = [p for p in files if p.suffix in _TABLES]
     if tables and texts:
-        raise ValueError(f"data={data} mixes tables ({tables[0].name}) and texts: give a glob for one.")
+        raise ValueError(
+            f"data={data} mixes tables ({tables[0].name}) and texts: give a glob for one."
+        )
     if not texts and not tables:
         raise ValueError(f"data={data} holds no UTF-8 text and no .jsonl, .csv or .parquet file.")
     if skipped := len(files) - len(texts) - len(tables):
@@ -144,7 +165,7 @@ def _find_files(data: str) -> list[Path]:
 
 
 def _is_text(path: Path) -> bool:
-    """Say whether the first bytes of a file are UTF-8 text (the rest is checked when it is read)."""
+    """Say whether a file begins as UTF-8 text (the rest is checked when it is read)."""
     with path.open("rb") as file:
         head = file.read(8192)
     try:
@@ -161,7 +182,7 @@ def _read_texts(data: str, files: list[Path], fraction: float) -> tuple[Dataset,
             raise ValueError(f"data={path} is empty: there is nothing to train on.")
         if not _is_text(path):
             raise ValueError(f"data={path} is not UTF-8 text: convert it, or name the right file.")
-    # The state of each file belongs to the arguments, so that a changed text is not served from cache.
+    # Sizes and times are among the arguments, so that a changed text is not served from the cache.
     # (A tuple: `from_generator` would hand a list to the generator one element at a time.)
     state = tuple((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files)
 
@@ -185,7 +206,7 @@ def _read_texts(data: str, files: list[Path], fraction: float) -> tuple[Dataset,
 
 
 def _generate_texts(state: tuple, fraction: float, held_out: bool) -> Iterator[dict]:
-    """Yield the pieces of each text that belong to one side of the split; `starts` marks the first."""
+    """Yield the pieces of each text on one side of the split; `starts` marks the first of each."""
     for name, *_ in state:
         pieces = _read_pieces(name)
         if len(state) >= _FEW:
@@ -241,7 +262,8 @@ def _read_table(
     columns = table.column_names or list(next(iter(table), {}))
     if args.text_column not in columns:
         raise ValueError(
-            f"text_column={args.text_column!r} is not in {data}; its columns are: {', '.join(columns)}."
+            f"text_column={args.text_column!r} is not in {data}; its columns are: "
+            f"{', '.join(columns)}."
         )
     table = table.select_columns(args.text_column)
     if args.text_column != "text":
@@ -274,11 +296,15 @@ def load_tokenizer(args: DataArguments, documents: Documents) -> PreTrainedToken
     """Train the tokenizer that `args` names on `documents`, or load it from a folder or the Hub."""
     if args.tokenizer in ("bpe", "char", "byte"):
         texts = (row["text"] for row in documents)
-        return train_tokenizer(_limit(texts), kind=args.tokenizer, vocab_size=args.vocab_size)
+        return train_tokenizer(
+            _limit(texts), kind=cast(TokenizerKind, args.tokenizer), vocab_size=args.vocab_size
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
     except (OSError, ValueError) as error:
-        where = unreachable(args.tokenizer, "kind of tokenizer (bpe, char, byte) or folder with one")
+        where = unreachable(
+            args.tokenizer, "kind of tokenizer (bpe, char, byte) or folder with one"
+        )
         raise ValueError(f"tokenizer={where}") from error
     if tokenizer.eos_token_id is None:
         raise ValueError(f"tokenizer={args.tokenizer} has no eos_token, which separates documents.")
@@ -300,11 +326,11 @@ def pack_documents(
     context_length: int,
     num_proc: int | None = None,
 ) -> Documents:
-    """Tokenise documents and pack them into blocks, rows with `input_ids` of `context_length` tokens.
+    """Tokenise documents and pack them into rows with `input_ids` of `context_length` tokens.
 
     The last block may be shorter; `PackedCollator` pads it. A `Dataset` is memory-mapped from Arrow
-    files in the cache of `datasets`, so the corpus may be larger than memory; an `IterableDataset` is
-    packed as it streams.
+    files in the cache of `datasets`, so the corpus may be larger than memory; an `IterableDataset`
+    is packed as it streams.
     """
     eos = tokenizer.eos_token_id
     kind = "uint16" if len(tokenizer) <= 2**16 else "int32"
@@ -312,7 +338,9 @@ def pack_documents(
     settings = {"context_length": context_length, "eos_token_id": eos}
     encode = _Encoder(tokenizer)
     if isinstance(documents, IterableDataset):
-        tokens = documents.map(encode, batched=True, remove_columns=list(documents.features or ["text"]))
+        tokens = documents.map(
+            encode, batched=True, remove_columns=list(documents.features or ["text"])
+        )
         return IterableDataset.from_generator(
             _generate_blocks, gen_kwargs={"tokens": tokens, **settings}, features=features
         )
@@ -355,7 +383,9 @@ class _Encoder:
         )["input_ids"]
         eos = [self.tokenizer.eos_token_id]
         return {
-            "input_ids": [eos + ids if new else ids for new, ids in zip(starts, encoded, strict=True)]
+            "input_ids": [
+                eos + ids if new else ids for new, ids in zip(starts, encoded, strict=True)
+            ]
         }
 
 

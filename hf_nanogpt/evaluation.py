@@ -1,4 +1,4 @@
-"""How well a model predicts text: loss, perplexity and bits per byte, exact sums over every token."""
+"""How well a model predicts text: loss, perplexity and bits per byte, summed over every token."""
 
 import math
 from dataclasses import dataclass
@@ -23,7 +23,8 @@ class EvaluationResult:
         loss: mean negative log-likelihood, nats per predicted token.
         perplexity: exp(loss).
         bits_per_byte: all nats over ln 2, per byte of the text in UTF-8. Unlike the loss it can be
-            compared between tokenizers. Predicting where documents end costs bits too, and adds no byte.
+            compared between tokenizers. Predicting where documents end costs bits too, and adds no
+            byte.
         num_tokens: tokens predicted, one <|endoftext|> per document included.
         num_bytes: bytes of the text.
     """
@@ -38,13 +39,15 @@ class EvaluationResult:
 def sum_losses(
     model: nn.Module, batch: dict[str, torch.Tensor], byte_counts: torch.Tensor
 ) -> torch.Tensor:
-    """Return for each row of a packed batch its nats, predicted tokens and bytes, (B, 3) float64."""
+    """Return nats, predicted tokens and bytes of each row of a packed batch, (B, 3) float64."""
     labels = batch["labels"][:, 1:]  # (B, T - 1)
     # No attention mask and no cache: only then do the position ids keep packed documents apart.
     logits = model(
         input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
     ).logits[:, :-1]
-    nats = nn.functional.cross_entropy(logits.float().mT, labels, reduction="none")  # 0 where ignored
+    nats = nn.functional.cross_entropy(
+        logits.float().mT, labels, reduction="none"
+    )  # 0 where ignored
     known = labels != -100
     sizes = byte_counts.to(labels.device)[labels.clamp(min=0)] * known
     return torch.stack([x.double().sum(dim=1) for x in (nats, known, sizes)], dim=1)
@@ -74,7 +77,7 @@ def evaluate(
     text_column: str = "text",
     show_progress: bool = False,
 ) -> EvaluationResult:
-    """Measure a model on text, in blocks of `context_length` tokens that see only their own document.
+    """Measure a model on text, in blocks of `context_length` tokens.
 
     Args:
         model: a model with its `tokenizer`, or the folder or Hub id of a checkpoint.

@@ -68,15 +68,15 @@ def stream_text(
         ValueError: a setting is out of range, or the prompt leaves no room in the model's context.
     """
     _check_settings(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty)
-    sampling = temperature > 0
-    filters = {"top_k": top_k or 0, "top_p": top_p, "min_p": min_p, "temperature": temperature}
+    filters = {"temperature": temperature, "top_k": top_k or 0, "top_p": top_p, "min_p": min_p}
+    sampling = {k: v for k, v in filters.items() if v is not None} if temperature > 0 else {}
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
-        do_sample=sampling,
+        do_sample=temperature > 0,
         repetition_penalty=repetition_penalty,
         eos_token_id=tokenizer.eos_token_id if stop_at_eos else None,
         pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
-        **({name: value for name, value in filters.items() if value is not None} if sampling else {}),
+        **sampling,
     )
     inputs = _encode(tokenizer, prompt).to(model.device)
     _check_room(model, inputs["input_ids"].shape[1], max_new_tokens)
@@ -108,7 +108,9 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str):
     if prompt:
         return tokenizer(prompt, return_tensors="pt")
     if tokenizer.bos_token is None:
-        raise ValueError("prompt='' starts from the bos token, and this tokenizer has none: give a text.")
+        raise ValueError(
+            "prompt='' starts from the bos token, and this tokenizer has none: give a text."
+        )
     ids = torch.tensor([[tokenizer.bos_token_id]])
     return tokenizer.pad({"input_ids": ids}, return_tensors="pt")
 
@@ -117,8 +119,8 @@ def _check_room(model: PreTrainedModel, prompt_tokens: int, max_new_tokens: int)
     limit = model.config.max_position_embeddings
     if prompt_tokens + max_new_tokens > limit:
         raise ValueError(
-            f"The prompt has {prompt_tokens} tokens and max_new_tokens={max_new_tokens}, together more than "
-            f"this model's context of {limit}: shorten the prompt, or generate at most "
+            f"The prompt has {prompt_tokens} tokens and max_new_tokens={max_new_tokens}, together "
+            f"more than this model's context of {limit}: shorten the prompt, or generate at most "
             f"{max(limit - prompt_tokens, 0)} tokens."
         )
 

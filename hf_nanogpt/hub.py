@@ -18,7 +18,8 @@ A GPT of {num_parameters:,} parameters, trained from nothing on `{data}` with hf
 
 | | |
 |---|---|
-| Architecture | {layers} layers, {width} wide, {heads} heads, context {context}, vocabulary {vocabulary} |
+| Architecture | {layers} layers, width {width}, {heads} heads, context {context} |
+| Vocabulary | {vocabulary} tokens |
 | Training | {train_tokens:,} tokens in {train_seconds:,.0f} s ({tokens_per_second:,.0f} tokens/s) |
 | Validation loss | {eval_loss:.4f} nats per token |
 | Perplexity | {perplexity:.2f} |
@@ -33,8 +34,8 @@ generate = pipeline("text-generation", "{name}", trust_remote_code=True)
 print(generate({prompt!r}, max_new_tokens=50)[0]["generated_text"])
 ```
 
-`trust_remote_code` lets transformers run the two model files in this folder; with hf_nanogpt installed,
-`import hf_nanogpt` does instead.
+`trust_remote_code` lets transformers run the two model files in this folder; with hf_nanogpt
+installed, `import hf_nanogpt` does instead.
 
 A sample:
 
@@ -42,7 +43,8 @@ A sample:
 {sample}
 ```
 
-The model is small and knows only its training text: what it writes looks right more often than it is.
+The model is small and knows only its training text: what it writes looks right more often than it
+is.
 """
 
 

@@ -1,8 +1,8 @@
 """NanoGPT: one decoder-only transformer that is the whole GPT family by configuration.
 
 Read it top-down: norm, positions, attention, MLP, layer, model, heads. Shapes are written with
-B rows, T query positions, S key positions, C = hidden_size, H heads (G key-value heads), D = head_dim
-and V = vocab_size.
+B rows, T query positions, S key positions, C = hidden_size, H heads (G key-value heads), D =
+head_dim and V = vocab_size.
 """
 
 import math
@@ -23,7 +23,11 @@ from transformers.modeling_layers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
+from transformers.modeling_utils import (
+    ALL_ATTENTION_FUNCTIONS,
+    PreTrainedModel,
+    slice_logits_to_keep,
+)
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
@@ -33,7 +37,7 @@ from .configuration_nanogpt import NanoGPTConfig
 
 
 class NanoGPTRMSNorm(nn.RMSNorm):
-    """Root-mean-square norm with or without a weight; the name is what transformers' init looks for."""
+    """Root-mean-square norm, weighted or not; transformers' init looks for this name."""
 
 
 class NanoGPTLayerNorm(nn.LayerNorm):
@@ -49,7 +53,7 @@ def build_norm(config: NanoGPTConfig, size: int) -> nn.Module:
 
 
 class NanoGPTRotaryEmbedding(nn.Module):
-    """Cosines and sines of RoPE; every scaling type of transformers works through `rope_parameters`."""
+    """Cosines and sines of RoPE, with every scaling that `rope_parameters` can name."""
 
     inv_freq: torch.Tensor
     original_inv_freq: torch.Tensor
@@ -66,14 +70,18 @@ class NanoGPTRotaryEmbedding(nn.Module):
         self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
 
     @staticmethod
-    def compute_default_rope_parameters(config: NanoGPTConfig, **kwargs) -> tuple[torch.Tensor, float]:
+    def compute_default_rope_parameters(
+        config: NanoGPTConfig, **kwargs
+    ) -> tuple[torch.Tensor, float]:
         """Return base^(-2i/D) for each pair i, shape (D/2,), and the factor for cos and sin (1)."""
         pairs = torch.arange(0, config.head_dim, 2, dtype=torch.float)
         return config.rope_parameters["rope_theta"] ** (-pairs / config.head_dim), 1.0
 
     @torch.no_grad()
     @dynamic_rope_update
-    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, x: torch.Tensor, position_ids: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         angles = position_ids[..., None].float() * self.inv_freq.to(x.device).float()
         angles = torch.cat((angles, angles), dim=-1)  # (B, T, D)
         cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
@@ -87,7 +95,7 @@ def rotate_half(x: torch.Tensor) -> torch.Tensor:
 
 
 def apply_rotary_pos_emb(q, k, cos, sin):
-    """Rotate q (B, H, T, D) and k (B, G, T, D) by the angles of their positions, cos/sin (B, T, D)."""
+    """Rotate q (B, H, T, D) and k (B, G, T, D) by their positions' cos and sin (B, T, D)."""
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     return q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
 
@@ -114,7 +122,7 @@ def eager_attention_forward(
 
 
 class NanoGPTAttention(nn.Module):
-    """Causal self-attention; fewer key-value heads than query heads make it grouped-query attention."""
+    """Causal self-attention, grouped-query where there are fewer key-value than query heads."""
 
     def __init__(self, config: NanoGPTConfig, layer_idx: int):
         super().__init__()
@@ -190,7 +198,7 @@ class NanoGPTMLP(nn.Module):
 
 
 class NanoGPTDecoderLayer(GradientCheckpointingLayer):
-    """Attention, then MLP, each added to the residual stream; the norm sits before or after the sum."""
+    """Attention, then MLP, each added to the residual stream; norms before or after the sums."""
 
     def __init__(self, config: NanoGPTConfig, layer_idx: int):
         super().__init__()
@@ -201,7 +209,9 @@ class NanoGPTDecoderLayer(GradientCheckpointingLayer):
         self.mlp = NanoGPTMLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
+    def forward(
+        self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> torch.Tensor:
         x = hidden_states  # (B, T, C)
         if self.norm_position == "pre":
             x = x + self.dropout(self.self_attn(self.input_layernorm(x), **kwargs)[0])
@@ -251,17 +261,24 @@ class NanoGPTPreTrainedModel(PreTrainedModel):
 
 
 class NanoGPTModel(NanoGPTPreTrainedModel):
-    """The stack of decoder layers between token ids and final hidden states; no encoder anywhere."""
+    """The stack of decoder layers between token ids and hidden states; no encoder anywhere."""
 
     def __init__(self, config: NanoGPTConfig):
         super().__init__(config)
-        learned, pre_norm = config.position_embedding_type == "learned", config.norm_position == "pre"
+        learned, pre_norm = (
+            config.position_embedding_type == "learned",
+            config.norm_position == "pre",
+        )
         width, layers = config.hidden_size, range(config.num_hidden_layers)
         self.embed_tokens = nn.Embedding(config.vocab_size, width)
-        self.embed_positions = nn.Embedding(config.max_position_embeddings, width) if learned else None
+        self.embed_positions = (
+            nn.Embedding(config.max_position_embeddings, width) if learned else None
+        )
         self.embed_norm = build_norm(config, width) if config.embedding_norm else nn.Identity()
         self.dropout = nn.Dropout(config.dropout)
-        self.layers = nn.ModuleList([NanoGPTDecoderLayer(config, layer_idx) for layer_idx in layers])
+        self.layers = nn.ModuleList(
+            [NanoGPTDecoderLayer(config, layer_idx) for layer_idx in layers]
+        )
         self.norm = build_norm(config, width) if pre_norm else nn.Identity()
         self.rotary_emb = None if learned else NanoGPTRotaryEmbedding(config)
         self.gradient_checkpointing = False
@@ -281,8 +298,8 @@ class NanoGPTModel(NanoGPTPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         """Map `input_ids` or `inputs_embeds`, one of the two, to hidden states (B, T, C).
 
-        `position_ids` (B, T) that start again at 0 mark packed documents, which then do not see each
-        other; that holds for `attention_mask=None` and `use_cache=False` only.
+        `position_ids` (B, T) that start again at 0 mark packed documents, which then do not see
+        each other; that holds for `attention_mask=None` and `use_cache=False` only.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
@@ -292,7 +309,9 @@ class NanoGPTModel(NanoGPTPreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
             past_seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_seen
+            position_ids = (
+                torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_seen
+            )
             position_ids = position_ids.unsqueeze(0)
 
         masks = attention_mask  # `generate` hands over one mask per kind of layer for static caches

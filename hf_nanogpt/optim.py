@@ -1,7 +1,8 @@
 """Muon for the matrices inside the layers and AdamW for the rest, as one optimizer.
 
 Muon (Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks") replaces the
-momentum of a matrix by the nearest orthogonal matrix, so that every direction of it learns at one pace.
+momentum of a matrix by the nearest orthogonal matrix, so that every direction of it learns at one
+pace.
 """
 
 from collections import defaultdict
@@ -44,7 +45,7 @@ _POLAR_EXPRESS = (
 
 
 def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
-    """Return nearly the closest orthogonal matrix to each of `matrices`, shape (..., rows, columns).
+    """Return about the closest orthogonal matrix to each of `matrices` (..., rows, columns).
 
     Singular values come out around 1. Computed in float32 on a CPU, where bfloat16 is slow, and in
     bfloat16 elsewhere.
@@ -64,7 +65,8 @@ class MuonAdamW(torch.optim.Optimizer):
     """Step each group by its `algorithm`: `"muon"` (matrices only) or `"adamw"`.
 
     Both decay weights apart from the gradient. Matrices of one shape are orthogonalised together in
-    one batched product. `"muon"` groups use `momentum` (Nesterov), `"adamw"` groups `betas` and `eps`.
+    one batched product. `"muon"` groups use `momentum` (Nesterov), `"adamw"` groups `betas` and
+    `eps`.
     """
 
     def __init__(
@@ -97,7 +99,7 @@ class MuonAdamW(torch.optim.Optimizer):
         for p in params:
             shapes[p.shape].append(p)
         for (rows, columns), same in shapes.items():
-            grads = torch.stack([p.grad for p in same])
+            grads = torch.stack([p.grad for p in same if p.grad is not None])
             for p in same:
                 if "momentum_buffer" not in self.state[p]:
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
@@ -119,7 +121,7 @@ class MuonAdamW(torch.optim.Optimizer):
         states = [self.state[p] for p in params]
         adamw(
             params,
-            [p.grad for p in params],
+            [p.grad for p in params if p.grad is not None],
             [s["exp_avg"] for s in states],
             [s["exp_avg_sq"] for s in states],
             [],
@@ -146,8 +148,8 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """Make the optimizer of a recipe; what is `None` comes from `OPTIM_DEFAULTS`.
 
-    `"muon"`: the matrices inside the layers by Muon at `learning_rate`, untied embeddings by AdamW at 5
-    times and all else (head, norms, biases) at half of it. `"adamw"`: everything by AdamW at
+    `"muon"`: the matrices inside the layers by Muon at `learning_rate`, untied embeddings by AdamW
+    at 5 times and all else (head, norms, biases) at half of it. `"adamw"`: everything by AdamW at
     `learning_rate`, with weight decay on matrices only. Groups carry a `name`, and every trainable
     parameter is in exactly one.
     """

@@ -78,8 +78,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "gpt2-medium": _GPT | _size(24, 1024, 16),
     "gpt2-large": _GPT | _size(36, 1280, 20),
     "gpt2-xl": _GPT | _size(48, 1600, 25),
-    # Brown et al. 2020 (arXiv:2005.14165), table 2.1. For 1.3B the paper prints 24 heads of 128, which
-    # is not 2048 wide, and for 13B a width of 5140, which 40 heads do not divide.
+    # Brown et al. 2020 (arXiv:2005.14165), table 2.1. For 1.3B the paper prints 24 heads of 128,
+    # which is not 2048 wide, and for 13B a width of 5140, which 40 heads do not divide.
     "gpt3-125m": _GPT3 | _size(12, 768, 12),
     "gpt3-350m": _GPT3 | _size(24, 1024, 16),
     "gpt3-760m": _GPT3 | _size(24, 1536, 16),
@@ -104,7 +104,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "nanochat-d32": _NANOCHAT | _size(32, 2048, 16),
 }
 
-# What a row states and what it depends on: overriding the second drops the first, to be derived again.
+# What a row states and what it depends on: overriding the second drops the first, to be derived
+# again.
 _DEPENDS = {
     "intermediate_size": {"hidden_size", "mlp_type"},
     "head_dim": {"hidden_size", "num_attention_heads"},

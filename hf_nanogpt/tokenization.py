@@ -1,8 +1,9 @@
 """Tokenizers made from one's own text: byte-level BPE, characters or plain bytes.
 
-All three are the same machine, a byte-level BPE over 256 byte symbols, with different merges: learned
-ones (`bpe`), those that join the bytes of each character seen (`char`), or none (`byte`). So every
-Unicode text can be encoded, comes back exactly, and loads anywhere as a plain `tokenizer.json`.
+All three are the same machine, a byte-level BPE over 256 byte symbols, with different merges:
+learned ones (`bpe`), those that join the bytes of each character seen (`char`), or none (`byte`).
+So every Unicode text can be encoded, comes back exactly, and loads anywhere as a plain
+`tokenizer.json`.
 """
 
 import json
@@ -24,9 +25,10 @@ def train_tokenizer(
 
     Args:
         texts: the training text, in pieces of any length; read once, as a stream.
-        kind: `"bpe"` learns merges up to `vocab_size` tokens (Sennrich et al., arXiv:1508.07909, over
-            bytes as in GPT-2); `"char"` makes one token of each character seen and spells the others
-            in bytes; `"byte"` has the 256 bytes. The last two decide their own vocabulary size.
+        kind: `"bpe"` learns merges up to `vocab_size` tokens (Sennrich et al., arXiv:1508.07909;
+            over bytes as in GPT-2); `"char"` makes one token of each character seen and spells the
+            others in bytes; `"byte"` has the 256 bytes. The last two decide their own vocabulary
+            size.
 
     Raises:
         ValueError: `vocab_size` is below 257 (the bytes and `<|endoftext|>`) or more than the text
@@ -34,15 +36,19 @@ def train_tokenizer(
     """
     if kind == "bpe":
         return _wrap(_train_bpe(texts, vocab_size))
-    characters = {character for text in texts for character in set(text)} if kind == "char" else set()
+    characters: set[str] = set()
+    if kind == "char":
+        for text in texts:
+            characters.update(text)
     return _wrap(_join_characters(characters))
 
 
 def token_byte_counts(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
-    """Return how many bytes of text each token stands for, shape (len(tokenizer),); 0 for special ones.
+    """Return the bytes of text that each token stands for, (len(tokenizer),); 0 if special.
 
-    Exact for byte-level tokenizers (ours, GPT-2's, Qwen's, Llama 3's): summed over an encoded text it
-    gives the text's length in UTF-8. For others a token counts as the bytes it adds when decoded.
+    Exact for byte-level tokenizers (ours, GPT-2's, Qwen's, Llama 3's): summed over an encoded text
+    it gives the text's length in UTF-8. For others a token counts as the bytes it adds when
+    decoded.
     """
     special = set(tokenizer.all_special_ids)
     tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
@@ -115,7 +121,7 @@ def _byte_level(model: models.BPE) -> Tokenizer:
 
 
 def _wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
-    """Give the tokenizer the interface of transformers; rows are padded on the left, to generate."""
+    """Give the tokenizer the interface of transformers; it pads on the left, to generate."""
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=END_OF_TEXT,

@@ -1,10 +1,11 @@
-"""Training: `NanoGPTTrainer` is transformers' Trainer with our optimizer, batches and exact metrics."""
+"""Training: transformers' Trainer with our optimizer, packed batches and exact metrics."""
 
 import json
 import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,14 @@ from .arguments import NanoGPTTrainingArguments, make_config, parse_settings
 from .callbacks import ProgressCallback, plot_losses
 from .checkpoint import check_output_dir, clear_output_dir, staged_folder
 from .configuration_nanogpt import NanoGPTConfig
-from .data import DataArguments, Documents, PackedCollator, load_documents, load_tokenizer, pack_documents
+from .data import (
+    DataArguments,
+    Documents,
+    PackedCollator,
+    load_documents,
+    load_tokenizer,
+    pack_documents,
+)
 from .evaluation import check_context_length, sum_losses, summarize_losses
 from .generation import generate_text
 from .hub import render_model_card
@@ -32,11 +40,13 @@ class NanoGPTTrainer(Trainer):
     """Train on packed blocks by the optimizer of `args.optim_recipe`.
 
     Takes all that `Trainer` takes. With a `processing_class` (the tokenizer) it collates blocks by
-    `PackedCollator` and evaluates `eval_loss`, `eval_perplexity` and `eval_bits_per_byte` as exact sums
-    over tokens, whatever the batch size; a `data_collator` or `compute_metrics` of one's own wins.
+    `PackedCollator` and evaluates `eval_loss`, `eval_perplexity` and `eval_bits_per_byte` as exact
+    sums over tokens, whatever the batch size; a `data_collator` or `compute_metrics` of one's own
+    wins.
     """
 
     args: NanoGPTTrainingArguments
+    optimizer: torch.optim.Optimizer | None
 
     def __init__(self, model=None, args=None, **kwargs):
         tokenizer = kwargs.get("processing_class")
@@ -60,13 +70,13 @@ class NanoGPTTrainer(Trainer):
                 recipe=args.optim_recipe,
                 learning_rate=args.learning_rate,
                 weight_decay=args.weight_decay,
-                betas=(args.adam_beta1, args.adam_beta2),
+                betas=(args.adam_beta1 or 0.0, args.adam_beta2 or 0.0),
                 eps=args.adam_epsilon,
             )
         return self.optimizer
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Hand the sums of each row to Trainer's loop as "logits": it gathers them over processes."""
+        """Hand the sums of each row to Trainer's loop as "logits", which it gathers."""
         if self.byte_counts is None:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         with torch.no_grad(), self.compute_loss_context_manager():
@@ -117,8 +127,8 @@ def train(
     """
     data_args, architecture, args = parse_settings(recipe, flags, **settings)
     check_output_dir(args.output_dir, overwrite=overwrite, resume=resume)
-    config = make_config(architecture, vocab_size=data_args.vocab_size)  # refuse it before long work
-    _check_length(config, data_args)
+    # Refuse an impossible architecture now, not after minutes of preparing data for it.
+    _check_length(make_config(architecture, vocab_size=data_args.vocab_size), data_args)
     last_checkpoint = get_last_checkpoint(args.output_dir) if resume else None
 
     with args.main_process_first(desc="preparing the data"):
@@ -131,9 +141,13 @@ def train(
             config = make_config(architecture, **_vocabulary(tokenizer))
         length = _check_length(config, data_args)
         tokenizer.model_max_length = config.max_position_embeddings
-        packing = {"context_length": length, "num_proc": data_args.num_proc}
-        blocks = pack_documents(documents, tokenizer, **packing)
-        validation = pack_documents(held_out, tokenizer, **packing)
+        pack = partial(
+            pack_documents,
+            tokenizer=tokenizer,
+            context_length=length,
+            num_proc=data_args.num_proc,
+        )
+        blocks, validation = pack(documents), pack(held_out)
     _check_blocks(blocks, length, args)
 
     set_seed(args.seed)
@@ -159,7 +173,9 @@ def _check_length(config: NanoGPTConfig, data_args: DataArguments) -> int:
 
 
 def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    ids = {
+        f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")
+    }
     return {"vocab_size": len(tokenizer), **ids}
 
 
@@ -169,8 +185,8 @@ def _check_blocks(blocks: Documents, length: int, args: NanoGPTTrainingArguments
             raise ValueError(f"max_steps={args.max_steps}: a stream has no end, so give max_steps.")
     elif len(blocks) == 1 and (tokens := len(blocks[0]["input_ids"])) < length:
         raise ValueError(
-            f"The training text has {tokens} tokens, fewer than one block of context_length={length}: "
-            "give more text, or a smaller block_size or context_length."
+            f"The training text has {tokens} tokens, fewer than one block of context_length="
+            f"{length}: give more text, or a smaller block_size or context_length."
         )
 
 
@@ -209,7 +225,9 @@ def _write_artifacts(
     output_dir, sample = Path(args.output_dir), ""
     if not args.should_save:
         return TrainingResult(output_dir, metrics, sample)
-    room = model.config.max_position_embeddings - len(tokenizer(args.sample_prompt)["input_ids"]) - 1
+    room = (
+        model.config.max_position_embeddings - len(tokenizer(args.sample_prompt)["input_ids"]) - 1
+    )
     with suppress(ValueError):  # a prompt longer than the context leaves no room for a sample
         [sample] = generate_text(
             model.eval(),
@@ -230,7 +248,11 @@ def _write_artifacts(
     with staged_folder(output_dir) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        (folder / "metrics.json").write_text(json.dumps(metrics | {"recipe": recipe}, indent=2) + "\n")
+        (folder / "metrics.json").write_text(
+            json.dumps(metrics | {"recipe": recipe}, indent=2) + "\n"
+        )
         (folder / "README.md").write_text(card)
-        plot_losses(trainer.state.log_history, folder / "loss.png", title=f"{output_dir.name}: loss")
+        plot_losses(
+            trainer.state.log_history, folder / "loss.png", title=f"{output_dir.name}: loss"
+        )
     return TrainingResult(output_dir, metrics, sample)

@@ -1,0 +1,7 @@
+"""`python -m hf_nanogpt` is `hf-nanogpt`."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

@@ -1,0 +1,77 @@
+"""Figures of a model that follow from its configuration alone; no weights are made or read."""
+
+import torch
+from transformers import AutoConfig
+
+from .checkpoint import check_checkpoint, unreachable
+from .configuration_nanogpt import NanoGPTConfig
+from .modeling_nanogpt import NanoGPTForCausalLM
+from .presets import PRESETS, load_preset
+
+
+def describe(model: str) -> dict[str, str]:
+    """Return the figures of a preset, a checkpoint folder or a Hub id, with units, to print.
+
+    Raises:
+        ValueError: it is none of them, or a checkpoint of another architecture.
+    """
+    config = _load_config(model)
+    with torch.device("meta"):
+        lm = NanoGPTForCausalLM(config)
+    total = lm.num_parameters()
+    tables = [lm.model.embed_tokens, lm.model.embed_positions]
+    embedding = sum(table.weight.numel() for table in tables if table is not None)
+    context, inner = config.max_position_embeddings, config.num_attention_heads * config.head_dim
+    # 2 FLOPs per weight that is multiplied, and 4 per position and layer for scores and weighted
+    # sum; training costs three times that (Kaplan et al. 2020, arXiv:2001.08361, section 2.1).
+    multiplied = total - embedding + config.tie_word_embeddings * lm.lm_head.weight.numel()
+    seen = [
+        min(context, config.sliding_window) if kind == "sliding_attention" else context
+        for kind in config.layer_types
+    ]
+    flops = 2 * multiplied + 4 * inner * sum(seen)
+    cached = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    return {
+        "layers": f"{config.num_hidden_layers:,}",
+        "width": f"{config.hidden_size:,}",
+        "heads": f"{config.num_attention_heads} of {config.head_dim}, "
+        f"{config.num_key_value_heads} for keys and values",
+        "MLP width": f"{config.intermediate_size:,} ({config.mlp_type}, {config.hidden_act})",
+        "context": f"{context:,} tokens, {config.position_embedding_type} positions",
+        "norm": f"{config.norm_type}, {config.norm_position}",
+        "vocabulary": f"{config.vocab_size:,}, "
+        f"{'tied' if config.tie_word_embeddings else 'untied'} head",
+        "parameters": f"{total:,}",
+        "  without embeddings": f"{total - embedding:,}",
+        "FLOPs per token, serving": f"{flops:.4g} (at full context)",
+        "FLOPs per token, training": f"{3 * flops:.4g}",
+        "memory to serve, fp32": _size(4 * total),
+        "memory to serve, bf16": _size(2 * total),
+        "memory to train, fp32 AdamW": f"{_size(16 * total)} and activations",
+        "KV cache per token, fp32": _size(4 * cached),
+        "KV cache per token, bf16": _size(2 * cached),
+    }
+
+
+def _load_config(model: str) -> NanoGPTConfig:
+    if model in PRESETS:
+        return load_preset(model)
+    try:
+        name = check_checkpoint(model)
+    except ValueError as error:
+        raise ValueError(f"{error} Presets: {', '.join(PRESETS)}.") from error
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except OSError as error:
+        raise ValueError(unreachable(name, "checkpoint folder")) from error
+    if config.model_type != NanoGPTConfig.model_type:
+        raise ValueError(f"{name} is a {config.model_type} model, not {NanoGPTConfig.model_type}.")
+    return config
+
+
+def _size(size: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.4g} {unit}"
+        size /= 1024
+    return f"{size:,.4g} TiB"

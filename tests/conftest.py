@@ -1,0 +1,70 @@
+"""Shared by all tests: nothing leaves this machine, and one tiny configuration per GPT family."""
+
+import os
+import tempfile
+
+# Set before transformers, datasets or huggingface_hub are imported.
+_CACHE = tempfile.TemporaryDirectory(prefix="hf_nanogpt-tests-")
+os.environ |= {
+    "HF_HOME": _CACHE.name,
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from datasets.utils.logging import disable_progress_bar  # noqa: E402
+
+from hf_nanogpt import NanoGPTConfig, NanoGPTForCausalLM, load_preset  # noqa: E402
+
+disable_progress_bar()
+
+TINY = {
+    "vocab_size": 61,
+    "n_layer": 3,
+    "n_embd": 32,
+    "n_head": 4,
+    "block_size": 64,
+    "dropout": 0.0,
+    "initializer_range": 0.2,  # large enough that every part of the model matters
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
+FAMILIES = {
+    "nano": {"preset": "nano"},
+    "gpt1": {"preset": "gpt1"},
+    "gpt2": {"preset": "gpt2"},
+    "gpt3": {"preset": "gpt3-125m", "sliding_window": 5, "layer_types": None},
+    "llama": {"preset": "llama-7b", "num_key_value_heads": 2},
+    "qwen3": {"preset": "qwen3-0.6b", "num_key_value_heads": 2, "head_dim": 16},
+    "nanochat": {"preset": "nanochat-d12"},
+}
+
+
+def tiny_config(family: str, **overrides) -> NanoGPTConfig:
+    """Return the family's architecture at a size that runs in milliseconds."""
+    row = dict(FAMILIES[family])
+    preset = row.pop("preset")
+    if family == "gpt3":
+        kinds = ["full_attention", "sliding_attention"]
+        row["layer_types"] = [kinds[i % 2] for i in range(TINY["n_layer"])]
+    return load_preset(preset, **(TINY | row | overrides))
+
+
+def tiny_model(family: str = "nano", *, seed: int = 0, **overrides) -> NanoGPTForCausalLM:
+    """Return a randomly initialised tiny model in eval mode."""
+    torch.manual_seed(seed)
+    return NanoGPTForCausalLM(tiny_config(family, **overrides)).eval()
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def tokens() -> torch.Tensor:
+    """Random token ids, (2, 20), without the pad token."""
+    return torch.randint(1, TINY["vocab_size"], (2, 20), generator=torch.Generator().manual_seed(1))
