@@ -45,8 +45,9 @@ class NanoGPTTrainingArguments(TrainingArguments):
     num_threads: int | None = field(
         default=None, metadata={"help": "CPU threads for torch; by default as many as cores."}
     )
-    sample_prompt: str = field(
-        default="", metadata={"help": "Prompt of the sample that is generated after training."}
+    sample_prompt: str | None = field(
+        default=None,
+        metadata={"help": "Prompt of the sample after training; default: words held out."},
     )
     logging_steps: float = field(default=10)
     eval_strategy: str = field(default="steps")  # type: ignore[assignment]

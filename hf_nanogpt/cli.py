@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -158,7 +159,7 @@ A sample:
 {sample}
 
 Next:
-  hf-nanogpt generate {folder} "def main("
+  hf-nanogpt generate {folder} {shlex.quote(result.prompt)}
   hf-nanogpt eval {folder} --data YOUR_TEXT
   hf-nanogpt info {folder}"""
 

@@ -186,11 +186,16 @@ def _read_texts(data: str, files: list[Path], fraction: float) -> tuple[Dataset,
     # (A tuple: `from_generator` would hand a list to the generator one element at a time.)
     state = tuple((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files)
 
+    features = Features({"text": Value("large_string"), "starts": Value("bool")})
+
     def write(held_out: bool) -> Dataset:
+        settings = {"state": state, "fraction": fraction, "held_out": held_out}
+        if next(_generate_texts(**settings), None) is None:
+            return Dataset.from_dict({"text": [], "starts": []}, features=features)
         return Dataset.from_generator(
             _generate_texts,
-            gen_kwargs={"state": state, "fraction": fraction, "held_out": held_out},
-            features=Features({"text": Value("large_string"), "starts": Value("bool")}),
+            gen_kwargs=settings,
+            features=features,
             fingerprint=Hasher.hash(("texts", state, fraction, held_out)),
             split=NamedSplit("validation" if held_out else "training"),
         )

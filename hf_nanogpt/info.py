@@ -1,5 +1,7 @@
 """Figures of a model that follow from its configuration alone; no weights are made or read."""
 
+import difflib
+
 import torch
 from transformers import AutoConfig
 
@@ -59,7 +61,9 @@ def _load_config(model: str) -> NanoGPTConfig:
     try:
         name = check_checkpoint(model)
     except ValueError as error:
-        raise ValueError(f"{error} Presets: {', '.join(PRESETS)}.") from error
+        nearest = difflib.get_close_matches(model, PRESETS, n=1, cutoff=0.4)
+        hint = f"Did you mean the preset {nearest[0]!r}?" if nearest else ""
+        raise ValueError(f"{error} Presets: {', '.join(PRESETS)}. {hint}") from error
     try:
         config = AutoConfig.from_pretrained(name)
     except OSError as error:

@@ -221,6 +221,8 @@ class NanoGPTDecoderLayer(GradientCheckpointingLayer):
 
 
 class NanoGPTPreTrainedModel(PreTrainedModel):
+    """What all heads share: initialisation, saving, and what transformers may do with the model."""
+
     config: NanoGPTConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
@@ -424,6 +426,8 @@ class NanoGPTForCausalLM(NanoGPTPreTrainedModel, GenerationMixin):
 
 
 class NanoGPTForSequenceClassification(GenericForSequenceClassification, NanoGPTPreTrainedModel):
+    """Classify a text by the state of its last token that is no padding."""
+
     def __init__(self, config: NanoGPTConfig):
         NanoGPTPreTrainedModel.__init__(self, config)
         self.num_labels = config.num_labels
@@ -433,6 +437,8 @@ class NanoGPTForSequenceClassification(GenericForSequenceClassification, NanoGPT
 
 
 class NanoGPTForTokenClassification(GenericForTokenClassification, NanoGPTPreTrainedModel):
+    """Classify each token by the text up to it."""
+
     def __init__(self, config: NanoGPTConfig):
         NanoGPTPreTrainedModel.__init__(self, config)
         self.num_labels = config.num_labels
@@ -443,6 +449,8 @@ class NanoGPTForTokenClassification(GenericForTokenClassification, NanoGPTPreTra
 
 
 class NanoGPTForQuestionAnswering(GenericForQuestionAnswering, NanoGPTPreTrainedModel):
+    """Mark where in the text an answer begins and ends."""
+
     def __init__(self, config: NanoGPTConfig):
         NanoGPTPreTrainedModel.__init__(self, config)
         self.model = NanoGPTModel(config)

@@ -21,6 +21,7 @@ from .callbacks import ProgressCallback, plot_losses
 from .checkpoint import check_output_dir, clear_output_dir, staged_folder
 from .configuration_nanogpt import NanoGPTConfig
 from .data import (
+    STDLIB,
     DataArguments,
     Documents,
     PackedCollator,
@@ -97,10 +98,11 @@ def _compute_metrics(prediction) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """Where the checkpoint is, the content of its `metrics.json`, and a text that it wrote."""
+    """Where the checkpoint is, the content of its `metrics.json`, and what it made of a prompt."""
 
     output_dir: Path
     metrics: dict[str, Any]
+    prompt: str
     sample: str
 
 
@@ -164,7 +166,21 @@ def train(
     trainer.train(resume_from_checkpoint=last_checkpoint)
     seconds = time.perf_counter() - started
     metrics = _collect_metrics(trainer, seconds, tokens_before)
-    return _write_artifacts(trainer, metrics, recipe=str(recipe), data=data_args.data)
+    prompt = _choose_prompt(args, data_args, held_out)
+    return _write_artifacts(
+        trainer, metrics, recipe=str(recipe), data=data_args.data, prompt=prompt
+    )
+
+
+def _choose_prompt(
+    args: NanoGPTTrainingArguments, data_args: DataArguments, held_out: Documents
+) -> str:
+    """Return the prompt of the sample: the user's, or one that suits the text."""
+    if args.sample_prompt is not None:
+        return args.sample_prompt
+    if data_args.data == STDLIB:
+        return "def main("
+    return " ".join(next(iter(held_out))["text"].split()[:3])[:40]
 
 
 def _check_length(config: NanoGPTConfig, data_args: DataArguments) -> int:
@@ -218,21 +234,19 @@ def _collect_metrics(trainer: NanoGPTTrainer, seconds: float, tokens_before: int
 
 
 def _write_artifacts(
-    trainer: NanoGPTTrainer, metrics: dict[str, Any], *, recipe: str, data: str
+    trainer: NanoGPTTrainer, metrics: dict[str, Any], *, recipe: str, data: str, prompt: str
 ) -> TrainingResult:
     args, tokenizer = trainer.args, trainer.processing_class
     model = trainer.accelerator.unwrap_model(trainer.model)
     output_dir, sample = Path(args.output_dir), ""
     if not args.should_save:
-        return TrainingResult(output_dir, metrics, sample)
-    room = (
-        model.config.max_position_embeddings - len(tokenizer(args.sample_prompt)["input_ids"]) - 1
-    )
+        return TrainingResult(output_dir, metrics, prompt, sample)
+    room = model.config.max_position_embeddings - len(tokenizer(prompt)["input_ids"]) - 1
     with suppress(ValueError):  # a prompt longer than the context leaves no room for a sample
         [sample] = generate_text(
             model.eval(),
             tokenizer,
-            args.sample_prompt,
+            prompt,
             max_new_tokens=min(120, room),
             temperature=0.7,
             seed=args.seed,
@@ -242,7 +256,7 @@ def _write_artifacts(
         metrics,
         name=output_dir.name,
         data=data,
-        prompt=args.sample_prompt,
+        prompt=prompt,
         sample=sample,
     )
     with staged_folder(output_dir) as folder:
@@ -255,4 +269,4 @@ def _write_artifacts(
         plot_losses(
             trainer.state.log_history, folder / "loss.png", title=f"{output_dir.name}: loss"
         )
-    return TrainingResult(output_dir, metrics, sample)
+    return TrainingResult(output_dir, metrics, prompt, sample)

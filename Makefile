@@ -1,0 +1,41 @@
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: help train test check format bench build clean
+
+help:  ## show this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## */  make \1\t/'
+
+# On Linux pip takes the CUDA build of torch; PIP_EXTRA_INDEX_URL with PyTorch's CPU index saves 3 GB.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed; set PYTHON=python3.12, for example."; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+train: $(READY)  ## train a first GPT on Python's own source code, 3 minutes on 2 cores
+	$(BIN)/hf-nanogpt train
+
+test: $(READY)  ## run the test suite
+	$(BIN)/python -m pytest
+
+check: $(READY)  ## lint and type-check
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)  ## format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(READY)  ## compare the default recipe with nanoGPT's, side by side
+	$(BIN)/python benchmarks/recipes.py
+
+build: $(READY)  ## build the wheel and the source distribution
+	$(BIN)/python -m build
+
+clean:  ## remove the environment and what was built (never runs/)
+	rm -rf .venv dist build .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,217 @@
+"""The configuration: names, derived values, refusals, files, and the table of presets."""
+
+import json
+
+import pytest
+import torch
+from conftest import FAMILIES, tiny_config
+from transformers import AutoConfig
+
+from hf_nanogpt import NanoGPTConfig, NanoGPTForCausalLM, list_presets, load_preset
+
+SHORT = {
+    "n_layer": (3, "num_hidden_layers"),
+    "n_head": (2, "num_attention_heads"),
+    "n_embd": (24, "hidden_size"),
+    "n_inner": (50, "intermediate_size"),
+    "block_size": (17, "max_position_embeddings"),
+    "n_positions": (18, "max_position_embeddings"),
+}
+
+
+@pytest.mark.parametrize("short", SHORT)
+def test_short_name_and_full_name_are_one_field(short):
+    value, name = SHORT[short]
+    by_short = NanoGPTConfig(**{"hidden_size": 24, "num_attention_heads": 2} | {short: value})
+    by_name = NanoGPTConfig(**{"hidden_size": 24, "num_attention_heads": 2} | {name: value})
+    assert by_short.to_dict() == by_name.to_dict()
+    assert getattr(by_short, short) == getattr(by_short, name) == value
+    setattr(by_short, short, value + 1)
+    assert getattr(by_short, name) == value + 1
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_bias_sets_both_biases(bias):
+    config = NanoGPTConfig(bias=bias)
+    assert config.attention_bias is config.mlp_bias is bias
+    assert "bias" not in config.to_dict()
+
+
+def test_values_left_out_are_derived():
+    glu, mlp = NanoGPTConfig(n_embd=768, n_head=6), NanoGPTConfig(n_embd=768, mlp_type="mlp")
+    assert (glu.head_dim, glu.num_key_value_heads) == (128, 6)
+    assert glu.intermediate_size == 2048  # 768 * 8 / 3
+    assert NanoGPTConfig(n_embd=64, n_head=2).intermediate_size == 192  # 170.7, up to 32 * 6
+    assert mlp.intermediate_size == 3072
+    assert glu.layer_types == ["full_attention"] * 12
+    assert NanoGPTConfig(n_layer=2, sliding_window=8).layer_types == ["sliding_attention"] * 2
+    assert glu.rope_parameters == {"rope_type": "default", "rope_theta": 10000.0}
+    assert NanoGPTConfig(position_embedding_type="learned").rope_parameters is None
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [("n_layers", "n_layer"), ("hiden_size", "hidden_size"), ("droput", "dropout")],
+)
+@pytest.mark.parametrize("make", [NanoGPTConfig, lambda **kw: load_preset("nano", **kw)])
+def test_unknown_field_is_refused_with_the_nearest_name(make, name, nearest):
+    with pytest.raises(ValueError, match=rf"{name}=7 .*Did you mean '{nearest}'\?"):
+        make(**{name: 7})
+
+
+def test_unknown_field_far_from_all_names_lists_the_fields():
+    with pytest.raises(ValueError, match=r"xyzzy=1 .*Known: .*'hidden_size'"):
+        NanoGPTConfig(xyzzy=1)
+
+
+SIZES = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim"]
+SIZES += ["num_attention_heads", "num_key_value_heads", "max_position_embeddings", "sliding_window"]
+REFUSED = [({name: 0}, [f"{name}=0", "1 or more"]) for name in SIZES] + [
+    ({"n_embd": 10, "n_head": 4}, ["hidden_size (n_embd)=10", "n_head)=4", "or set head_dim"]),
+    ({"n_head": 12, "num_key_value_heads": 5}, ["num_key_value_heads=5", "=12", "divisors"]),
+    ({"n_embd": 12, "n_head": 4}, ["head_dim=3 is odd", "position_embedding_type='learned'"]),
+    ({"n_layer": 2, "layer_types": ["full_attention"]}, ["layer_types", "num_hidden_layers=2"]),
+    ({"n_layer": 1, "layer_types": ["banded"]}, ["banded", "full_attention", "sliding_attention"]),
+    ({"n_layer": 1, "layer_types": ["sliding_attention"]}, ["layer_types", "set sliding_window"]),
+    ({"hidden_act": "gleu"}, ["hidden_act='gleu'", "'gelu'", "'silu'"]),
+    ({"dropout": 1.5}, ["dropout=1.5", "at least 0 and below 1"]),
+    ({"dropout": -0.1}, ["dropout=-0.1", "at least 0"]),
+]
+
+
+@pytest.mark.parametrize(("fields", "parts"), REFUSED, ids=[str(row[0]) for row in REFUSED])
+def test_refusal_names_the_field_the_value_and_the_remedy(fields, parts):
+    with pytest.raises(ValueError) as caught:
+        NanoGPTConfig(**fields)
+    assert [part for part in parts if part not in str(caught.value)] == []
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+        {"rope_parameters": {"rope_type": "nonsense"}},
+        {"final_logit_softcapping": 0.0},
+        {"initializer_range": 0.0},
+        {"initializer_range": -0.1},
+    ],
+    ids=str,
+)
+def test_value_that_the_model_cannot_honour_is_refused(fields):
+    with pytest.raises(ValueError, match=next(iter(fields))):
+        NanoGPTConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"norm_type": "batchnorm"}, {"mlp_type": "moe"}, {"n_layer": 2.5}, {"norm_eps": "1e-5"}],
+    ids=str,
+)
+def test_value_of_the_wrong_type_is_refused_by_field(fields):
+    name = NanoGPTConfig.attribute_map.get(*fields, next(iter(fields)))
+    with pytest.raises(Exception, match=name):
+        NanoGPTConfig(**fields)
+
+
+def test_config_made_wrong_after_creation_is_refused_when_saved(tmp_path):
+    config = NanoGPTConfig(n_layer=2)
+    config.layer_types = ["full_attention"]
+    with pytest.raises(Exception, match="num_hidden_layers=2"):
+        config.save_pretrained(tmp_path)
+
+
+def test_config_survives_a_file(family, tmp_path):
+    config = tiny_config(family)
+    config.save_pretrained(tmp_path)
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    assert isinstance(loaded, NanoGPTConfig)
+    assert loaded.to_dict() | {"_name_or_path": ""} == config.to_dict() | {"_name_or_path": ""}
+    assert NanoGPTConfig.from_dict(config.to_dict()).to_dict() == config.to_dict()
+
+
+@pytest.mark.parametrize("load", [AutoConfig.from_pretrained, NanoGPTConfig.from_pretrained])
+def test_extra_keys_of_a_saved_config_are_kept(load, tmp_path):
+    tiny_config("nano").save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"from_the_future": 5}))
+    assert load(tmp_path).from_the_future == 5
+
+
+def test_saved_field_can_be_replaced_while_loading(tmp_path):
+    tiny_config("nano").save_pretrained(tmp_path)
+    loaded = AutoConfig.from_pretrained(tmp_path, dropout=0.25)
+    assert loaded.dropout == 0.25
+
+
+# Presets.
+
+
+@pytest.mark.parametrize("name", list_presets())
+def test_preset_is_a_valid_config(name):
+    config = load_preset(name)
+    assert len(config.layer_types) == config.num_hidden_layers
+    assert config.num_attention_heads * config.head_dim >= config.hidden_size
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("gpt1", 116_534_784),
+        ("gpt2", 124_439_808),
+        ("gpt2-medium", 354_823_168),
+        ("gpt2-large", 774_030_080),
+        ("gpt2-xl", 1_557_611_200),
+        ("gpt3-175b", 174_604_259_328),
+    ],
+)
+def test_preset_has_the_published_number_of_parameters(name, count):
+    with torch.device("meta"):
+        model = NanoGPTForCausalLM(load_preset(name))
+    assert model.num_parameters() == sum(p.numel() for p in model.parameters()) == count
+
+
+@pytest.mark.parametrize(("name", "nearest"), [("gpt2-meduim", "gpt2-medium"), ("nanno", "nano")])
+def test_unknown_preset_is_refused_with_the_nearest_name(name, nearest):
+    with pytest.raises(ValueError, match=rf"'{name}' is unknown. Did you mean '{nearest}'\?"):
+        load_preset(name)
+
+
+def test_preset_derives_again_what_an_override_makes_wrong():
+    assert load_preset("gpt2", n_embd=384).head_dim == 32
+    assert load_preset("llama-7b", hidden_size=96, n_head=4).intermediate_size == 256
+    assert load_preset("llama-7b", mlp_type="mlp").intermediate_size == 4 * 4096
+    qwen = load_preset("qwen3-0.6b", n_head=4, n_embd=64)
+    assert (qwen.head_dim, qwen.num_key_value_heads) == (16, 4)
+    kinds = ["full_attention", "sliding_attention", "full_attention"]
+    assert load_preset("gpt3-125m", n_layer=3).layer_types == kinds
+    assert load_preset("gpt3-125m", sliding_window=None).layer_types == ["full_attention"] * 12
+    assert load_preset("qwen3-0.6b", position_embedding_type="learned").rope_parameters is None
+
+
+def test_preset_keeps_what_an_override_does_not_touch():
+    qwen = load_preset("qwen3-0.6b", n_layer=2, vocab_size=100)
+    assert (qwen.head_dim, qwen.num_key_value_heads, qwen.intermediate_size) == (128, 8, 3072)
+    assert qwen.rope_parameters["rope_theta"] == 1e6
+    assert load_preset("gpt2", bias=False).attention_bias is False
+    assert load_preset("gpt2", bias=False, mlp_bias=True).mlp_bias is True
+
+
+def test_preset_rows_are_not_changed_by_use():
+    load_preset("gpt3-125m").layer_types.append("mark")
+    load_preset("qwen3-0.6b").rope_parameters["rope_theta"] = 1.0
+    assert "mark" not in load_preset("gpt3-125m").layer_types
+    assert load_preset("qwen3-0.6b").rope_parameters["rope_theta"] == 1e6
+
+
+def test_families_of_the_tests_cover_every_choice_of_the_config():
+    configs = [tiny_config(name) for name in FAMILIES]
+    for name, choices in {
+        "position_embedding_type": {"rope", "learned"},
+        "norm_type": {"rmsnorm", "rmsnorm_unweighted", "layernorm"},
+        "norm_position": {"pre", "post"},
+        "mlp_type": {"glu", "mlp"},
+        "qk_norm": {True, False},
+        "embedding_norm": {True, False},
+        "tie_word_embeddings": {True, False},
+    }.items():
+        assert {getattr(config, name) for config in configs} == choices

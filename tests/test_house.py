@@ -1,0 +1,119 @@
+"""The house rules that a machine can hold: import direction, public names, sizes, paths."""
+
+import ast
+import re
+import subprocess
+from pathlib import Path
+
+import hf_nanogpt
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "hf_nanogpt"
+
+# Each file may import only from lines above its own.
+ORDER = [
+    ["configuration_nanogpt"],
+    ["modeling_nanogpt"],
+    ["auto"],
+    ["presets", "tokenization", "optim", "checkpoint"],
+    ["data"],
+    ["evaluation", "generation", "hub", "info"],
+    ["callbacks"],
+    ["arguments"],
+    ["training"],
+    ["cli"],
+]
+LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
+
+
+def _siblings(path: Path) -> set[str]:
+    """Return the modules of the package that a file imports, at the top or inside a function."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level == 1:
+            found |= {node.module} if node.module else {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom | ast.Import):
+            names = [getattr(node, "module", None), *(alias.name for alias in node.names)]
+            assert not any(str(name).startswith("hf_nanogpt") for name in names), path
+    return found - {"__version__"}
+
+
+def test_imports_point_one_way():
+    files = {path.stem: path for path in PACKAGE.glob("*.py") if not path.stem.startswith("__")}
+    assert set(files) == set(LEVEL)
+    for name, path in files.items():
+        for sibling in _siblings(path):
+            assert LEVEL[sibling] < LEVEL[name], f"{name} must not import {sibling}"
+
+
+def test_hub_files_import_only_what_everyone_has():
+    allowed = {"collections", "dataclasses", "difflib", "huggingface_hub", "math", "torch"}
+    allowed |= {"transformers", "typing"}
+    for name in ("configuration_nanogpt", "modeling_nanogpt"):
+        source = (PACKAGE / f"{name}.py").read_text(encoding="utf-8")
+        assert "from __future__" not in source
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Import):
+                assert {alias.name.split(".")[0] for alias in node.names} <= allowed
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                assert node.module.split(".")[0] in allowed
+            elif isinstance(node, ast.ImportFrom):
+                assert (name, node.module) == ("modeling_nanogpt", "configuration_nanogpt")
+
+
+def test_public_names_are_these():
+    assert hf_nanogpt.__all__ == [
+        "DataArguments",
+        "EvaluationResult",
+        "MuonAdamW",
+        "NanoGPTConfig",
+        "NanoGPTForCausalLM",
+        "NanoGPTForQuestionAnswering",
+        "NanoGPTForSequenceClassification",
+        "NanoGPTForTokenClassification",
+        "NanoGPTModel",
+        "NanoGPTPreTrainedModel",
+        "NanoGPTTrainer",
+        "NanoGPTTrainingArguments",
+        "PackedCollator",
+        "TrainingResult",
+        "build_optimizer",
+        "evaluate",
+        "generate_text",
+        "list_presets",
+        "list_recipes",
+        "load_checkpoint",
+        "load_documents",
+        "load_preset",
+        "load_text",
+        "pack_documents",
+        "render_model_card",
+        "stream_text",
+        "token_byte_counts",
+        "train",
+        "train_tokenizer",
+    ]
+    for name in hf_nanogpt.__all__:
+        thing = getattr(hf_nanogpt, name)
+        assert thing.__doc__, f"{name} has no docstring"
+
+
+def test_files_stay_readable():
+    for path in PACKAGE.glob("*.py"):
+        lines = len(path.read_text(encoding="utf-8").splitlines())
+        assert lines < (500 if path.stem == "modeling_nanogpt" else 460), f"{path.name}: {lines}"
+
+
+def test_version_has_a_changelog_entry():
+    assert f"## {hf_nanogpt.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_no_tracked_file_names_a_place_on_one_machine():
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    here = Path(__file__).name
+    for name in listed.stdout.split():
+        path = ROOT / name
+        if path.suffix in {".png", ".lock"} or path.name == here or not path.is_file():
+            continue
+        text = path.read_text(encoding="utf-8")
+        assert not re.search(r"/(root|home|work|Users)/[a-z]", text), name

@@ -1,0 +1,242 @@
+"""Training end to end on a small real text: same losses as the plain loop, artifacts, resuming."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_config
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, pipeline
+
+from hf_nanogpt import (
+    NanoGPTForCausalLM,
+    NanoGPTTrainer,
+    NanoGPTTrainingArguments,
+    evaluate,
+    load_text,
+    pack_documents,
+    train,
+    train_tokenizer,
+)
+from hf_nanogpt import training as training_module
+
+ROOT = Path(__file__).parent.parent
+SMALL = {
+    "tokenizer": "char",
+    "n_layer": 2,
+    "n_embd": 32,
+    "n_head": 2,
+    "block_size": 32,
+    "per_device_train_batch_size": 4,
+    "logging_steps": 1,
+    "disable_tqdm": True,
+    "num_threads": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def text_file(tmp_path_factory) -> Path:
+    """Real text: the source of this package's own training module, twice over in two documents."""
+    path = tmp_path_factory.mktemp("corpus") / "text.txt"
+    path.write_text(Path(training_module.__file__).read_text(encoding="utf-8"), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def checkpoint(text_file, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "small"
+    train(data=str(text_file), output_dir=str(folder), max_steps=12, **SMALL)
+    return folder
+
+
+def _history(folder: Path) -> list[float]:
+    last = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    state = json.loads((last / "trainer_state.json").read_text())
+    return [row["loss"] for row in state["log_history"] if "loss" in row]
+
+
+def test_plain_loop_gives_the_same_losses_as_the_trainer(text_file, tmp_path):
+    spec = importlib.util.spec_from_file_location("plain_loop", ROOT / "examples/plain_loop.py")
+    plain_loop = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(plain_loop)
+    documents = load_text(str(text_file))
+    tokenizer = train_tokenizer((row["text"] for row in documents), kind="char")
+    blocks = pack_documents(documents, tokenizer, context_length=32)
+    config = tiny_config("nano", vocab_size=len(tokenizer), initializer_range=None)
+    steps = len(blocks) // 8 + 5  # into the second epoch
+    plain = list(plain_loop.train(config, blocks, tokenizer, steps=steps, batch_size=8))
+
+    args = NanoGPTTrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=steps,
+        per_device_train_batch_size=8,
+        logging_steps=1,
+        eval_strategy="no",
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    torch.manual_seed(args.seed)
+    trainer = NanoGPTTrainer(
+        model_init=lambda: NanoGPTForCausalLM(config),
+        args=args,
+        train_dataset=blocks,
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    assert len(plain) == len(losses) == steps
+    assert losses == pytest.approx(plain, abs=1e-6)
+
+
+def test_folder_has_every_artifact_and_no_leftover(checkpoint):
+    names = {path.name for path in checkpoint.iterdir() if not path.name.startswith("checkpoint-")}
+    assert names == {
+        "README.md",
+        "config.json",
+        "configuration_nanogpt.py",
+        "generation_config.json",
+        "loss.png",
+        "metrics.json",
+        "model.safetensors",
+        "modeling_nanogpt.py",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    assert (checkpoint / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_metrics_are_those_of_the_saved_model(checkpoint, text_file):
+    metrics = json.loads((checkpoint / "metrics.json").read_text())
+    text = text_file.read_text(encoding="utf-8")
+    held_out = text_file.parent / "held_out.txt"
+    held_out.write_text(text[int(len(text) * 0.97) :], encoding="utf-8")  # quickstart's fraction
+    result = evaluate(checkpoint, str(held_out))
+    assert result.num_bytes == metrics["eval_bytes"]
+    assert result.loss == pytest.approx(metrics["eval_loss"], abs=1e-6)
+    assert result.bits_per_byte == pytest.approx(metrics["bits_per_byte"], abs=1e-6)
+    assert metrics["train_tokens"] == 12 * 4 * 32
+    assert (
+        metrics["num_parameters"]
+        == AutoModelForCausalLM.from_pretrained(checkpoint).num_parameters()
+    )
+
+
+def test_checkpoint_works_with_the_usual_tools(checkpoint):
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    assert tokenizer.model_max_length == 32
+    inputs = tokenizer(["def ", "import"], return_tensors="pt", padding=True)
+    assert model.generate(**inputs, max_new_tokens=4, do_sample=False).shape[0] == 2
+    [text] = pipeline("text-generation", str(checkpoint))("def ", max_new_tokens=5)
+    assert text["generated_text"].startswith("def ")
+
+
+def test_stock_trainer_trains_our_model(text_file, tmp_path):
+    documents = load_text(str(text_file))
+    tokenizer = train_tokenizer([], kind="byte")
+    blocks = pack_documents(documents, tokenizer, context_length=32)
+    rows = [
+        {"input_ids": r["input_ids"].tolist(), "labels": r["input_ids"].tolist()} for r in blocks
+    ]
+    args = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=3, save_strategy="no", disable_tqdm=True, use_cpu=True
+    )
+    model = NanoGPTForCausalLM(tiny_config("nano", vocab_size=len(tokenizer)))
+    result = Trainer(model=model, args=args, train_dataset=rows[:-1]).train()
+    assert result.training_loss > 0
+
+
+def test_resumed_run_equals_uninterrupted_run(checkpoint, text_file, tmp_path):
+    stopped = tmp_path / "stopped"
+    settings = SMALL | {"save_steps": 4, "save_total_limit": 5}
+    train(data=str(text_file), output_dir=str(stopped), max_steps=12, **settings)
+    for name in ("checkpoint-8", "checkpoint-12"):  # as if it had been killed after step 4
+        for path in (stopped / name).iterdir():
+            path.unlink()
+        (stopped / name).rmdir()
+    train(data=str(text_file), output_dir=str(stopped), max_steps=12, resume=True, **settings)
+    assert _history(stopped) == _history(checkpoint)
+    ours, theirs = (
+        AutoModelForCausalLM.from_pretrained(f).state_dict() for f in (stopped, checkpoint)
+    )
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_same_seed_gives_the_same_model_and_another_seed_another(checkpoint, text_file, tmp_path):
+    folders = tmp_path / "same", tmp_path / "other"
+    for folder, seed in zip(folders, (42, 43), strict=True):
+        train(data=str(text_file), output_dir=str(folder), max_steps=12, seed=seed, **SMALL)
+    assert _history(folders[0]) == _history(checkpoint)
+    assert _history(folders[1]) != _history(checkpoint)
+
+
+def test_best_model_is_loaded_and_measured_at_the_end(text_file, tmp_path):
+    result = train(
+        data=str(text_file),
+        output_dir=str(tmp_path / "best"),
+        max_steps=8,
+        eval_steps=2,
+        save_steps=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="bits_per_byte",
+        greater_is_better=False,
+        learning_rate=0.5,  # diverges, so that the last is not the best
+        **SMALL,
+    )
+    [state] = sorted((tmp_path / "best").glob("checkpoint-8/trainer_state.json"))
+    history = json.loads(state.read_text())["log_history"]
+    bits = [row["eval_bits_per_byte"] for row in history if "eval_bits_per_byte" in row]
+    assert result.metrics["bits_per_byte"] == pytest.approx(min(bits), abs=1e-9)
+
+
+def test_loss_falls_for_both_optimizers(text_file, tmp_path):
+    for recipe in ("muon", "adamw"):
+        folder = tmp_path / recipe
+        train(
+            data=str(text_file), output_dir=str(folder), max_steps=40, optim_recipe=recipe, **SMALL
+        )
+        losses = _history(folder)
+        assert sum(losses[-5:]) / 5 < losses[0] - 0.3
+
+
+def test_evaluation_in_the_trainer_is_independent_of_batch_size(checkpoint, text_file, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    blocks = pack_documents(load_text(str(text_file)), tokenizer, context_length=32)
+    losses = set()
+    for size in (1, 7, 64):
+        args = NanoGPTTrainingArguments(
+            output_dir=str(tmp_path), per_device_eval_batch_size=size, disable_tqdm=True
+        )
+        model = AutoModelForCausalLM.from_pretrained(checkpoint)
+        trainer = NanoGPTTrainer(model, args, eval_dataset=blocks, processing_class=tokenizer)
+        losses.add(round(trainer.evaluate()["eval_loss"], 6))
+    assert len(losses) == 1
+
+
+def test_training_from_a_stream_works(text_file, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    parts = text_file.read_text(encoding="utf-8").split("\n\n")
+    rows.write_text("\n".join(json.dumps({"text": part}) for part in parts), encoding="utf-8")
+    result = train(
+        data=str(rows),
+        streaming=True,
+        output_dir=str(tmp_path / "stream"),
+        max_steps=4,
+        **SMALL,
+    )
+    assert result.metrics["train_steps"] == 4
+
+
+def test_two_processes_see_different_data_and_agree(text_file, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+    command += ["-m", "hf_nanogpt", "train", "--data", str(text_file), "--max_steps", "3"]
+    command += ["--output_dir", str(tmp_path / "two"), "--use_cpu"]
+    for name, value in SMALL.items():
+        command.append(f"--{name}={value}")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
+    metrics = json.loads((tmp_path / "two" / "metrics.json").read_text())
+    assert metrics["train_tokens"] == 2 * 3 * 4 * 32
