@@ -19,6 +19,7 @@ from . import auto  # noqa: F401 (importing it registers the Auto classes)
 
 # Written last: a folder with this file is complete, one without it cannot be taken for a model.
 _MARKER = "config.json"
+_STEPS = "checkpoint-[0-9]*"
 _ARTIFACTS = (
     _MARKER,
     "README.md",
@@ -27,12 +28,16 @@ _ARTIFACTS = (
     "generation_config.json",
     "loss.png",
     "metrics.json",
-    "model*.safetensors*",
+    "model.safetensors",
+    "model-*-of-*.safetensors",
+    "model.safetensors.index.json",
     "modeling_nanogpt.py",
     "special_tokens_map.json",
-    "tokenizer*",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
     "training_args.bin",
-    "checkpoint-*",
+    _STEPS,
 )
 
 
@@ -42,7 +47,7 @@ def check_checkpoint(checkpoint: str | Path) -> str:
     if (path / _MARKER).is_file():
         return str(path)
     if path.is_dir():
-        steps = sorted(path.glob("checkpoint-*"), key=lambda p: p.stat().st_mtime)
+        steps = sorted(path.glob(_STEPS), key=lambda p: p.stat().st_mtime)
         hint = f" It holds unfinished training: try {steps[-1]}." if steps else ""
         raise ValueError(f"{path} is no checkpoint folder: it has no {_MARKER}.{hint}")
     if path.exists():
@@ -63,13 +68,18 @@ def load_checkpoint(checkpoint: str | Path) -> tuple[PreTrainedModel, PreTrained
     """
     name = check_checkpoint(checkpoint)
     try:
-        return AutoModelForCausalLM.from_pretrained(name).eval(), AutoTokenizer.from_pretrained(
-            name
-        )
-    except OSError as error:
-        if Path(name).is_dir():
-            raise ValueError(f"{name} cannot be loaded: {error}") from error
-        raise ValueError(unreachable(name, "checkpoint folder")) from error
+        # False: without it transformers would ask on the terminal whether to run foreign code.
+        own = {"trust_remote_code": False}
+        model, report = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **own)
+        tokenizer = AutoTokenizer.from_pretrained(name, **own)
+    except Exception as error:  # of several libraries, which share no base class
+        if isinstance(error, OSError) and not Path(name).is_dir():
+            raise ValueError(unreachable(name, "checkpoint folder")) from error
+        why = " ".join(str(error).split())
+        raise ValueError(f"{name} cannot be loaded: {why}") from error
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(f"{name} has no weights for {', '.join(missing[:3])}: it is not whole.")
+    return model.eval(), tokenizer
 
 
 def unreachable(name: str, what: str) -> str:
@@ -88,11 +98,12 @@ def check_output_dir(
     with `overwrite`, which needs everything inside to be a checkpoint's own.
     """
     path = Path(output_dir)
-    parent = next(p for p in (path, *path.absolute().parents) if p.exists())
+    # os.path: Path.exists raises where a folder must not be looked into.
+    parent = next(p for p in (path, *path.absolute().parents) if os.path.exists(p))
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise ValueError(f"output_dir={path}: cannot write to {parent}; choose another folder.")
     content = {p.name for p in path.iterdir()} if path.is_dir() else set()
-    if resume and not any(name.startswith("checkpoint-") for name in content):
+    if resume and not any(path.glob(_STEPS)):
         raise ValueError(
             f"output_dir={path} has no checkpoint-* to resume from; leave out --resume."
         )
@@ -115,7 +126,8 @@ def clear_output_dir(output_dir: str | Path) -> None:
     """Delete what an earlier training left in `output_dir`, and nothing else."""
     for pattern in _ARTIFACTS:
         for path in Path(output_dir).glob(pattern):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            real_folder = path.is_dir() and not path.is_symlink()
+            shutil.rmtree(path) if real_folder else path.unlink()
 
 
 @contextmanager

@@ -39,6 +39,10 @@ def _nearest(name: str, known: Sequence[str]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `hf-nanogpt`; return 0, 2 for bad input (one sentence on stderr), or 130 for Ctrl-C."""
+    # Threads of torch that wait for each other by spinning take the core from the one they wait for
+    # as soon as another program runs: small steps then take ten times as long. Waiting asleep does
+    # not. (libgomp reads this once, when torch is imported.)
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     argv = list(sys.argv[1:] if argv is None else argv)
     verbs: dict[str, Callable[[list[str]], None]] = {
         "train": _train,

@@ -8,7 +8,7 @@ from typing import Literal
 from huggingface_hub.dataclasses import strict
 from transformers import GenerationConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
-from transformers.modeling_rope_utils import RopeParameters
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
 # Names that the base class consumes from the keyword arguments without having a field for them.
 _BASE_KEYWORDS = {
@@ -52,10 +52,10 @@ class NanoGPTConfig(PreTrainedConfig):
         dropout: probability, after the embeddings, the attention weights and each sublayer.
         sliding_window: positions that a `"sliding_attention"` layer sees, its own included.
         initializer_range: standard deviation of GPT-2's normal initialisation, the projections
-            into the residual stream scaled by 1/sqrt(2 x layers). `None` selects the one made for
-            Muon: embeddings N(0, 1), matrices uniform with variance 0.36 / fan-in, zero for the
-            projections into the residual stream and the head, so that the first loss is exactly
-            ln(vocab_size).
+            into the residual stream scaled by 1/sqrt(2 x layers) where `norm_position="pre"`.
+            `None` selects the one made for Muon: embeddings N(0, 1), matrices uniform with variance
+            0.36 / fan-in, zero for the projections into the residual stream and the head, so that
+            the first loss is exactly ln(vocab_size).
     """
 
     model_type = "nanogpt"
@@ -173,18 +173,31 @@ class NanoGPTConfig(PreTrainedConfig):
             self.layer_types = [kind] * self.num_hidden_layers
 
     def validate_architecture(self):
-        """Check the fields that depend on each other; runs when made and when saved."""
+        """Check the fields that depend on each other; runs when made, when saved and when built."""
+        self._check_numbers()
+        self._check_layers()
+        if self.position_embedding_type == "rope":
+            self._check_rope()
+
+    def _check_numbers(self):
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_key_value_heads={self.num_key_value_heads} does not divide "
                 f"num_attention_heads={self.num_attention_heads}: choose one of its divisors, or "
                 "leave it out."
             )
-        if self.position_embedding_type == "rope" and self.head_dim % 2:
+        if self.hidden_act not in ACT2FN:
             raise ValueError(
-                f"head_dim={self.head_dim} is odd, and RoPE rotates pairs: choose an even head_dim "
-                "(hidden_size / num_attention_heads), or position_embedding_type='learned'."
+                f"hidden_act={self.hidden_act!r} is unknown; allowed: {sorted(ACT2FN)}."
             )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout} must be at least 0 and below 1.")
+        for name in ("final_logit_softcapping", "initializer_range", "norm_eps"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name}={value} must be above 0.")
+
+    def _check_layers(self):
         allowed = {"full_attention", "sliding_attention"}
         if set(self.layer_types) - allowed or len(self.layer_types) != self.num_hidden_layers:
             raise ValueError(
@@ -193,14 +206,25 @@ class NanoGPTConfig(PreTrainedConfig):
             )
         if "sliding_attention" in self.layer_types and self.sliding_window is None:
             raise ValueError(
-                "layer_types has 'sliding_attention', so set sliding_window to its length."
+                "sliding_window=None does not go with 'sliding_attention' in layer_types: "
+                "set sliding_window to the positions that these layers see."
             )
-        if self.hidden_act not in ACT2FN:
+
+    def _check_rope(self):
+        if self.head_dim % 2:
             raise ValueError(
-                f"hidden_act={self.hidden_act!r} is unknown; allowed: {sorted(ACT2FN)}."
+                f"head_dim={self.head_dim} is odd, and RoPE rotates pairs: choose an even head_dim "
+                "(hidden_size / num_attention_heads), or position_embedding_type='learned'."
             )
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout} must be at least 0 and below 1.")
+        rope, known = self.rope_parameters, {"default", *ROPE_INIT_FUNCTIONS}
+        if rope.get("rope_type") not in known:
+            raise ValueError(f"rope_parameters={rope}: rope_type must be one of {sorted(known)}.")
+        partial = rope.get("partial_rotary_factor") not in (None, 1.0)
+        if partial and rope["rope_type"] != "proportional":
+            raise ValueError(
+                f"rope_parameters={rope}: whole heads are rotated; leave out "
+                "partial_rotary_factor (only rope_type='proportional' takes it)."
+            )
 
     def _tensor_parallel_plan(self):
         """Say how each linear of a layer is split over devices (rotary and norms need no split)."""

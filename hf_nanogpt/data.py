@@ -1,24 +1,15 @@
-"""From text to training batches: sources -> documents -> packed blocks with `position_ids`.
-
-A corpus is a list of documents, not one stream. Packed, it reads `<eos> document <eos> document ...
-<eos>`, cut into blocks of `context_length` tokens in which the last token of one block is the first
-of the next: as models predict the tokens after the first of a block, every token is predicted
-exactly once.
-"""
+"""From sources to documents: files, tables and the Hub, and which documents are held out."""
 
 import glob
 import math
 import sysconfig
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
-from typing import TypeAlias, cast
+from typing import Any, TypeAlias, cast
 
-import numpy as np
-import torch
-from datasets import Dataset, Features, IterableDataset, List, NamedSplit, Value, load_dataset
+from datasets import Dataset, Features, IterableDataset, NamedSplit, Value, load_dataset
 from datasets.fingerprint import Hasher
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -30,7 +21,7 @@ logger = logging.get_logger(__name__)
 
 STDLIB = "python-stdlib"
 _TABLES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-_PIECE = 4_000_000  # characters of a long text that are handled at a time
+_PIECE = 100_000  # characters of a long text that are handled at a time
 _TOKENIZER_BYTES = 64_000_000  # more text than this does not change a small vocabulary
 _FEW = 20  # with fewer documents than this, each gives its tail to validation
 
@@ -132,6 +123,8 @@ def _read(data: str, args: DataArguments, fraction: float) -> tuple[Documents, D
 def _find_files(data: str) -> list[Path]:
     """List the files that `data` names; none means that it can only be a Hub id."""
     path = Path(data).expanduser()
+    if not data.strip():
+        raise ValueError(f"data={data!r} names nothing: give a file, a folder or a Hub id.")
     if data == STDLIB:
         root = Path(sysconfig.get_paths()["stdlib"])
         skip = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
@@ -144,9 +137,7 @@ def _find_files(data: str) -> list[Path]:
         return [path]
     else:
         files = [Path(p) for p in glob.glob(str(path), recursive=True)]
-        if not files and (
-            data.count("/") != 1 or path.suffix or path.parent.is_dir() or "*" in data
-        ):
+        if not files and not _may_be_hub_id(data):
             raise ValueError(f"data={data} was not found: there is no such file, folder or match.")
         if not files:
             return []
@@ -164,6 +155,14 @@ def _find_files(data: str) -> list[Path]:
     return tables or texts
 
 
+def _may_be_hub_id(data: str) -> bool:
+    """Say whether `data` has the form user/name, where a name may end in a version."""
+    user, slash, name = data.partition("/")
+    suffix = Path(name).suffix.lstrip(".")
+    file = Path(user).is_dir() or (suffix and not suffix.isdecimal())
+    return bool(user and slash and name) and not file and not set(name) & set("/*?[")
+
+
 def _is_text(path: Path) -> bool:
     """Say whether a file begins as UTF-8 text (the rest is checked when it is read)."""
     with path.open("rb") as file:
@@ -173,36 +172,21 @@ def _is_text(path: Path) -> bool:
     except UnicodeDecodeError as error:
         if error.start < len(head) - 4:
             return False
-    return bool(head.strip()) and b"\0" not in head
+    return b"\0" not in head
 
 
 def _read_texts(data: str, files: list[Path], fraction: float) -> tuple[Dataset, Dataset]:
     for path in files:
-        if path.stat().st_size == 0:
+        if path.stat().st_size < 8192 and not path.read_bytes().strip():
             raise ValueError(f"data={path} is empty: there is nothing to train on.")
         if not _is_text(path):
             raise ValueError(f"data={path} is not UTF-8 text: convert it, or name the right file.")
     # Sizes and times are among the arguments, so that a changed text is not served from the cache.
     # (A tuple: `from_generator` would hand a list to the generator one element at a time.)
     state = tuple((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files)
-
-    features = Features({"text": Value("large_string"), "starts": Value("bool")})
-
-    def write(held_out: bool) -> Dataset:
-        settings = {"state": state, "fraction": fraction, "held_out": held_out}
-        if next(_generate_texts(**settings), None) is None:
-            return Dataset.from_dict({"text": [], "starts": []}, features=features)
-        return Dataset.from_generator(
-            _generate_texts,
-            gen_kwargs=settings,
-            features=features,
-            fingerprint=Hasher.hash(("texts", state, fraction, held_out)),
-            split=NamedSplit("validation" if held_out else "training"),
-        )
-
     try:
-        kept = write(False)
-        return kept, write(True) if fraction else kept
+        kept = _write_texts(state, fraction, held_out=False)
+        return kept, _write_texts(state, fraction, held_out=True) if fraction else kept
     except Exception as error:
         cause = error.__cause__ or error
         if isinstance(cause, UnicodeDecodeError):
@@ -210,19 +194,44 @@ def _read_texts(data: str, files: list[Path], fraction: float) -> tuple[Dataset,
         raise
 
 
-def _generate_texts(state: tuple, fraction: float, held_out: bool) -> Iterator[dict]:
+def _write_texts(state: tuple, fraction: float, *, held_out: bool) -> Dataset:
+    """Write one side of the split to an Arrow file in the cache, and map it into memory."""
+    features = Features({"text": Value("large_string"), "starts": Value("bool")})
+    settings: dict[str, Any] = {"state": state, "held_out": held_out}
+    if len(state) < _FEW:
+        generate: Callable[..., Iterator[dict]] = _generate_tails
+        settings["fraction"] = fraction
+    else:
+        generate = _generate_whole_texts
+        firsts = (next(_read_pieces(name), "") for name, *_ in state)
+        settings["threshold"] = _find_threshold(firsts, fraction) if fraction else 0
+    if next(generate(**settings), None) is None:
+        return Dataset.from_dict({"text": [], "starts": []}, features=features)
+    return Dataset.from_generator(
+        generate,
+        gen_kwargs=settings,
+        features=features,
+        fingerprint=Hasher.hash(("texts", _PIECE, settings)),
+        split=NamedSplit("validation" if held_out else "training"),
+    )
+
+
+def _generate_whole_texts(state: tuple, threshold: int, held_out: bool) -> Iterator[dict]:
     """Yield the pieces of each text on one side of the split; `starts` marks the first of each."""
     for name, *_ in state:
         pieces = _read_pieces(name)
-        if len(state) >= _FEW:
-            first = next(pieces, "")
-            if _is_held_out(first, fraction) == held_out:
-                yield {"text": first, "starts": True}
-                yield from ({"text": piece, "starts": False} for piece in pieces)
-            continue
+        first = next(pieces, "")
+        if (_checksum(first) < threshold) == held_out:
+            yield {"text": first, "starts": True}
+            yield from ({"text": piece, "starts": False} for piece in pieces)
+
+
+def _generate_tails(state: tuple, fraction: float, held_out: bool) -> Iterator[dict]:
+    """Yield either the last `fraction` of each text's characters, or what comes before it."""
+    for name, *_ in state:
         cut = math.floor(sum(map(len, _read_pieces(name))) * (1 - fraction))
         at, starts = 0, True
-        for piece in pieces:
+        for piece in _read_pieces(name):
             split = max(0, min(cut - at, len(piece)))
             at += len(piece)
             if text := piece[split:] if held_out else piece[:split]:
@@ -237,8 +246,13 @@ def _read_pieces(name: str) -> Iterator[str]:
             yield piece + file.readline()
 
 
-def _is_held_out(text: str, fraction: float) -> bool:
-    return zlib.crc32(text.encode("utf-8", "replace")) < fraction * 2**32
+def _checksum(text: str) -> int:
+    return zlib.crc32(text.encode("utf-8", "replace"))
+
+
+def _find_threshold(texts: Iterable[str], fraction: float) -> int:
+    """Return the checksum below which texts are held out: about `fraction`, at least one."""
+    return max(int(fraction * 2**32), min(map(_checksum, texts)) + 1)
 
 
 # Tables and the Hub
@@ -247,6 +261,8 @@ def _is_held_out(text: str, fraction: float) -> bool:
 def _read_table(
     data: str, files: list[Path], args: DataArguments, fraction: float
 ) -> tuple[Documents, Documents]:
+    if empty := next((p for p in files if p.stat().st_size == 0), None):
+        raise ValueError(f"data={empty} is empty: there is nothing to train on.")
     try:
         if files:
             names = [str(p) for p in files]
@@ -256,19 +272,22 @@ def _read_table(
             table = load_dataset(
                 data, args.dataset_config, split=args.dataset_split, streaming=args.streaming
             )
-    except (OSError, ValueError) as error:
-        if files:
-            raise ValueError(f"data={data} cannot be read as a table: {error}") from error
-        if isinstance(error, OSError):
-            raise ValueError(f"data={unreachable(data, 'file or folder')}") from error
-        raise ValueError(f"data={data} cannot be loaded: {error}") from error
+        first: dict = next(iter(table), {})
     except Exception as error:
-        raise ValueError(f"data={data} cannot be read as a table: {error}") from error
-    columns = table.column_names or list(next(iter(table), {}))
+        if isinstance(error, OSError) and not files:
+            raise ValueError(f"data={unreachable(data, 'file or folder')}") from error
+        why = error.__cause__ or error  # `datasets` says only that something went wrong
+        raise ValueError(f"data={data} cannot be read as a table: {why}") from error
+    columns = table.column_names or list(first)
     if args.text_column not in columns:
         raise ValueError(
             f"text_column={args.text_column!r} is not in {data}; its columns are: "
             f"{', '.join(columns)}."
+        )
+    if not isinstance(first.get(args.text_column), str | None):
+        raise ValueError(
+            f"text_column={args.text_column!r} of {data} holds no text, but for example "
+            f"{first[args.text_column]!r}; its columns are: {', '.join(columns)}."
         )
     table = table.select_columns(args.text_column)
     if args.text_column != "text":
@@ -279,10 +298,14 @@ def _read_table(
     if isinstance(table, Dataset) and len(table) < _FEW:
         kept = len(table) - math.ceil(len(table) * fraction)
         return table.select(range(kept)), table.select(range(kept, len(table)))
-    train = table.filter(_keep, fn_kwargs={"fraction": fraction, "held_out": False})
-    validation = table.filter(_keep, fn_kwargs={"fraction": fraction, "held_out": True})
+    threshold = int(fraction * 2**32)
+    validation = table.filter(_is_below, fn_kwargs={"threshold": threshold})
     if isinstance(validation, IterableDataset):
         validation = Dataset.from_list(list(validation.take(args.validation_documents)))
+    elif len(validation) == 0:
+        threshold = _find_threshold((row["text"] for row in table), fraction)
+        validation = table.filter(_is_below, fn_kwargs={"threshold": threshold})
+    train = table.filter(_is_not_below, fn_kwargs={"threshold": threshold})
     return train, validation
 
 
@@ -290,11 +313,15 @@ def _has_text(row: dict) -> bool:
     return bool(row["text"])
 
 
-def _keep(row: dict, fraction: float, held_out: bool) -> bool:
-    return _is_held_out(row["text"], fraction) == held_out
+def _is_below(row: dict, threshold: int) -> bool:
+    return _checksum(row["text"]) < threshold
 
 
-# Tokens and blocks
+def _is_not_below(row: dict, threshold: int) -> bool:
+    return not _is_below(row, threshold)
+
+
+# The tokenizer
 
 
 def load_tokenizer(args: DataArguments, documents: Documents) -> PreTrainedTokenizerBase:
@@ -304,12 +331,17 @@ def load_tokenizer(args: DataArguments, documents: Documents) -> PreTrainedToken
         return train_tokenizer(
             _limit(texts), kind=cast(TokenizerKind, args.tokenizer), vocab_size=args.vocab_size
         )
+    if "/" not in args.tokenizer and not Path(args.tokenizer).is_dir():
+        raise ValueError(
+            f"tokenizer={args.tokenizer!r} is none of bpe, char, byte, no folder and no Hub id."
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
     except (OSError, ValueError) as error:
-        where = unreachable(
-            args.tokenizer, "kind of tokenizer (bpe, char, byte) or folder with one"
-        )
+        if Path(args.tokenizer).is_dir():
+            why = " ".join(str(error).split())
+            raise ValueError(f"tokenizer={args.tokenizer} cannot be loaded: {why}") from error
+        where = unreachable(args.tokenizer, "tokenizer (bpe, char, byte, or a folder)")
         raise ValueError(f"tokenizer={where}") from error
     if tokenizer.eos_token_id is None:
         raise ValueError(f"tokenizer={args.tokenizer} has no eos_token, which separates documents.")
@@ -322,113 +354,3 @@ def _limit(texts: Iterable[str]) -> Iterator[str]:
         yield text
         if (size := size + len(text)) > _TOKENIZER_BYTES:
             return
-
-
-def pack_documents(
-    documents: Documents,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    context_length: int,
-    num_proc: int | None = None,
-) -> Documents:
-    """Tokenise documents and pack them into rows with `input_ids` of `context_length` tokens.
-
-    The last block may be shorter; `PackedCollator` pads it. A `Dataset` is memory-mapped from Arrow
-    files in the cache of `datasets`, so the corpus may be larger than memory; an `IterableDataset`
-    is packed as it streams.
-    """
-    eos = tokenizer.eos_token_id
-    kind = "uint16" if len(tokenizer) <= 2**16 else "int32"
-    features = Features({"input_ids": List(Value(kind))})
-    settings = {"context_length": context_length, "eos_token_id": eos}
-    encode = _Encoder(tokenizer)
-    if isinstance(documents, IterableDataset):
-        tokens = documents.map(
-            encode, batched=True, remove_columns=list(documents.features or ["text"])
-        )
-        return IterableDataset.from_generator(
-            _generate_blocks, gen_kwargs={"tokens": tokens, **settings}, features=features
-        )
-    key = Hasher.hash((documents._fingerprint, tokenizer.backend_tokenizer.to_str(), eos))
-    tokens = documents.map(
-        encode,
-        batched=True,
-        batch_size=64,
-        remove_columns=documents.column_names,
-        features=features,
-        num_proc=num_proc,
-        new_fingerprint=key,
-        desc="Tokenising",
-    )
-    blocks = Dataset.from_generator(
-        _generate_blocks,
-        gen_kwargs={"tokens": tokens, **settings},
-        features=features,
-        fingerprint=Hasher.hash((key, settings)),
-        split=NamedSplit("blocks"),
-    )
-    return blocks.with_format("numpy")
-
-
-class _Encoder:
-    """Turn a batch of texts into token ids, eos first where a document starts."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        self.tokenizer = tokenizer
-
-    def __call__(self, batch: dict) -> dict:
-        starts = batch.get("starts") or [True] * len(batch["text"])
-        # "<|endoftext|>" inside a text is text, not the end of a document.
-        encoded = self.tokenizer(
-            batch["text"],
-            add_special_tokens=False,
-            split_special_tokens=True,
-            return_attention_mask=False,
-            verbose=False,
-        )["input_ids"]
-        eos = [self.tokenizer.eos_token_id]
-        return {
-            "input_ids": [
-                eos + ids if new else ids for new, ids in zip(starts, encoded, strict=True)
-            ]
-        }
-
-
-def _generate_blocks(tokens: Documents, context_length: int, eos_token_id: int) -> Iterator[dict]:
-    """Cut the stream of all tokens, closed by eos, into blocks that overlap by one token."""
-    rest = np.empty(0, dtype=np.int64)
-    for row in tokens.with_format("numpy"):
-        stream = np.concatenate((rest, row["input_ids"]))
-        count = max(0, (len(stream) - 1) // (context_length - 1))
-        for i in range(count):
-            start = i * (context_length - 1)
-            yield {"input_ids": stream[start : start + context_length]}
-        rest = stream[count * (context_length - 1) :]
-    yield {"input_ids": np.append(rest, eos_token_id)}
-
-
-@dataclass
-class PackedCollator:
-    """Make a batch of blocks: `input_ids`, `labels` and `position_ids`, each (B, T) of int64.
-
-    Positions start again at every eos, which keeps packed documents from seeing each other, and the
-    labels equal the inputs (models shift them). A short block is filled with eos, labelled -100.
-    """
-
-    eos_token_id: int
-
-    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        length = max(len(row["input_ids"]) for row in rows)
-        input_ids = torch.full((len(rows), length), self.eos_token_id)
-        labels = torch.full_like(input_ids, -100)
-        for i, row in enumerate(rows):
-            ids = torch.as_tensor(np.asarray(row["input_ids"], dtype=np.int64))
-            input_ids[i, : len(ids)] = labels[i, : len(ids)] = ids
-        index = torch.arange(length).expand_as(input_ids)
-        starts = torch.where(input_ids == self.eos_token_id, index, 0).cummax(dim=1).values
-        return {"input_ids": input_ids, "labels": labels, "position_ids": index - starts}
-
-
-def take_texts(documents: Documents, count: int) -> list[str]:
-    """Return the first `count` texts."""
-    return [row["text"] for row in islice(documents, count)]

@@ -11,7 +11,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .checkpoint import load_checkpoint
-from .data import Documents, PackedCollator, load_text, pack_documents
+from .data import Documents, load_text
+from .packing import PackedCollator, pack_documents
 from .tokenization import token_byte_counts
 
 
@@ -89,9 +90,15 @@ def evaluate(
         ValueError: there is no such checkpoint or data, or `context_length` is out of range.
     """
     if not isinstance(model, PreTrainedModel):
-        model, tokenizer = load_checkpoint(model)
+        model, own_tokenizer = load_checkpoint(model)
+        tokenizer = tokenizer or own_tokenizer
     if tokenizer is None:
         raise ValueError("tokenizer=None: give the tokenizer that goes with the model.")
+    if len(tokenizer) > model.config.vocab_size:
+        raise ValueError(
+            f"The tokenizer has {len(tokenizer)} tokens and the model vocab_size="
+            f"{model.config.vocab_size}: they do not belong together."
+        )
     length = check_context_length(model, context_length)
     documents = load_text(data, text_column=text_column) if isinstance(data, str) else data
     blocks = pack_documents(documents, tokenizer, context_length=length)
@@ -101,10 +108,14 @@ def evaluate(
     was_training = model.training
     model.eval()
     total = torch.zeros(3, dtype=torch.float64)
-    for batch in tqdm(loader, desc="Evaluating", disable=not show_progress, leave=False):
-        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-        total += sum_losses(model, batch, counts).sum(dim=0).cpu()
-    model.train(was_training)
+    try:
+        for batch in tqdm(loader, desc="Evaluating", disable=not show_progress, leave=False):
+            batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+            total += sum_losses(model, batch, counts).sum(dim=0).cpu()
+    finally:
+        model.train(was_training)
+    if not total[1]:
+        raise ValueError(f"data={data} holds no text: there is nothing to measure on.")
     return summarize_losses(total)
 
 

@@ -242,7 +242,7 @@ class NanoGPTPreTrainedModel(PreTrainedModel):
         std, tied = self.config.initializer_range, self.config.tie_word_embeddings
         residual = getattr(module, "is_residual_proj", False)
         if std is not None:
-            if residual:
+            if residual and self.config.norm_position == "pre":
                 init.normal_(module.weight, std=std / math.sqrt(2 * self.config.num_hidden_layers))
         elif tied and (isinstance(module, nn.Embedding) or hasattr(module, "is_lm_head")):
             pass  # one table serves both ends, and its logits must start small: GPT-2's 0.02
@@ -254,12 +254,12 @@ class NanoGPTPreTrainedModel(PreTrainedModel):
             bound = 0.6 * math.sqrt(3 / module.in_features)
             init.uniform_(module.weight, -bound, bound)
 
-    def save_pretrained(self, save_directory, **kwargs):
+    def save_pretrained(self, save_directory, *args, **kwargs):
         """Save as transformers does, and make the folder load through every Auto class."""
         self.config.auto_map = {"AutoConfig": "configuration_nanogpt.NanoGPTConfig"} | {
             auto_class: f"modeling_nanogpt.{name}" for name, auto_class in _AUTO_CLASSES.items()
         }
-        super().save_pretrained(save_directory, **kwargs)
+        super().save_pretrained(save_directory, *args, **kwargs)
 
 
 class NanoGPTModel(NanoGPTPreTrainedModel):
@@ -267,6 +267,7 @@ class NanoGPTModel(NanoGPTPreTrainedModel):
 
     def __init__(self, config: NanoGPTConfig):
         super().__init__(config)
+        config.validate_architecture()  # fields may have been set since the configuration was made
         learned, pre_norm = (
             config.position_embedding_type == "learned",
             config.norm_position == "pre",

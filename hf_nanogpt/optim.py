@@ -5,6 +5,7 @@ momentum of a matrix by the nearest orthogonal matrix, so that every direction o
 pace.
 """
 
+import difflib
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -153,6 +154,9 @@ def build_optimizer(
     `learning_rate`, with weight decay on matrices only. Groups carry a `name`, and every trainable
     parameter is in exactly one.
     """
+    if recipe not in OPTIM_DEFAULTS:
+        nearest = difflib.get_close_matches(recipe, OPTIM_DEFAULTS, n=1, cutoff=0.0)[0]
+        raise ValueError(f"recipe={recipe!r} is unknown: did you mean {nearest!r}?")
     defaults = OPTIM_DEFAULTS[recipe]
     lr = defaults.learning_rate if learning_rate is None else learning_rate
     decay = defaults.weight_decay if weight_decay is None else weight_decay

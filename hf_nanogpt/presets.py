@@ -1,5 +1,6 @@
 """Named architectures: one row each, with the paper or code that the figures come from."""
 
+import copy
 import difflib
 from typing import Any
 
@@ -144,6 +145,7 @@ def load_preset(name: str, **overrides: Any) -> NanoGPTConfig:
         for key, value in PRESETS[name].items()
         if not _DEPENDS.get(key, set()) & set(overrides)
     }
+    row = copy.deepcopy(row)
     fields = row | overrides
     if "layer_types" not in overrides and (pattern := row.get("layer_types")):
         layers = fields["num_hidden_layers"]

@@ -8,7 +8,7 @@ So every Unicode text can be encoded, comes back exactly, and loads anywhere as 
 
 import json
 from collections.abc import Iterable
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -31,9 +31,11 @@ def train_tokenizer(
             size.
 
     Raises:
-        ValueError: `vocab_size` is below 257 (the bytes and `<|endoftext|>`) or more than the text
-            can give.
+        ValueError: `kind` is none of these, or `vocab_size` is below 257 (the bytes and
+            `<|endoftext|>`) or more than the text can give.
     """
+    if kind not in get_args(TokenizerKind):
+        raise ValueError(f"kind={kind!r} is unknown: choose bpe, char or byte.")
     if kind == "bpe":
         return _wrap(_train_bpe(texts, vocab_size))
     characters: set[str] = set()
@@ -63,6 +65,8 @@ def token_byte_counts(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
             1 if is_byte else len(text) - start
             for text, is_byte in zip(spelt, byte_tokens, strict=True)
         ]
+    for i, token in tokenizer.added_tokens_decoder.items():  # spelt as they are
+        counts[i] = len(token.content.encode())
     return torch.tensor([0 if i in special else count for i, count in enumerate(counts)])
 
 

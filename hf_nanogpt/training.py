@@ -24,16 +24,15 @@ from .data import (
     STDLIB,
     DataArguments,
     Documents,
-    PackedCollator,
     load_documents,
     load_tokenizer,
-    pack_documents,
 )
 from .evaluation import check_context_length, sum_losses, summarize_losses
 from .generation import generate_text
 from .hub import render_model_card
 from .modeling_nanogpt import NanoGPTForCausalLM
 from .optim import build_optimizer
+from .packing import PackedCollator, pack_documents
 from .tokenization import token_byte_counts
 
 

@@ -2,14 +2,16 @@
 
 import os
 import tempfile
+from pathlib import Path
 
-# Set before transformers, datasets or huggingface_hub are imported.
+# Set before torch, transformers, datasets or huggingface_hub are imported.
 _CACHE = tempfile.TemporaryDirectory(prefix="hf_nanogpt-tests-")
 os.environ |= {
     "HF_HOME": _CACHE.name,
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "TOKENIZERS_PARALLELISM": "false",
+    "OMP_WAIT_POLICY": "PASSIVE",  # see cli.py
 }
 
 import pytest  # noqa: E402
@@ -20,6 +22,7 @@ from hf_nanogpt import NanoGPTConfig, NanoGPTForCausalLM, load_preset  # noqa: E
 
 disable_progress_bar()
 
+ROOT = Path(__file__).parent.parent
 TINY = {
     "vocab_size": 61,
     "n_layer": 3,

@@ -90,7 +90,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send_json([e for e in _list_entries(files) if e["path"] in asked])
         self._send(404)
 
-    do_HEAD = do_POST = do_GET
+    do_HEAD = do_POST = do_GET  # noqa: N815
 
     def _send_tree(self, files: dict[str, bytes], folder: str | None, recursive: bool) -> None:
         below = f"{folder}/" if folder else ""

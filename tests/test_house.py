@@ -17,6 +17,7 @@ ORDER = [
     ["auto"],
     ["presets", "tokenization", "optim", "checkpoint"],
     ["data"],
+    ["packing"],
     ["evaluation", "generation", "hub", "info"],
     ["callbacks"],
     ["arguments"],

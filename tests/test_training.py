@@ -223,6 +223,7 @@ def test_training_from_a_stream_works(text_file, tmp_path):
     result = train(
         data=str(rows),
         streaming=True,
+        validation_fraction=0.2,
         output_dir=str(tmp_path / "stream"),
         max_steps=4,
         **SMALL,

@@ -1,0 +1,161 @@
+"""The figures of `evaluate` against arithmetic by hand: one position at a time, plain Python."""
+
+import json
+import math
+
+import pytest
+import torch
+from conftest import tiny_model
+from datasets import Dataset, IterableDataset
+
+from hf_nanogpt import data, evaluate, train_tokenizer
+
+ROWS = [f"Document {i}: naïve 東京 🦊,\r\nwith {'many ' * (i % 5)}words.\n" for i in range(10)]
+DOCUMENTS = Dataset.from_dict({"text": ROWS})
+NUM_BYTES = sum(len(row.encode()) for row in ROWS)
+TOKENIZER = train_tokenizer([], kind="byte")
+SIZE = len(TOKENIZER)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model("nano", vocab_size=SIZE)
+
+
+@torch.no_grad()
+def nats_by_hand(model, rows: list[str], tokenizer, length: int) -> list[float]:
+    """Return -log p of every token after the first, each document of each block by itself."""
+    eos = tokenizer.eos_token_id
+    ids = [tokenizer(row, split_special_tokens=True)["input_ids"] for row in rows]
+    stream = [eos, *(token for row in ids for token in (*row, eos))]
+    nats = []
+    context: list[int] = []
+    for i, target in enumerate(stream[1:]):
+        new_block = i % (length - 1) == 0
+        context = [stream[i]] if new_block or stream[i] == eos else [*context, stream[i]]
+        next_is_new = (i + 1) % (length - 1) == 0 or target == eos or i + 2 == len(stream)
+        if next_is_new:  # every prefix of this context at once, then the softmax by hand
+            after = [*context[1:], target]
+            for logits, token in zip(model(torch.tensor([context])).logits[0], after, strict=True):
+                weights = [math.exp(x) for x in logits.tolist()]
+                nats.append(-math.log(weights[token] / math.fsum(weights)))
+    assert len(nats) == len(stream) - 1
+    return nats
+
+
+@pytest.mark.parametrize("length", [20, None])
+def test_loss_perplexity_and_bits_equal_arithmetic_by_hand(family, length):
+    model = tiny_model(family, vocab_size=SIZE)
+    result = evaluate(model, DOCUMENTS, tokenizer=TOKENIZER, context_length=length)
+    nats = nats_by_hand(model, ROWS, TOKENIZER, length or 64)
+    assert result.loss == pytest.approx(math.fsum(nats) / len(nats), rel=1e-6)
+    assert result.perplexity == pytest.approx(math.exp(result.loss), rel=1e-12)
+    assert result.bits_per_byte == pytest.approx(
+        math.fsum(nats) / math.log(2) / NUM_BYTES, rel=1e-6
+    )
+    assert (result.num_tokens, result.num_bytes) == (len(nats), NUM_BYTES)
+
+
+def test_tokens_are_those_of_the_text_and_one_end_per_document(model):
+    result = evaluate(model, DOCUMENTS, tokenizer=TOKENIZER)
+    assert result.num_tokens == NUM_BYTES + len(ROWS)
+
+
+@pytest.mark.parametrize(("kind", "size"), [("bpe", 280), ("char", None)])
+def test_bytes_are_those_of_the_text_with_every_tokenizer(kind, size):
+    tokenizer = train_tokenizer(ROWS, kind=kind, vocab_size=size or 0)
+    model = tiny_model("nano", vocab_size=len(tokenizer))
+    result = evaluate(model, DOCUMENTS, tokenizer=tokenizer)
+    nats = nats_by_hand(model, ROWS, tokenizer, 64)
+    assert result.num_bytes == NUM_BYTES
+    assert result.num_tokens == len(nats) < NUM_BYTES
+    assert result.bits_per_byte == pytest.approx(sum(nats) / math.log(2) / NUM_BYTES, rel=1e-6)
+
+
+@pytest.mark.parametrize("batch_size", [3, 16, 1000])
+def test_batch_size_does_not_change_the_result(model, batch_size):
+    one = evaluate(model, DOCUMENTS, tokenizer=TOKENIZER, batch_size=1)
+    many = evaluate(model, DOCUMENTS, tokenizer=TOKENIZER, batch_size=batch_size)
+    assert many.loss == pytest.approx(one.loss, rel=1e-8)  # float32 sums within a matrix product
+    assert (many.num_tokens, many.num_bytes) == (one.num_tokens, one.num_bytes)
+
+
+def test_a_stream_gives_the_same_result(model):
+    stream = DOCUMENTS.to_iterable_dataset()
+    expected = evaluate(model, DOCUMENTS, tokenizer=TOKENIZER)
+    assert evaluate(model, stream, tokenizer=TOKENIZER) == expected
+
+
+def test_a_uniform_model_has_the_entropy_of_its_vocabulary():
+    model = tiny_model("nano", vocab_size=SIZE, initializer_range=None)  # the head is zero
+    result = evaluate(model, DOCUMENTS, tokenizer=TOKENIZER)
+    assert result.loss == pytest.approx(math.log(SIZE), rel=1e-7)
+    assert result.perplexity == pytest.approx(SIZE, rel=1e-6)
+    bits = math.log2(SIZE) * (NUM_BYTES + len(ROWS)) / NUM_BYTES
+    assert result.bits_per_byte == pytest.approx(bits, rel=1e-7)
+
+
+@pytest.mark.parametrize("name", ["whole.txt", "pieces.txt", "t.jsonl"])
+def test_a_file_counts_the_bytes_it_has(model, tmp_path, monkeypatch, name):
+    text = "\ufeff" + "".join(ROWS) + "\rno newline at the end \ue000"
+    if name == "pieces.txt":
+        monkeypatch.setattr(data, "_PIECE", 97)
+    path = tmp_path / name
+    path.write_bytes((json.dumps({"body": text}) if name == "t.jsonl" else text).encode())
+    result = evaluate(model, str(path), tokenizer=TOKENIZER, text_column="body")
+    assert result.num_bytes == len(text.encode())
+    assert result.num_tokens == result.num_bytes + 1
+
+
+def test_a_folder_gives_the_same_result_as_its_model(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    TOKENIZER.save_pretrained(tmp_path)
+    expected = evaluate(model, DOCUMENTS, tokenizer=TOKENIZER)
+    assert evaluate(tmp_path, DOCUMENTS) == evaluate(str(tmp_path), DOCUMENTS) == expected
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_evaluating_leaves_the_model_as_it_was(training):
+    model = tiny_model("gpt2", vocab_size=SIZE, dropout=0.5).train(training)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    first, again = (evaluate(model, DOCUMENTS, tokenizer=TOKENIZER) for _ in range(2))
+    assert first == again  # no dropout
+    assert model.training is training
+    assert all(m.training is training for m in model.modules())
+    assert all(tensor.equal(before[name]) for name, tensor in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_failed_evaluation_leaves_the_model_in_training():
+    def break_off():
+        yield {"text": "word " * 200}
+        raise RuntimeError("the disk is gone")
+
+    model = tiny_model("nano", vocab_size=SIZE).train()
+    with pytest.raises(RuntimeError, match="the disk is gone"):
+        stream = IterableDataset.from_generator(break_off)
+        evaluate(model, stream, tokenizer=TOKENIZER, batch_size=1)
+    assert model.training
+
+
+@pytest.mark.parametrize("length", [-1, 0, 1, 65])
+def test_a_context_length_out_of_range_is_refused(model, length):
+    with pytest.raises(ValueError, match=rf"context_length={length} .*2 to 64"):
+        evaluate(model, DOCUMENTS, tokenizer=TOKENIZER, context_length=length)
+
+
+def test_a_model_without_its_tokenizer_is_refused(model):
+    with pytest.raises(ValueError, match="tokenizer=None"):
+        evaluate(model, DOCUMENTS)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused():
+    with pytest.raises(ValueError, match=f"{SIZE}.*61|61.*{SIZE}"):
+        evaluate(tiny_model("nano"), DOCUMENTS, tokenizer=TOKENIZER)
+
+
+def test_no_text_at_all_is_refused(model, tmp_path):
+    path = tmp_path / "empty.jsonl"
+    path.write_text('{"text": ""}\n{"text": null}\n')
+    with pytest.raises(ValueError, match="data="):
+        evaluate(model, str(path), tokenizer=TOKENIZER)

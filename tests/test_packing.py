@@ -1,0 +1,107 @@
+"""Packed blocks: no token is lost or doubled, and documents do not see each other."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from conftest import tiny_model
+from datasets import Dataset, IterableDataset
+from torch.utils.data import DataLoader
+from transformers import ByT5Tokenizer
+
+from hf_nanogpt import PackedCollator, pack_documents, train_tokenizer
+
+ROWS = [f"Document {i}: naïve 東京 🦊,\r\nwith {'many ' * (i % 7)}words.\n" for i in range(60)]
+TOKENIZER = train_tokenizer([], kind="byte")
+EOS = TOKENIZER.eos_token_id
+
+
+DOCUMENTS = ["first document", "", "naïve 東京 🦊\r\n", "<|endoftext|>", "x", "the last one " * 9]
+
+
+def stream_of(rows: list[str]) -> list[int]:
+    """What packed blocks must spell: eos, document, eos ... eos, each document in bytes."""
+    ids = [TOKENIZER(row, split_special_tokens=True)["input_ids"] for row in rows]
+    assert [len(i) for i in ids] == [len(row.encode()) for row in rows]
+    return [EOS, *(token for row in ids for token in (*row, EOS))]
+
+
+def blocks_of(documents, context_length: int, **settings) -> list[list[int]]:
+    blocks = pack_documents(documents, TOKENIZER, context_length=context_length, **settings)
+    return [[int(i) for i in row["input_ids"]] for row in blocks]
+
+
+@pytest.mark.parametrize("length", [2, 3, 7, 64, 500])
+@pytest.mark.parametrize("rows", [DOCUMENTS, ROWS, ["a"]], ids=["few", "many", "one"])
+def test_no_token_is_lost_or_doubled(length, rows):
+    stream = stream_of(rows)
+    blocks = blocks_of(Dataset.from_dict({"text": rows}), length)
+    assert blocks[0] + [i for block in blocks[1:] for i in block[1:]] == stream
+    assert len(blocks) == math.ceil((len(stream) - 1) / (length - 1))
+    assert all(len(block) == length for block in blocks[:-1]) and 2 <= len(blocks[-1]) <= length
+    assert all(a[-1] == b[0] for a, b in pairwise(blocks))
+
+
+def test_a_stream_packs_to_the_same_blocks():
+    documents = Dataset.from_dict({"text": ROWS})
+    stream = documents.to_iterable_dataset(num_shards=1)
+    packed = pack_documents(stream, TOKENIZER, context_length=32)
+    assert isinstance(packed, IterableDataset)
+    assert blocks_of(stream, 32) == blocks_of(documents, 32)
+
+
+def test_two_processes_pack_the_same_blocks_as_one():
+    # The number makes another entry of the cache: the second call must not be served from it.
+    alone, both = (Dataset.from_dict({"text": ROWS, "id": [i] * len(ROWS)}) for i in (1, 2))
+    assert blocks_of(alone, 32) == blocks_of(both, 32, num_proc=2)
+
+
+def test_blocks_are_mapped_from_disk_and_packed_only_once():
+    documents = Dataset.from_dict({"text": ROWS})
+    first, again = (pack_documents(documents, TOKENIZER, context_length=48) for _ in range(2))
+    assert first.cache_files and first.cache_files == again.cache_files
+    assert first.features["input_ids"].feature.dtype == "uint16"
+    other = pack_documents(documents, TOKENIZER, context_length=49)
+    assert other.cache_files != first.cache_files
+
+
+def test_a_tokenizer_written_in_python_packs_too():
+    tokenizer = ByT5Tokenizer()
+    documents = Dataset.from_dict({"text": ["abc", "de"]})
+    [row] = pack_documents(documents, tokenizer, context_length=32)
+    letters = tokenizer.convert_tokens_to_ids(list("abcde"))
+    eos = tokenizer.eos_token_id
+    assert row["input_ids"].tolist() == [eos, *letters[:3], eos, *letters[3:], eos]
+
+
+def test_the_collator_pads_the_last_block_and_restarts_positions():
+    blocks = pack_documents(Dataset.from_dict({"text": DOCUMENTS}), TOKENIZER, context_length=50)
+    rows = list(blocks)
+    batch = PackedCollator(EOS)(rows)
+    assert {t.dtype for t in batch.values()} == {torch.int64}
+    assert len(rows[-1]["input_ids"]) < 50
+    for i, row in enumerate(rows):
+        ids, count = row["input_ids"].tolist(), len(row["input_ids"])
+        assert batch["input_ids"][i].tolist() == ids + [EOS] * (50 - count)
+        assert batch["labels"][i].tolist() == ids + [-100] * (50 - count)
+        position, positions = -1, []
+        for token in ids:
+            position = 0 if token == EOS else position + 1
+            positions.append(position)
+        assert batch["position_ids"][i].tolist() == positions + [0] * (50 - count)
+
+
+def test_packed_documents_do_not_see_each_other(family):
+    model = tiny_model(family, vocab_size=len(TOKENIZER))
+    blocks = pack_documents(Dataset.from_dict({"text": DOCUMENTS}), TOKENIZER, context_length=30)
+    loader = DataLoader(blocks, batch_size=3, collate_fn=PackedCollator(EOS))
+    with torch.no_grad():
+        for batch in loader:
+            del batch["labels"]
+            logits = model(**batch, use_cache=False).logits
+            for row, ids in enumerate(batch["input_ids"]):
+                starts = [0, *(i for i in range(1, len(ids)) if ids[i] == EOS), len(ids)]
+                for start, end in pairwise(starts):
+                    alone = model(ids[None, start:end]).logits[0]
+                    torch.testing.assert_close(logits[row, start:end], alone, atol=2e-5, rtol=1e-4)

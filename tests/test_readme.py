@@ -1,0 +1,108 @@
+"""README is tested like code: snippets run, commands parse, figures stand in the results."""
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT
+
+from hf_nanogpt import list_presets, load_preset, train
+from hf_nanogpt.arguments import parse_settings
+from hf_nanogpt.cli import main
+from hf_nanogpt.info import describe
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+RESULTS = json.loads((ROOT / "benchmarks/results/recipes.json").read_text(encoding="utf-8"))
+ROWS = RESULTS["rows"]
+QUICKSTART = "quickstart (nano, Muon)"
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory) -> Path:
+    """A folder as README assumes it, with a tiny model in place of the trained one."""
+    folder = tmp_path_factory.mktemp("readme")
+    shutil.copy(ROOT / "README.md", folder)
+    (folder / "my_recipe.yaml").write_text(blocks("yaml")[0], encoding="utf-8")
+    train(
+        data=str(ROOT / "README.md"),
+        output_dir=str(folder / "runs/quickstart"),
+        tokenizer="byte",
+        max_steps=2,
+        n_layer=1,
+        n_embd=16,
+        n_head=2,
+        disable_tqdm=True,
+    )
+    return folder
+
+
+def test_python_snippets_run(workplace):
+    code = "\n".join(blocks("python"))
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=workplace, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "parameters, 257 tokens" in done.stdout
+
+
+def test_commands_work(workplace, monkeypatch, capsys):
+    monkeypatch.chdir(workplace)
+    lines = [line for block in blocks("bash") for line in block.splitlines()]
+    commands = [shlex.split(line)[1:] for line in lines if line.startswith("hf-nanogpt ")]
+    assert len(commands) >= 9
+    for verb, *flags in commands:
+        if verb == "train":  # these train for minutes: read their settings only
+            recipe = "quickstart" if flags[0].startswith("-") else flags.pop(0)
+            parse_settings(recipe, flags)
+        else:
+            assert main([verb, *flags]) == 0, capsys.readouterr().err
+
+
+def test_make_targets_and_paths_exist():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in [*re.findall(r"make (\w+)", "\n".join(blocks("bash"))), "bench"]:
+        assert f"\n{target}:" in makefile
+    for path in re.findall(r"\]\(((?!http)[^)]+)\)", README):
+        assert (ROOT / path).is_file(), path
+
+
+def test_recipe_shown_is_a_valid_recipe():
+    shown = yaml.safe_load(blocks("yaml")[0])
+    assert set(shown) == {"data", "model", "training"}
+
+
+def test_figures_are_the_measured_ones():
+    best_gpt2 = min(row["bits_per_byte"] for name, row in ROWS.items() if "GPT-2" in name)
+    for figure in (ROWS[QUICKSTART]["bits_per_byte"], best_gpt2, ROWS["xz -9"]["bits_per_byte"]):
+        assert f"{figure:.2f}" in README.split("```")[0]
+    assert f"{ROWS[QUICKSTART]['train_tokens'] / 1e6:.1f} million tokens" in README
+    assert f"{ROWS['xz -9']['bytes']:,} bytes" in README
+    assert f"{ROWS[QUICKSTART]['num_parameters']:,} parameters, 2,048 tokens" in README
+    for name, row in ROWS.items():
+        assert re.search(rf"\| {re.escape(name)} \|.* {row['bits_per_byte']:.3f} \|", README), name
+
+
+def test_parameter_counts_of_the_presets_are_exact():
+    for preset, count in re.findall(r"`([\w.-]+)` \| ([\d,]+) \|", README):
+        assert describe(preset)["parameters"] == count
+    for first, last, low, high in re.findall(
+        r"`([\w.-]+)` to `([\w.-]+)` \| ([\d,]+) to ([\d,]+)", README
+    ):
+        assert (describe(first)["parameters"], describe(last)["parameters"]) == (low, high)
+    assert f"knows {len(list_presets())} of" in README
+    assert load_preset("nano").model_type == "nanogpt"
+
+
+def test_length_is_as_promised():
+    loop = len((ROOT / "examples/plain_loop.py").read_text(encoding="utf-8").splitlines())
+    assert f"{loop} lines of plain PyTorch" in README
+    assert len(README.splitlines()) <= 200
