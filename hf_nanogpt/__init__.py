@@ -27,6 +27,7 @@ _WHERE = {
     "checkpoint": ["load_checkpoint"],
     "data": ["DataArguments", "load_documents", "load_text"],
     "packing": ["PackedCollator", "pack_documents"],
+    "convert": ["convert_checkpoint", "export_checkpoint"],
     "optim": ["MuonAdamW", "build_optimizer"],
     "evaluation": ["EvaluationResult", "evaluate"],
     "generation": ["generate_text", "stream_text"],

@@ -12,6 +12,8 @@ VERBS: dict[str, str] = {
     "train": "train a tokenizer and a GPT from nothing, on your text or on Python's own source",
     "generate": "go on from a prompt, printed as it is produced",
     "eval": "measure loss, perplexity and bits per byte on a text",
+    "convert": "turn a GPT-1, GPT-2, GPT-Neo, Llama, Qwen3, nanochat or nanoGPT model into ours",
+    "export": "turn a model of ours into one of those, for tools without hf_nanogpt",
     "info": "describe a checkpoint or a preset: sizes, memory, FLOPs",
 }
 
@@ -39,15 +41,17 @@ def _nearest(name: str, known: Sequence[str]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `hf-nanogpt`; return 0, 2 for bad input (one sentence on stderr), or 130 for Ctrl-C."""
-    # Threads of torch that wait for each other by spinning take the core from the one they wait for
-    # as soon as another program runs: small steps then take ten times as long. Waiting asleep does
-    # not. (libgomp reads this once, when torch is imported.)
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Threads of torch wait for each other by spinning, and so take the core from the one they wait
+    # for as soon as another program runs: small steps then take ten times as long or more. A short
+    # spin costs nothing on a quiet machine. (libgomp reads this once, when torch is imported.)
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     argv = list(sys.argv[1:] if argv is None else argv)
     verbs: dict[str, Callable[[list[str]], None]] = {
         "train": _train,
         "generate": _generate,
         "eval": _eval,
+        "convert": _convert,
+        "export": _export,
         "info": _info,
     }
     try:
@@ -221,6 +225,75 @@ def _generate(argv: list[str]) -> None:
         for piece in pieces:
             print(piece, end="", flush=True)
         print()
+
+
+# convert and export
+
+
+def _convert(argv: list[str]) -> None:
+    parser = _Parser(prog="hf-nanogpt convert", description=VERBS["convert"], allow_abbrev=False)
+    parser.add_argument("source", help="folder or Hub id, or nanoGPT's ckpt.pt")
+    parser.add_argument("destination", help="folder to make")
+    parser.add_argument(
+        "--from",
+        dest="source_format",
+        metavar="FORMAT",
+        help="gpt1, gpt2, gpt_neo, llama, qwen3, nanochat or nanogpt (default: found out)",
+    )
+    parser.add_argument(
+        "--tokenizer", help="folder or Hub id, or nanoGPT's meta.pkl (default: the source's)"
+    )
+    args = parser.parse(argv)
+
+    _quiet_libraries()
+    from .convert import convert_checkpoint
+
+    result = convert_checkpoint(
+        args.source,
+        args.destination,
+        source_format=args.source_format,
+        tokenizer=args.tokenizer,
+    )
+    _print_conversion(result, f"from {result.format}")
+    print("\nNext:")
+    if result.has_tokenizer:
+        print(f"  hf-nanogpt generate {shlex.quote(args.destination)} 'Once upon a time'")
+    print(f"  hf-nanogpt info {shlex.quote(args.destination)}")
+
+
+def _export(argv: list[str]) -> None:
+    parser = _Parser(prog="hf-nanogpt export", description=VERBS["export"], allow_abbrev=False)
+    parser.add_argument("checkpoint", help="folder or Hub id")
+    parser.add_argument("destination", help="folder to make, or for gguf the file")
+    parser.add_argument(
+        "--to",
+        default="auto",
+        metavar="FORMAT",
+        help="qwen3, llama, gpt2, gpt_neo, gpt1, nanochat or gguf (default auto: what fits)",
+    )
+    parser.add_argument("--dtype", choices=["f32", "f16"], help="of the weights of a gguf")
+    args = parser.parse(argv)
+    if args.dtype and args.to != "gguf":
+        raise ValueError(f"dtype={args.dtype} is for --to gguf only: leave it out.")
+
+    _quiet_libraries()
+    if args.to == "gguf":
+        from .convert.gguf import export_gguf
+
+        path = export_gguf(args.checkpoint, args.destination, dtype=args.dtype or "f32")
+        print(f"{path} is ready, {path.stat().st_size:,} bytes for llama.cpp.")
+        return
+    from .convert import export_checkpoint
+
+    result = export_checkpoint(args.checkpoint, args.destination, to=args.to)
+    _print_conversion(result, f"as {result.format}")
+
+
+def _print_conversion(result: Any, how: str) -> None:
+    words = "with" if result.has_tokenizer else "without"
+    print(
+        f"{result.folder} is ready, {how}: {result.num_parameters:,} parameters, {words} tokenizer."
+    )
 
 
 # eval and info

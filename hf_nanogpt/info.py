@@ -7,8 +7,9 @@ from transformers import AutoConfig
 
 from .checkpoint import check_checkpoint, unreachable
 from .configuration_nanogpt import NanoGPTConfig
+from .convert import find_native_twin
 from .modeling_nanogpt import NanoGPTForCausalLM
-from .presets import PRESETS, load_preset
+from .presets import PRESETS, describe_source, load_preset
 
 
 def describe(model: str) -> dict[str, str]:
@@ -18,6 +19,7 @@ def describe(model: str) -> dict[str, str]:
         ValueError: it is none of them, or a checkpoint of another architecture.
     """
     config = _load_config(model)
+    source = {"from": describe_source(model)} if model in PRESETS else {}
     with torch.device("meta"):
         lm = NanoGPTForCausalLM(config)
     total = lm.num_parameters()
@@ -43,6 +45,7 @@ def describe(model: str) -> dict[str, str]:
         "norm": f"{config.norm_type}, {config.norm_position}",
         "vocabulary": f"{config.vocab_size:,}, "
         f"{'tied' if config.tie_word_embeddings else 'untied'} head",
+        "native twin": find_native_twin(config) or "none",
         "parameters": f"{total:,}",
         "  without embeddings": f"{total - embedding:,}",
         "FLOPs per token, serving": f"{flops:.4g} (at full context)",
@@ -52,6 +55,7 @@ def describe(model: str) -> dict[str, str]:
         "memory to train, fp32 AdamW": f"{_size(16 * total)} and activations",
         "KV cache per token, fp32": _size(4 * cached),
         "KV cache per token, bf16": _size(2 * cached),
+        **source,
     }
 
 

@@ -105,6 +105,16 @@ PRESETS: dict[str, dict[str, Any]] = {
     "nanochat-d32": _NANOCHAT | _size(32, 2048, 16),
 }
 
+_SOURCES = {
+    "nano": "this project; the mathematics of Qwen3",
+    "gpt1": "Radford et al. 2018, Improving Language Understanding by Generative Pre-Training",
+    "gpt2": "Radford et al. 2019, Language Models are Unsupervised Multitask Learners",
+    "gpt3": "Brown et al. 2020, Language Models are Few-Shot Learners, arXiv:2005.14165",
+    "llama": "Touvron et al. 2023, LLaMA, arXiv:2302.13971",
+    "qwen3": "Yang et al. 2025, Qwen3 Technical Report, arXiv:2505.09388",
+    "nanochat": "nanochat, the model that transformers has as NanoChatForCausalLM",
+}
+
 # What a row states and what it depends on: overriding the second drops the first, to be derived
 # again.
 _DEPENDS = {
@@ -119,6 +129,11 @@ _DEPENDS = {
 def list_presets() -> list[str]:
     """Return the names that `load_preset` takes."""
     return list(PRESETS)
+
+
+def describe_source(name: str) -> str:
+    """Return the paper or code that a preset's figures come from."""
+    return _SOURCES[name.split("-")[0]]
 
 
 def load_preset(name: str, **overrides: Any) -> NanoGPTConfig:

@@ -11,7 +11,7 @@ os.environ |= {
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "TOKENIZERS_PARALLELISM": "false",
-    "OMP_WAIT_POLICY": "PASSIVE",  # see cli.py
+    "GOMP_SPINCOUNT": "10000",  # see cli.py
 }
 
 import pytest  # noqa: E402

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from hf_nanogpt.cli import main
 
@@ -100,6 +101,24 @@ def test_eval_and_info_print_their_figures(checkpoint, capsys, tmp_path):
     assert main(["info", str(checkpoint)]) == 0
     metrics = json.loads((checkpoint / "metrics.json").read_text())
     assert f"{metrics['num_parameters']:,}" in capsys.readouterr().out
+
+
+def test_export_and_convert_there_and_back(checkpoint, capsys, tmp_path):
+    assert main(["export", str(checkpoint), str(tmp_path / "native")]) == 0
+    assert "as qwen3" in capsys.readouterr().out
+    assert main(["convert", str(tmp_path / "native"), str(tmp_path / "ours")]) == 0
+    assert "from qwen3" in capsys.readouterr().out
+    before, after = (load_file(p / "model.safetensors") for p in (checkpoint, tmp_path / "ours"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert main(["export", str(checkpoint), str(tmp_path / "a.gguf"), "--to", "gguf"]) == 0
+    assert (tmp_path / "a.gguf").read_bytes().startswith(b"GGUF")
+    assert "not empty" in refuse(capsys, "export", checkpoint, tmp_path / "native")
+    assert "qk_norm" in refuse(capsys, "export", checkpoint, tmp_path / "b", "--to", "llama")
+    assert "qwen3" in refuse(capsys, "export", checkpoint, tmp_path / "b", "--to", "qwen")
+    assert "dtype=f16" in refuse(capsys, "export", checkpoint, tmp_path / "b", "--dtype", "f16")
+    assert "ours already" in refuse(capsys, "convert", checkpoint, tmp_path / "b")
+    assert not (tmp_path / "b").exists()
 
 
 def test_info_of_the_largest_preset_answers_in_seconds(capsys):

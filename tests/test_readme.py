@@ -60,7 +60,9 @@ def test_commands_work(workplace, monkeypatch, capsys):
     commands = [shlex.split(line)[1:] for line in lines if line.startswith("hf-nanogpt ")]
     assert len(commands) >= 9
     for verb, *flags in commands:
-        if verb == "train":  # these train for minutes: read their settings only
+        if verb == "convert":  # from the Hub, and from a file that is not here
+            assert (ROOT / "hf_nanogpt/convert").is_dir() and len(flags) == 2
+        elif verb == "train":  # these train for minutes: read their settings only
             recipe = "quickstart" if flags[0].startswith("-") else flags.pop(0)
             parse_settings(recipe, flags)
         else:
@@ -100,6 +102,14 @@ def test_parameter_counts_of_the_presets_are_exact():
         assert (describe(first)["parameters"], describe(last)["parameters"]) == (low, high)
     assert f"knows {len(list_presets())} of" in README
     assert load_preset("nano").model_type == "nanogpt"
+
+
+def test_compatibility_table_is_the_measured_one():
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    from compatibility import render_table
+
+    recorded = json.loads((ROOT / "benchmarks/results/compatibility.json").read_text())
+    assert render_table(recorded["rows"]).strip() in README
 
 
 def test_length_is_as_promised():

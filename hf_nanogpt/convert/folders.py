@@ -1,0 +1,91 @@
+"""The folders at both ends of a conversion: found, loaded from, and written whole or not at all."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..checkpoint import check_checkpoint, staged_folder, unreachable
+from .files import read_json
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+_DOWNLOADED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+_SETTINGS = "generation_config.json"
+
+
+def local_folder(checkpoint: str | Path) -> Path:
+    """Return the folder of a checkpoint, fetched from the Hub where it is an id."""
+    name = check_checkpoint(checkpoint)
+    if Path(name).is_dir():
+        return Path(name)
+    try:
+        return Path(snapshot_download(name, allow_patterns=_DOWNLOADED, ignore_patterns="*/*"))
+    except OSError as error:
+        raise ValueError(unreachable(name, "checkpoint folder")) from error
+
+
+def load_tokenizer(place: str | Path) -> PreTrainedTokenizerBase | None:
+    """Load the tokenizer of a folder or Hub id; `None` for a folder that has none."""
+    folder = Path(place)
+    if folder.is_dir() and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        return None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(place), trust_remote_code=False)
+    except Exception as error:  # the libraries below raise nearly anything for a damaged file
+        raise ValueError(f"The tokenizer of {place} cannot be loaded: {error}") from error
+    for name in ("is_local", "local_files_only"):  # of this loading, not of the tokenizer
+        tokenizer.init_kwargs.pop(name, None)
+    return tokenizer
+
+
+def check_destination(destination: str | Path) -> Path:
+    """Return the path if a new folder can be written there, or raise a `ValueError`."""
+    path = Path(destination)
+    if path.is_dir() and any(path.iterdir()):
+        raise ValueError(f"destination={path} exists and is not empty: choose another folder.")
+    parent = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ValueError(f"destination={path}: cannot write to {parent}; choose another folder.")
+    return path
+
+
+def write_folder(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    destination: Path,
+    *,
+    settings_from: Path | None = None,
+) -> None:
+    """Write a whole checkpoint, with the generation settings of another folder, or nothing."""
+    settings = settings_from and settings_from / _SETTINGS
+    with _written(destination) as staged:
+        model.save_pretrained(staged)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(staged)
+        if settings and settings.is_file():
+            read_json(settings)  # a damaged one must not pass on
+            shutil.copyfile(settings, staged / _SETTINGS)
+
+
+@contextmanager
+def _written(destination: Path) -> Iterator[Path]:
+    """Stage a folder; after a failure, say so in a `ValueError` and leave no trace of it."""
+    existed = destination.exists()
+    try:
+        with staged_folder(destination) as staged:
+            yield staged
+    except BaseException as error:
+        if not existed and destination.is_dir() and not any(destination.iterdir()):
+            destination.rmdir()
+        # tokenizers, which is written in Rust, raises a bare Exception when the disk is full.
+        if isinstance(error, OSError | SafetensorError) or type(error) is Exception:
+            raise ValueError(
+                f"destination={destination} could not be written, and nothing was left of it: "
+                f"{error}. Make room there, or choose another folder."
+            ) from error
+        raise

@@ -1,0 +1,96 @@
+"""nanoGPT's own checkpoint, `ckpt.pt`; read, never written.
+
+It is a pickle, which can hold code. torch reads it with `weights_only=True`: tensors and plain
+values, and nothing that the file brings is run.
+"""
+
+import pickle
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..configuration_nanogpt import NanoGPTConfig
+from . import gpt2
+from .files import LazyTensor, in_memory
+from .rules import TRANSPOSE
+
+# GPT-2's names and fused projection, kept by nn.Linear instead of Conv1D.
+ROWS = tuple(
+    (theirs, ours, *(operation for operation in operations if operation is not TRANSPOSE))
+    for theirs, ours, *operations in gpt2.ROWS
+)
+FIELDS = {
+    "vocab_size": "vocab_size",
+    "block_size": "max_position_embeddings",
+    "n_embd": "hidden_size",
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+}
+GPT2_VOCABULARY, GPT2_PADDED, GPT2_END_OF_TEXT = 50257, 50304, 50256
+PARTS = ("model", "model_args")
+BUFFERS = r"\.attn\.bias$"  # the causal mask of older versions
+
+
+def read_checkpoint(path: Path) -> tuple[NanoGPTConfig, dict[str, LazyTensor]]:
+    """Return the configuration and the weights of a `ckpt.pt`.
+
+    The file does not say which GELU it was trained with: the exact one is taken, nanoGPT's since
+    2023.
+
+    Raises:
+        ValueError: it is no such file, it needs more than tensors and plain values, or it was
+            written by a variant of nanoGPT with settings of its own.
+    """
+    checkpoint = _load(path)
+    tensors, args = map(checkpoint.get, PARTS) if isinstance(checkpoint, dict) else (None, None)
+    if not isinstance(tensors, dict) or not isinstance(args, dict):
+        raise ValueError(
+            f"{path} is no checkpoint of nanoGPT, which has {' and '.join(PARTS)}: other models "
+            "are converted from a folder that save_pretrained wrote."
+        )
+    weights = {
+        name.removeprefix("_orig_mod."): tensor
+        for name, tensor in tensors.items()
+        if isinstance(tensor, torch.Tensor) and not re.search(BUFFERS, name)
+    }
+    bias = "transformer.ln_f.bias" in weights  # older versions always had it, and say nothing
+    return _read_config({"bias": bias} | args, path), in_memory(weights)
+
+
+def _load(path: Path) -> Any:
+    try:
+        mapped = zipfile.is_zipfile(path)  # then only the tensors that are used are read
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except pickle.UnpicklingError as error:
+        wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = f"it needs {wanted[1]}" if wanted else "it is damaged, or no checkpoint"
+        raise ValueError(
+            f"{path} was not loaded: a checkpoint of nanoGPT needs tensors and plain values only, "
+            f"and {what}. Nothing in it was run."
+        ) from error
+    except (OSError, EOFError, RuntimeError) as error:
+        raise ValueError(f"{path} cannot be read, it is cut off or damaged: {error}") from error
+
+
+def _read_config(args: dict[str, Any], path: Path) -> NanoGPTConfig:
+    known = {*FIELDS, "bias", "dropout"}
+    if unknown := args.keys() - known:
+        raise ValueError(
+            f"{path} has model_args that nanoGPT does not know ({', '.join(sorted(unknown))}): it "
+            "comes from a variant, whose weights may mean something else."
+        )
+    if missing := FIELDS.keys() - args.keys():
+        raise ValueError(f"{path} lacks these of its model_args: {', '.join(sorted(missing))}.")
+    has_gpt2s = GPT2_VOCABULARY <= args["vocab_size"] <= GPT2_PADDED
+    end = GPT2_END_OF_TEXT if has_gpt2s else None
+    return NanoGPTConfig(
+        **gpt2.FIXED
+        | {ours: args[name] for name, ours in FIELDS.items()}
+        | {"attention_bias": args["bias"], "mlp_bias": args["bias"]}
+        | {"hidden_act": "gelu", "norm_eps": 1e-5, "initializer_range": 0.02}
+        | {"dropout": args.get("dropout", 0.0), "tie_word_embeddings": True}
+        | {"bos_token_id": end, "eos_token_id": end}
+    )

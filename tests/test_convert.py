@@ -1,0 +1,244 @@
+"""Foreign checkpoints become ours with the same logits, tokens, loss and gradients, and go back."""
+
+import json
+import math
+import shutil
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from references import LENGTH, REFERENCES, make_reference, make_tokens
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, GPT2Tokenizer, PreTrainedModel
+
+from hf_nanogpt import NanoGPTForCausalLM, load_checkpoint
+from hf_nanogpt.convert import convert_checkpoint, export_checkpoint
+
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory):
+    """A function from a reference's name to (their folder, our folder), converted once."""
+    root = tmp_path_factory.mktemp("references")
+
+    @cache
+    def convert(name: str) -> tuple[Path, Path]:
+        place = root / str(list(REFERENCES).index(name))
+        make_reference(name).save_pretrained(place / "theirs")
+        convert_checkpoint(place / "theirs", place / "ours")
+        return place / "theirs", place / "ours"
+
+    return convert
+
+
+@pytest.fixture(params=REFERENCES)
+def name(request) -> str:
+    return request.param
+
+
+def read_config(folder: Path) -> dict:
+    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+
+
+def load(folder: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+@pytest.fixture
+def models(name, pairs) -> tuple[PreTrainedModel, NanoGPTForCausalLM]:
+    theirs, ours = map(load, pairs(name))
+    assert type(theirs).__name__ == REFERENCES[name].architecture
+    assert type(ours) is NanoGPTForCausalLM
+    return theirs, ours
+
+
+def difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).abs().max())
+
+
+def pad_left(tokens: torch.Tensor, pad: int = 7) -> dict[str, torch.Tensor]:
+    """Return the model's inputs with the first row's beginning masked."""
+    mask = torch.ones_like(tokens)
+    mask[0, :pad] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    return {"input_ids": tokens * mask, "attention_mask": mask, "position_ids": positions}
+
+
+@torch.no_grad()
+def test_logits_are_the_same(models):
+    theirs, ours = models
+    tokens = make_tokens()
+    expected = theirs(tokens).logits
+    assert expected.std() > 0.1
+    assert difference(ours(tokens).logits, expected) <= TOLERANCE
+
+
+@torch.no_grad()
+def test_logits_are_the_same_with_left_padding(models):
+    inputs = pad_left(make_tokens())
+    seen = inputs["attention_mask"].bool()
+    theirs, ours = (model(**inputs).logits[seen] for model in models)
+    assert difference(ours, theirs) <= TOLERANCE
+
+
+@torch.no_grad()
+def cached_logits(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
+    """Return the logits of a text that is read in pieces of 16, 1, 1 ... tokens."""
+    cuts = [0, *range(16, LENGTH + 1)]
+    pieces, cache = [], None
+    for start, end in pairwise(cuts):
+        output = model(tokens[:, start:end], past_key_values=cache, use_cache=True)
+        pieces.append(output.logits)
+        cache = output.past_key_values
+    return torch.cat(pieces, dim=1)
+
+
+def test_logits_are_the_same_with_a_cache(models):
+    theirs, ours = models
+    tokens = make_tokens()
+    has_cache = hasattr(theirs.config, "use_cache")  # GPT-1 has none
+    with torch.no_grad():
+        expected = cached_logits(theirs, tokens) if has_cache else theirs(tokens).logits
+    assert difference(cached_logits(ours, tokens), expected) <= TOLERANCE
+
+
+def test_greedy_tokens_are_the_same_with_left_padding(models):
+    inputs = pad_left(make_tokens())
+    del inputs["position_ids"]  # generate makes them from the mask
+    theirs, ours = (
+        model.generate(**inputs, do_sample=False, max_new_tokens=12, min_new_tokens=12)
+        for model in models
+    )
+    assert ours.shape == (2, LENGTH + 12)
+    assert ours.equal(theirs)
+
+
+def gradient_norm(model: PreTrainedModel, format: str) -> float:
+    """Return the norm over the tensors of the foreign model, for each of the two.
+
+    Ours has the factor sqrt(head_dim) in GPT-Neo's queries, whose gradient is smaller by it, and
+    biases that GPT-Neo lacks.
+    """
+    total = 0.0
+    for name, parameter in model.named_parameters():
+        square = float(parameter.grad.double().square().sum())
+        if format == "gpt_neo" and isinstance(model, NanoGPTForCausalLM):
+            if name.endswith(("q_proj.bias", "k_proj.bias", "v_proj.bias")):
+                continue
+            square *= model.config.head_dim if ".q_proj." in name else 1
+        total += square
+    return math.sqrt(total)
+
+
+def test_loss_and_gradient_norm_are_the_same(name, models):
+    tokens = make_tokens()
+    labels = tokens.clone()
+    labels[0, 5:9] = -100
+    losses = [model(tokens, labels=labels).loss for model in models]
+    for loss in losses:
+        loss.backward()
+    assert losses[1].item() == pytest.approx(losses[0].item(), rel=1e-6)
+    theirs, ours = (gradient_norm(model, REFERENCES[name].format) for model in models)
+    assert theirs > 0.1
+    assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+def test_ours_to_theirs_to_ours_is_the_same_to_the_bit(name, pairs, tmp_path):
+    _, ours = pairs(name)
+    export_checkpoint(ours, tmp_path / "native", to=REFERENCES[name].format)
+    convert_checkpoint(tmp_path / "native", tmp_path / "back")
+    first, last = (load_file(f / "model.safetensors") for f in (ours, tmp_path / "back"))
+    assert first.keys() == last.keys()
+    assert all(first[key].equal(last[key]) for key in first)
+    assert read_config(tmp_path / "back") == read_config(ours)
+
+
+def test_the_twin_of_a_converted_model_is_what_it_came_from(name, pairs, tmp_path):
+    theirs, ours = pairs(name)
+    exported = export_checkpoint(ours, tmp_path / "native")
+    assert exported.format == REFERENCES[name].format
+    first, last = (load_file(f / "model.safetensors") for f in (theirs, tmp_path / "native"))
+    assert first.keys() == last.keys()
+    for key, tensor in first.items():
+        torch.testing.assert_close(last[key], tensor, rtol=3e-7, atol=0)
+
+
+def test_the_recorded_differences_are_of_every_reference_and_small():
+    recorded = json.loads((ROOT / "benchmarks/results/compatibility.json").read_text())["rows"]
+    assert set(REFERENCES) < set(recorded)
+    assert max(row["max_difference"] for row in recorded.values()) <= TOLERANCE
+    assert all(recorded[name]["round_trip"] for name in REFERENCES)
+
+
+# What files look like in the wild
+
+
+def test_shards_are_read_as_one(pairs, tmp_path):
+    theirs, ours = pairs("gpt2")
+    load(theirs).save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
+    convert_checkpoint(tmp_path / "shards", tmp_path / "ours")
+    first, last = (load_file(f / "model.safetensors") for f in (ours, tmp_path / "ours"))
+    assert all(first[key].equal(last[key]) for key in first)
+
+
+@pytest.mark.parametrize("name", ["gpt1", "gpt2", "gpt_neo, global and local"])
+def test_old_files_with_buffers_short_names_and_a_stored_tied_head_are_read(name, pairs):
+    theirs, ours = pairs(name)
+    weights = load_file(theirs / "model.safetensors")
+    names = {key.removeprefix("transformer."): tensor for key, tensor in weights.items()}
+    embedding = next(tensor for tensor in weights.values() if tensor.shape[0] == 67)
+    names["lm_head.weight"] = embedding.clone()
+    buffer = "h.0.attn.attention.bias" if "neo" in name else "h.0.attn.bias"
+    names[buffer] = torch.ones(1, 1, 48, 48).tril()
+    old = theirs.parent / "old"
+    load(theirs).config.save_pretrained(old)
+    save_file(names, old / "model.safetensors", metadata={"format": "pt"})
+    convert_checkpoint(old, old.parent / "old-ours")
+    first, last = (load_file(f / "model.safetensors") for f in (ours, old.parent / "old-ours"))
+    assert first.keys() == last.keys()
+    assert all(first[key].equal(last[key]) for key in first)
+
+
+def test_a_config_of_older_transformers_means_the_same(pairs):
+    theirs, ours = pairs("llama, RoPE llama3")
+    fields = read_config(theirs)
+    scaling = fields.pop("rope_parameters")
+    fields |= {"rope_theta": scaling.pop("rope_theta"), "rope_scaling": scaling}
+    fields |= {"torch_dtype": fields.pop("dtype"), "transformers_version": "4.43.0"}
+    old = theirs.parent / "old"
+    shutil.copytree(theirs, old)
+    (old / "config.json").write_text(json.dumps(fields), encoding="utf-8")
+    convert_checkpoint(old, old.parent / "old-ours")
+    assert read_config(old.parent / "old-ours") == read_config(ours)
+
+
+def test_gpt2_with_its_own_tokenizer_writes_the_same_text(tmp_path):
+    letters = {letter: i for i, letter in enumerate([*"abcdefghijklmnopqrstuvwxyz", "Ġ", "ab"])}
+    words = GPT2Tokenizer(vocab=letters | {"<|endoftext|>": 28}, merges=[("a", "b")])
+    make_reference("gpt2").save_pretrained(tmp_path / "theirs")
+    words.save_pretrained(tmp_path / "theirs")
+    assert convert_checkpoint(tmp_path / "theirs", tmp_path / "ours").has_tokenizer
+    model, tokenizer = load_checkpoint(tmp_path / "ours")
+    inputs = words("cab abba", return_tensors="pt")
+    assert tokenizer("cab abba").input_ids == inputs.input_ids[0].tolist()
+    theirs, ours = (
+        words.decode(m.generate(**inputs, do_sample=False, max_new_tokens=9)[0])
+        for m in (load(tmp_path / "theirs"), model)
+    )
+    assert ours == theirs and ours.startswith("cab abba")
+
+
+@pytest.mark.parametrize("name", ["gpt2", "qwen3", "gpt_neo, global and local", "nanochat"])
+def test_the_dtype_is_kept_both_ways(name, tmp_path):
+    make_reference(name).to(torch.bfloat16).save_pretrained(tmp_path / "theirs")
+    convert_checkpoint(tmp_path / "theirs", tmp_path / "ours")
+    export_checkpoint(tmp_path / "ours", tmp_path / "native")
+    for folder in ("ours", "native"):
+        weights = load_file(tmp_path / folder / "model.safetensors")
+        assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
+        assert load(tmp_path / folder).dtype == torch.bfloat16

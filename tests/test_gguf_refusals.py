@@ -1,0 +1,97 @@
+"""What cannot become a GGUF file is refused by name, and nothing half-written is left."""
+
+import sys
+
+import pytest
+from conftest import tiny_model
+from test_gguf import LLAMA3_ROPE, TEXT, split_tokenizer
+from tokenizers import Tokenizer, models, normalizers
+from transformers import PreTrainedTokenizerFast
+
+from hf_nanogpt import train_tokenizer
+from hf_nanogpt.convert.gguf import export_gguf
+from hf_nanogpt.convert.gguf_vocabulary import _LLAMA3, describe_tokenizer
+
+pytest.importorskip("gguf", reason="the GGUF writer is missing: pip install 'hf-nanogpt[gguf]'")
+
+
+def _save(folder, family, **overrides):
+    tokenizer = train_tokenizer([], kind="byte")
+    model = tiny_model(family, vocab_size=len(tokenizer), **overrides)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model
+
+
+def test_a_tokenizer_that_llama_cpp_would_read_differently_is_refused():
+    ours = train_tokenizer([TEXT], kind="char")
+    describe_tokenizer(ours, vocab_size=len(ours))
+    with pytest.raises(ValueError, match=f"has {len(ours)} tokens, and vocab_size=100"):
+        describe_tokenizer(ours, vocab_size=100)
+    words = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
+    cases = {
+        "no byte-level BPE": PreTrainedTokenizerFast(tokenizer_object=words, eos_token="a"),
+        "rules that are not GPT-2's": split_tokenizer(r"\w+|\W"),
+        "normalizer .*Lowercase": split_tokenizer(
+            _LLAMA3, ignore_merges=True, normalizer=normalizers.Lowercase()
+        ),
+    }
+    for message, tokenizer in cases.items():
+        with pytest.raises(ValueError, match=message):
+            describe_tokenizer(tokenizer, vocab_size=999)
+    ours.eos_token = None
+    with pytest.raises(ValueError, match="no eos_token"):
+        describe_tokenizer(ours, vocab_size=999)
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides", "message"),
+    [
+        ("gpt1", {}, "gpt2, .* norm_position='post'"),
+        ("gpt3", {}, "gpt2, .* sliding_window=5"),
+        ("gpt2", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ("gpt2", {"num_key_value_heads": 2}, "num_key_value_heads=2"),
+        ("gpt2", {"head_dim": 16}, "head_dim=16"),
+        ("nanochat", {}, "norm_type='rmsnorm_unweighted'"),
+        ("nano", {"final_logit_softcapping": 15.0}, "final_logit_softcapping=15.0"),
+        ("qwen3", {"attention_bias": True}, "attention_bias=True"),
+        ("qwen3", {"rope_parameters": LLAMA3_ROPE}, "rope_type='llama3'"),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "'dynamic'"),
+    ],
+)
+def test_a_field_that_llama_cpp_lacks_is_named(family, overrides, message, tmp_path):
+    _save(tmp_path, family, **overrides)
+    with pytest.raises(ValueError, match=message):
+        export_gguf(tmp_path, tmp_path / "new" / "model.gguf")
+    assert not (tmp_path / "new").exists()
+
+
+def test_bad_arguments_leave_nothing_behind(tmp_path, monkeypatch):
+    model = _save(tmp_path, "nano")
+    there, new = tmp_path / "there.gguf", tmp_path / "new.gguf"
+    there.write_text("mine")
+    for destination, more, message in (
+        (there, {}, "exists already"),
+        (tmp_path / "model.bin", {}, "ends in .gguf"),
+        (new, {"dtype": "q8_0"}, "dtype='q8_0' is unknown"),
+        (there / "new.gguf", {}, "could not be written"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            export_gguf(tmp_path, destination, **more)
+    assert there.read_text() == "mine"
+    before = sorted(tmp_path.iterdir())
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="No space left"):
+        patch.setattr("gguf.GGUFWriter.write_tensor_data", _fail)
+        export_gguf(tmp_path, new)
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match=r"hf-nanogpt\[gguf\]"):
+        patch.setitem(sys.modules, "gguf", None)
+        export_gguf(tmp_path, new)
+    assert sorted(tmp_path.iterdir()) == before
+    model.lm_head.weight.data[0, 0] = 1e5
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"output\.weight has weights beyond"):
+        export_gguf(tmp_path, new, dtype="f16")
+
+
+def _fail(*args):
+    raise OSError(28, "No space left on device")
