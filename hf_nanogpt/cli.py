@@ -4,6 +4,7 @@ import argparse
 import difflib
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -159,6 +160,7 @@ def _summary(result: Any) -> str:
     }
     table = "\n".join(f"  {name:<16} {value}" for name, value in rows.items())
     sample = "\n".join(f"  | {line}" for line in result.sample.splitlines())
+    me = "hf-nanogpt" if shutil.which("hf-nanogpt") else sys.argv[0]  # as it was called
     return f"""
 {folder} is ready:
 {table}
@@ -167,9 +169,9 @@ A sample:
 {sample}
 
 Next:
-  hf-nanogpt generate {folder} {shlex.quote(result.prompt)}
-  hf-nanogpt eval {folder} --data YOUR_TEXT
-  hf-nanogpt info {folder}"""
+  {me} generate {folder} {shlex.quote(result.prompt)}
+  {me} eval {folder} --data YOUR_TEXT
+  {me} info {folder}"""
 
 
 # generate
