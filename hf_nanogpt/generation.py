@@ -106,7 +106,10 @@ def _stream(model, tokenizer, inputs, config, seed) -> Iterator[str]:
 
 def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str):
     if prompt:
-        return tokenizer(prompt, return_tensors="pt")
+        try:
+            return tokenizer(prompt, return_tensors="pt")
+        except Exception as error:  # `tokenizers` raises no narrower kind
+            raise ValueError(f"The tokenizer cannot encode the prompt: {error}.") from error
     if tokenizer.bos_token is None:
         raise ValueError(
             "prompt='' starts from the bos token, and this tokenizer has none: give a text."
