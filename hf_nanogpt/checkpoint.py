@@ -98,10 +98,7 @@ def check_output_dir(
     with `overwrite`, which needs everything inside to be a checkpoint's own.
     """
     path = Path(output_dir)
-    # os.path: Path.exists raises where a folder must not be looked into.
-    parent = next(p for p in (path, *path.absolute().parents) if os.path.exists(p))
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise ValueError(f"output_dir={path}: cannot write to {parent}; choose another folder.")
+    check_writable(path, name="output_dir")
     content = {p.name for p in path.iterdir()} if path.is_dir() else set()
     if resume and not any(path.glob(_STEPS)):
         raise ValueError(
@@ -120,6 +117,14 @@ def check_output_dir(
             f"output_dir={path} holds files that no training wrote ({', '.join(foreign[:3])}), "
             "so --overwrite does not touch it: choose another folder, or move them away."
         )
+
+
+def check_writable(path: Path, *, name: str) -> None:
+    """Raise a `ValueError`, calling the path `name`, unless a folder can be made there."""
+    # os.path: Path.exists raises where a folder must not be looked into.
+    parent = next(p for p in (path, *path.absolute().parents) if os.path.exists(p))
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ValueError(f"{name}={path}: cannot write to {parent}; choose another folder.")
 
 
 def clear_output_dir(output_dir: str | Path) -> None:

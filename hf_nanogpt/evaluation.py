@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .checkpoint import load_checkpoint
 from .data import Documents, load_text
@@ -99,7 +99,7 @@ def evaluate(
             f"The tokenizer has {len(tokenizer)} tokens and the model vocab_size="
             f"{model.config.vocab_size}: they do not belong together."
         )
-    length = check_context_length(model, context_length)
+    length = check_context_length(model.config, context_length)
     documents = load_text(data, text_column=text_column) if isinstance(data, str) else data
     blocks = pack_documents(documents, tokenizer, context_length=length)
     collate = PackedCollator(tokenizer.eos_token_id)
@@ -119,9 +119,9 @@ def evaluate(
     return summarize_losses(total)
 
 
-def check_context_length(model: PreTrainedModel, context_length: int | None) -> int:
+def check_context_length(config: PreTrainedConfig, context_length: int | None) -> int:
     """Return the block length to use, or raise a `ValueError` where the model cannot take it."""
-    limit = model.config.max_position_embeddings
+    limit = config.max_position_embeddings
     length = limit if context_length is None else context_length
     if not 2 <= length <= limit:
         raise ValueError(

@@ -19,7 +19,6 @@ from transformers.trainer_utils import get_last_checkpoint
 from .arguments import NanoGPTTrainingArguments, make_config, parse_settings
 from .callbacks import ProgressCallback, plot_losses
 from .checkpoint import check_output_dir, clear_output_dir, staged_folder
-from .configuration_nanogpt import NanoGPTConfig
 from .data import (
     STDLIB,
     DataArguments,
@@ -129,7 +128,8 @@ def train(
     data_args, architecture, args = parse_settings(recipe, flags, **settings)
     check_output_dir(args.output_dir, overwrite=overwrite, resume=resume)
     # Refuse an impossible architecture now, not after minutes of preparing data for it.
-    _check_length(make_config(architecture, vocab_size=data_args.vocab_size), data_args)
+    config = make_config(architecture, vocab_size=data_args.vocab_size)
+    check_context_length(config, data_args.context_length)
     last_checkpoint = get_last_checkpoint(args.output_dir) if resume else None
 
     with args.main_process_first(desc="preparing the data"):
@@ -140,7 +140,7 @@ def train(
         else:
             tokenizer = load_tokenizer(data_args, documents)
             config = make_config(architecture, **_vocabulary(tokenizer))
-        length = _check_length(config, data_args)
+        length = check_context_length(config, data_args.context_length)
         tokenizer.model_max_length = config.max_position_embeddings
         pack = partial(
             pack_documents,
@@ -180,11 +180,6 @@ def _choose_prompt(
     if data_args.data == STDLIB:
         return "def main("
     return " ".join(next(iter(held_out))["text"].split()[:3])[:40]
-
-
-def _check_length(config: NanoGPTConfig, data_args: DataArguments) -> int:
-    with torch.device("meta"):
-        return check_context_length(NanoGPTForCausalLM(config), data_args.context_length)
 
 
 def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """The folders at both ends of a conversion: found, loaded from, and written whole or not at all."""
 
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +9,7 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..checkpoint import check_checkpoint, staged_folder, unreachable
+from ..checkpoint import check_checkpoint, check_writable, staged_folder, unreachable
 from .files import read_json
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
@@ -48,9 +47,7 @@ def check_destination(destination: str | Path) -> Path:
     path = Path(destination)
     if path.is_dir() and any(path.iterdir()):
         raise ValueError(f"destination={path} exists and is not empty: choose another folder.")
-    parent = next(p for p in (path, *path.absolute().parents) if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise ValueError(f"destination={path}: cannot write to {parent}; choose another folder.")
+    check_writable(path, name="destination")
     return path
 
 
