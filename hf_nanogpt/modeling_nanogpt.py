@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
@@ -36,8 +37,47 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_nanogpt import NanoGPTConfig
 
 
+def _is_eager_training(x: torch.Tensor) -> bool:
+    """Say whether autograd would run each small operation by itself, as on a CPU in float32."""
+    cpu = x.device.type == "cpu" and x.dtype == torch.float32
+    return cpu and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+class _RMSNormFunction(torch.autograd.Function):
+    """Root-mean-square norm in fewer passes over memory than autograd would take on a CPU."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        size = x.shape[-1]
+        square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
+        scale = square.div_(size).add_(eps).rsqrt_()
+        normed = x * scale
+        ctx.save_for_backward(normed, scale, weight)
+        return normed if weight is None else normed * weight
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        normed, scale, weight = ctx.saved_tensors
+        product = grad * normed
+        grad_weight = None
+        if weight is not None:
+            rows = product.flatten(0, -2)
+            grad_weight = rows.sum(dim=0)
+            along, grad = (rows @ weight).view_as(scale), grad * weight
+        else:
+            along = product.sum(dim=-1, keepdim=True)
+        grad = torch.addcmul(grad, normed, along, value=-1 / grad.shape[-1])
+        return grad.mul_(scale), grad_weight, None
+
+
 class NanoGPTRMSNorm(nn.RMSNorm):
     """Root-mean-square norm, weighted or not; transformers' init looks for this name."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if _is_eager_training(x):
+            return _RMSNormFunction.apply(x, self.weight, self.eps)
+        return super().forward(x)
 
 
 class NanoGPTLayerNorm(nn.LayerNorm):
@@ -94,9 +134,34 @@ def rotate_half(x: torch.Tensor) -> torch.Tensor:
     return torch.cat((-b, a), dim=-1)
 
 
+class _RotaryFunction(torch.autograd.Function):
+    """x * cos + rotate_half(x) * sin, whose gradient is the rotation back."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return _rotate(x, cos, sin, 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return _rotate(grad, *ctx.saved_tensors, -1), None, None
+
+
+def _rotate(x, cos, sin, sign):
+    (a, b), rotated = x.chunk(2, dim=-1), x * cos
+    first, second = rotated.chunk(2, dim=-1)
+    sin = sin.chunk(2, dim=-1)[0]  # both halves of sin are the same
+    first.addcmul_(b, sin, value=-sign)
+    second.addcmul_(a, sin, value=sign)
+    return rotated
+
+
 def apply_rotary_pos_emb(q, k, cos, sin):
     """Rotate q (B, H, T, D) and k (B, G, T, D) by their positions' cos and sin (B, T, D)."""
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    if _is_eager_training(q):
+        return _RotaryFunction.apply(q, cos, sin), _RotaryFunction.apply(k, cos, sin)
     return q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
 
 
@@ -189,7 +254,9 @@ class NanoGPTMLP(nn.Module):
         self.up_proj = nn.Linear(width, inner, bias=bias)
         self.down_proj = nn.Linear(inner, width, bias=bias)
         self.down_proj.is_residual_proj = True
-        self.act_fn = ACT2FN[config.hidden_act]
+        # GPT-2's GELU written out takes eight passes over memory, torch's kernel for it one.
+        fused = {"gelu_new": "gelu_pytorch_tanh"}
+        self.act_fn = ACT2FN[fused.get(config.hidden_act, config.hidden_act)]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.gate_proj is None:

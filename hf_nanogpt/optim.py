@@ -52,14 +52,17 @@ def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
     bfloat16 elsewhere.
     """
     x = matrices.float() if matrices.device.type == "cpu" else matrices.bfloat16()
+    x = x.reshape(-1, *x.shape[-2:])
     tall = x.size(-2) > x.size(-1)
     if tall:
         x = x.mT
     x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.01 + 1e-7)
     for a, b, c in _POLAR_EXPRESS:
         square = x @ x.mT
-        x = a * x + (b * square + c * square @ square) @ x
-    return (x.mT if tall else x).to(matrices.dtype)
+        polynomial = torch.baddbmm(square, square, square, beta=b, alpha=c)
+        polynomial.diagonal(dim1=-2, dim2=-1).add_(a)
+        x = polynomial @ x
+    return (x.mT if tall else x).to(matrices.dtype).view_as(matrices)
 
 
 class MuonAdamW(torch.optim.Optimizer):
