@@ -44,38 +44,31 @@ def _is_eager_training(x: torch.Tensor) -> bool:
 
 
 class _RMSNormFunction(torch.autograd.Function):
-    """Root-mean-square norm in fewer passes over memory than autograd would take on a CPU."""
+    """Weighted root-mean-square norm in fewer passes over memory than autograd takes."""
 
     @staticmethod
     def forward(ctx, x, weight, eps):
-        size = x.shape[-1]
         square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
-        scale = square.div_(size).add_(eps).rsqrt_()
+        scale = square.div_(x.shape[-1]).add_(eps).rsqrt_()
         normed = x * scale
         ctx.save_for_backward(normed, scale, weight)
-        return normed if weight is None else normed * weight
+        return normed * weight
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         normed, scale, weight = ctx.saved_tensors
-        product = grad * normed
-        grad_weight = None
-        if weight is not None:
-            rows = product.flatten(0, -2)
-            grad_weight = rows.sum(dim=0)
-            along, grad = (rows @ weight).view_as(scale), grad * weight
-        else:
-            along = product.sum(dim=-1, keepdim=True)
-        grad = torch.addcmul(grad, normed, along, value=-1 / grad.shape[-1])
-        return grad.mul_(scale), grad_weight, None
+        rows = (grad * normed).flatten(0, -2)
+        along = (rows @ weight).view_as(scale)
+        grad = torch.addcmul(grad * weight, normed, along, value=-1 / weight.numel())
+        return grad.mul_(scale), rows.sum(dim=0), None
 
 
 class NanoGPTRMSNorm(nn.RMSNorm):
     """Root-mean-square norm, weighted or not; transformers' init looks for this name."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if _is_eager_training(x):
+        if self.weight is not None and _is_eager_training(x):
             return _RMSNormFunction.apply(x, self.weight, self.eps)
         return super().forward(x)
 
@@ -149,11 +142,10 @@ class _RotaryFunction(torch.autograd.Function):
 
 
 def _rotate(x, cos, sin, sign):
-    (a, b), rotated = x.chunk(2, dim=-1), x * cos
-    first, second = rotated.chunk(2, dim=-1)
-    sin = sin.chunk(2, dim=-1)[0]  # both halves of sin are the same
-    first.addcmul_(b, sin, value=-sign)
-    second.addcmul_(a, sin, value=sign)
+    half = x.shape[-1] // 2
+    rotated = x * cos
+    rotated[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-sign)
+    rotated[..., half:].addcmul_(x[..., :half], sin[..., half:], value=sign)
     return rotated
 
 
