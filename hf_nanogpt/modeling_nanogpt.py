@@ -256,6 +256,9 @@ class NanoGPTPreTrainedModel(PreTrainedModel):
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """Save as transformers does, and make the folder load through every Auto class."""
+        kind = type(self)
+        if kind.__name__.startswith("FSDP"):  # made by `fully_shard`, in a file of torch's
+            kind.__name__, kind.__module__ = kind.__name__.removeprefix("FSDP"), __name__
         self.config.auto_map = {"AutoConfig": "configuration_nanogpt.NanoGPTConfig"} | {
             auto_class: f"modeling_nanogpt.{name}" for name, auto_class in _AUTO_CLASSES.items()
         }

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor, Shard
 from torch.optim.adamw import adamw
 
 OptimRecipe = Literal["muon", "adamw"]
@@ -62,6 +63,24 @@ def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
     return (x.mT if tall else x).to(matrices.dtype)
 
 
+def _orthogonalize_sharded(matrices: DTensor) -> DTensor:
+    """Deal whole matrices out to the processes, and hand each process its part of all results.
+
+    That takes two exchanges, where sharded matrices would need two for every product.
+    """
+    dealt = [Shard(0) if place.is_shard() else place for place in matrices.placements]
+    own = matrices.redistribute(placements=dealt)
+    results = DTensor.from_local(
+        orthogonalize(own.to_local()),
+        own.device_mesh,
+        dealt,
+        run_check=False,
+        shape=own.shape,
+        stride=own.stride(),
+    )
+    return results.redistribute(placements=matrices.placements)
+
+
 class MuonAdamW(torch.optim.Optimizer):
     """Step each group by its `algorithm`: `"muon"` (matrices only) or `"adamw"`.
 
@@ -91,8 +110,10 @@ class MuonAdamW(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
-            if params:
-                (self._muon if group["algorithm"] == "muon" else self._adamw)(params, group)
+            for sharded in (False, True):  # tensor parallelism has both, and no call takes both
+                same = [p for p in params if isinstance(p, DTensor) is sharded]
+                if same:
+                    (self._muon if group["algorithm"] == "muon" else self._adamw)(same, group)
         return loss
 
     def _muon(self, params: list[torch.Tensor], group: dict[str, Any]) -> None:
@@ -106,7 +127,9 @@ class MuonAdamW(torch.optim.Optimizer):
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
             buffers = [self.state[p]["momentum_buffer"] for p in same]
             torch._foreach_lerp_(buffers, list(grads.unbind()), 1 - group["momentum"])
-            updates = orthogonalize(grads.lerp(torch.stack(buffers), group["momentum"]))
+            looked_ahead = grads.lerp(torch.stack(buffers), group["momentum"])
+            sharded = isinstance(looked_ahead, DTensor)
+            updates = (_orthogonalize_sharded if sharded else orthogonalize)(looked_ahead)
             torch._foreach_mul_(same, 1 - group["lr"] * group["weight_decay"])
             scale = max(1.0, rows / columns) ** 0.5
             torch._foreach_add_(same, list(updates.unbind()), alpha=-group["lr"] * scale)

@@ -227,11 +227,22 @@ def _collect_metrics(trainer: NanoGPTTrainer, seconds: float, tokens_before: int
     }
 
 
+def _gather_model(trainer: NanoGPTTrainer) -> NanoGPTForCausalLM:
+    """Return the trained model, put together from its shards on the process that saves."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if not trainer.is_fsdp_enabled:
+        return model
+    state_dict = trainer.accelerator.get_state_dict(trainer.model)  # every process takes part
+    if not trainer.args.should_save:
+        return model
+    return NanoGPTForCausalLM.from_pretrained(None, config=model.config, state_dict=state_dict)
+
+
 def _write_artifacts(
     trainer: NanoGPTTrainer, metrics: dict[str, Any], *, recipe: str, data: str, prompt: str
 ) -> TrainingResult:
     args, tokenizer = trainer.args, trainer.processing_class
-    model = trainer.accelerator.unwrap_model(trainer.model)
+    model = _gather_model(trainer)
     output_dir, sample = Path(args.output_dir), ""
     if not args.should_save:
         return TrainingResult(output_dir, metrics, prompt, sample)
