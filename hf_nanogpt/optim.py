@@ -50,8 +50,10 @@ def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
     """Return about the closest orthogonal matrix to each of `matrices` (..., rows, columns).
 
     Singular values come out around 1. Computed in float32 on a CPU, where bfloat16 is slow, and in
-    bfloat16 elsewhere.
+    bfloat16 elsewhere. Sharded matrices (at least 3 dimensions) come back in the same shards.
     """
+    if isinstance(matrices, DTensor):
+        return _orthogonalize_sharded(matrices)
     x = matrices.float() if matrices.device.type == "cpu" else matrices.bfloat16()
     tall = x.size(-2) > x.size(-1)
     if tall:
@@ -64,9 +66,9 @@ def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
 
 
 def _orthogonalize_sharded(matrices: DTensor) -> DTensor:
-    """Deal whole matrices out to the processes, and hand each process its part of all results.
+    """Deal whole matrices out to the processes, and the results back in shards.
 
-    That takes two exchanges, where sharded matrices would need two for every product.
+    These are two exchanges; products of sharded matrices would each need their own.
     """
     dealt = [Shard(0) if place.is_shard() else place for place in matrices.placements]
     own = matrices.redistribute(placements=dealt)
@@ -127,9 +129,7 @@ class MuonAdamW(torch.optim.Optimizer):
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
             buffers = [self.state[p]["momentum_buffer"] for p in same]
             torch._foreach_lerp_(buffers, list(grads.unbind()), 1 - group["momentum"])
-            looked_ahead = grads.lerp(torch.stack(buffers), group["momentum"])
-            sharded = isinstance(looked_ahead, DTensor)
-            updates = (_orthogonalize_sharded if sharded else orthogonalize)(looked_ahead)
+            updates = orthogonalize(grads.lerp(torch.stack(buffers), group["momentum"]))
             torch._foreach_mul_(same, 1 - group["lr"] * group["weight_decay"])
             scale = max(1.0, rows / columns) ** 0.5
             torch._foreach_add_(same, list(updates.unbind()), alpha=-group["lr"] * scale)
