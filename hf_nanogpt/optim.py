@@ -70,7 +70,7 @@ def _orthogonalize_sharded(matrices: DTensor) -> DTensor:
 
     These are two exchanges; products of sharded matrices would each need their own.
     """
-    dealt = [Shard(0) if place.is_shard() else place for place in matrices.placements]
+    dealt = [place if place.is_replicate() else Shard(0) for place in matrices.placements]
     own = matrices.redistribute(placements=dealt)
     results = DTensor.from_local(
         orthogonalize(own.to_local()),
@@ -88,7 +88,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
     Both decay weights apart from the gradient. Matrices of one shape are orthogonalised together in
     one batched product. `"muon"` groups use `momentum` (Nesterov), `"adamw"` groups `betas` and
-    `eps`.
+    `eps`. Parameters may be sharded (`DTensor`), as FSDP2 and tensor parallelism do it.
     """
 
     def __init__(

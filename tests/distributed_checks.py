@@ -102,7 +102,7 @@ def train_by_fsdp(folder: Path, settings: dict) -> dict:
     train(**settings)
     if dist.get_rank() == 0:
         shutil.copytree(output_dir, folder / "uninterrupted")
-        shutil.rmtree(max(output_dir.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime))
+        shutil.rmtree(output_dir / f"checkpoint-{settings['max_steps']}")
     dist.barrier()
     train(resume=True, **settings)
     return {"processes": dist.get_world_size()}

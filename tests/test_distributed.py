@@ -168,6 +168,16 @@ def test_first_version_of_fsdp_is_refused_by_name_of_the_second():
         training_module._prepare_fsdp(plugin)
 
 
+def test_fsdp_in_bf16_keeps_losses_and_sums_of_gradients_in_float32():
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
+    plugin.set_mixed_precision("bf16")
+    training_module._prepare_fsdp(plugin)
+    policy = plugin.mixed_precision_policy
+    assert policy.param_dtype == torch.bfloat16
+    assert policy.reduce_dtype == torch.float32
+    assert policy.output_dtype is None
+
+
 def test_accumulated_gradients_equal_the_large_batch(settings, alone, tmp_path):
     parts = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
     train(output_dir=str(tmp_path / "parts"), **(settings | parts))
