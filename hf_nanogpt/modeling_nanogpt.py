@@ -315,6 +315,10 @@ class NanoGPTPreTrainedModel(PreTrainedModel):
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """Save as transformers does, and make the folder load through every Auto class."""
+        kind = type(self)
+        if kind.__name__.startswith("FSDP"):  # `fully_shard` made it of ours, in a file of torch's
+            ours = kind.__bases__[-1]
+            kind.__name__, kind.__module__ = ours.__name__, ours.__module__
         self.config.auto_map = {"AutoConfig": "configuration_nanogpt.NanoGPTConfig"} | {
             auto_class: f"modeling_nanogpt.{name}" for name, auto_class in _AUTO_CLASSES.items()
         }
