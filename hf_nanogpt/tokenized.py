@@ -164,10 +164,10 @@ def tokenize_corpus(
             settings or another source.
     """
     folder = Path(folder)
-    described = _begin(folder, args)
+    described = _check_folder(folder, args)
     documents, held_out = load_documents(args)
     _check_source(folder, args, described, documents)
-    tokenizer = _get_tokenizer(folder, args, documents)
+    tokenizer = _begin(folder, args, described, documents)
     sides = zip(_SPLITS, (documents, held_out), strict=True)
     splits = {
         name: _write_split(folder / name, side, tokenizer, args.num_proc, show_progress)
@@ -177,20 +177,19 @@ def tokenize_corpus(
     versions = {"hf_nanogpt": __version__, "python": platform.python_version()}
     versions |= {name: version(name) for name in packages}
     described |= {"vocab_size": len(tokenizer), "splits": splits, "versions": versions}
-    _write_description(folder, described)
+    with staged_folder(folder) as staged:
+        _write_json(staged / TOKENIZED, described)
     return described
 
 
-def _begin(folder: Path, args: DataArguments) -> dict[str, Any]:
-    """Take a new folder, or one that was begun with the same settings, and return its beginning."""
+def _check_folder(folder: Path, args: DataArguments) -> dict[str, Any]:
+    """Return the description that a run with the same settings began, or else a new one."""
     check_writable(folder, name="folder")
     settings = {k: v for k, v in asdict(args).items() if k not in _NOT_THE_CONTENT}
     if not (folder / TOKENIZED).is_file():
         if folder.is_dir() and any(p for p in folder.iterdir() if p.name[:8] != ".staged-"):
             raise ValueError(f"{folder} exists and is not empty: choose another folder.")
-        _write_description(folder, {"settings": settings})
-    for rest in folder.glob(".staged-*"):  # of a run that was killed
-        shutil.rmtree(rest)
+        return {"settings": settings}
     begun = read_description(folder)
     for name, value in settings.items():
         if begun["settings"].get(name) != value:
@@ -218,23 +217,24 @@ def _check_source(
         raise ValueError(
             f"data={args.data} has changed since {folder} was begun: choose another folder."
         )
-    _write_description(folder, described)
 
 
-def _get_tokenizer(
-    folder: Path, args: DataArguments, documents: Documents
+def _begin(
+    folder: Path, args: DataArguments, described: dict[str, Any], documents: Documents
 ) -> PreTrainedTokenizerBase:
+    """Write the tokenizer and the description, unless an earlier run did, and return the former."""
+    for rest in folder.glob(".staged-*"):  # of a run that was killed
+        shutil.rmtree(rest)
     if not (folder / "tokenizer").is_dir():
         tokenizer = load_tokenizer(args, documents)
         with staged_folder(folder) as staged:
             tokenizer.save_pretrained(staged / "tokenizer")
+            _write_json(staged / TOKENIZED, described)
     return load_tokenizer(DataArguments(tokenizer=str(folder / "tokenizer")), documents)
 
 
-def _write_description(folder: Path, described: dict[str, Any]) -> None:
-    with staged_folder(folder) as staged:
-        text = json.dumps(described, indent=2, ensure_ascii=False) + "\n"
-        (staged / TOKENIZED).write_text(text, encoding="utf-8")
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _write_split(
