@@ -180,13 +180,16 @@ class PackedCollator:
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         length = max(len(row["input_ids"]) for row in rows)
-        input_ids = torch.full((len(rows), length), self.eos_token_id or 0)
-        labels = torch.full_like(input_ids, -100)
+        input_ids = np.full((len(rows), length), self.eos_token_id or 0)
+        labels = np.full_like(input_ids, -100)
         for i, row in enumerate(rows):
-            ids = torch.as_tensor(np.asarray(row["input_ids"], dtype=np.int64))
-            input_ids[i, : len(ids)] = labels[i, : len(ids)] = ids
-        index = torch.arange(length).expand_as(input_ids)
+            count = len(row["input_ids"])
+            input_ids[i, :count] = labels[i, :count] = row["input_ids"]
+        index = np.arange(length)
         if self.eos_token_id is None:
-            return {"input_ids": input_ids, "labels": labels, "position_ids": index.clone()}
-        starts = torch.where(input_ids == self.eos_token_id, index, 0).cummax(dim=1).values
-        return {"input_ids": input_ids, "labels": labels, "position_ids": index - starts}
+            starts = np.zeros_like(input_ids)
+        else:
+            starts = np.where(input_ids == self.eos_token_id, index, 0)
+        positions = index - np.maximum.accumulate(starts, axis=1)
+        batch = {"input_ids": input_ids, "labels": labels, "position_ids": positions}
+        return {name: torch.from_numpy(array) for name, array in batch.items()}

@@ -79,22 +79,20 @@ def _history(folder: Path, step: int) -> list[float]:
 
 @pytest.mark.parametrize("kind", ["char", "byte", "bpe"])
 def test_blocks_of_a_folder_are_those_of_the_text(table, tmp_path, kind, monkeypatch):
-    monkeypatch.setattr(tokenized, "_CHARACTERS", 500)  # several files
+    monkeypatch.setattr(tokenized, "_CHARACTERS", 99)  # several files
     args = DataArguments(data=str(table), tokenizer=kind, vocab_size=290)
     described = tokenize_corpus(args, tmp_path / "tokens")
     tokenizer, *sides = load_tokens(DataArguments(data=str(tmp_path / "tokens")))
     texts = load_documents(args)
     parts = described["splits"].items()
-    for side, documents, (part_name, part) in zip(sides, texts, parts, strict=True):
+    for side, documents, (name, part) in zip(sides, texts, parts, strict=True):
         rows = [row["text"] for row in documents]
         assert part["documents"] == len(rows) and part["bytes"] == len("".join(rows).encode())
         for length in (2, 16, 5000):
             packed = pack_documents(documents, tokenizer, context_length=length)
             expected = [row["input_ids"].tolist() for row in packed]
             assert _blocks(tokenizer, side, length) == expected
-    assert described["splits"]["train"]["shards"] == len(
-        list((tmp_path / "tokens/train").iterdir())
-    )
+        assert part["shards"] == len(list((tmp_path / "tokens" / name).iterdir())) > 1
 
 
 def test_training_from_a_folder_gives_the_same_losses(table, tmp_path):
@@ -163,7 +161,7 @@ tokenize_corpus(DataArguments(data=sys.argv[1], tokenizer="char"), sys.argv[2])
 
 def test_a_killed_run_goes_on_after_its_last_whole_file(tmp_path, monkeypatch):
     monkeypatch.setattr(tokenized, "_CHARACTERS", 100)
-    rows = _write_rows(tmp_path / "many.jsonl", [f"{i} {'word ' * 20}" for i in range(4000)])
+    rows = _write_rows(tmp_path / "many.jsonl", [f"{i} {'word ' * 20}" for i in range(700)])
     folder, made = tmp_path / "tokens", tmp_path / "tokens" / "train"
     process = subprocess.Popen([sys.executable, "-c", KILLED, rows, folder], cwd=ROOT)
     while process.poll() is None and len(list(made.glob("*.arrow"))) < 20:
@@ -389,7 +387,7 @@ from hf_nanogpt.packing import cut_blocks
 from hf_nanogpt.tokenized import load_tokens
 def read(data, folder, batch_size, count):
     args = NanoGPTTrainingArguments(folder, per_device_train_batch_size=batch_size, use_cpu=True,
-                                    max_steps=9, report_to="none")
+                                    max_steps=9, eval_strategy="no")
     seen = []
     for streaming in (False, True):
         tokenizer, tokens, _ = load_tokens(
@@ -420,7 +418,7 @@ def test_two_processes_read_together_what_one_reads(table, tmp_path):
         text=True,
         env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
     )
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.returncode == 0, done.stderr[-4000:]
     two = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
     together = [first + second for first, second in zip(*two, strict=True)]
     scope: dict = {"__name__": "one"}
