@@ -12,7 +12,6 @@ the last one, and any number of processes writes the same bytes.
 
 import json
 import os
-import platform
 import shutil
 import signal
 import threading
@@ -167,19 +166,26 @@ def tokenize_corpus(
     described = _check_folder(folder, args)
     documents, held_out = load_documents(args)
     _check_source(folder, args, described, documents)
-    tokenizer = _begin(folder, args, described, documents)
-    sides = zip(_SPLITS, (documents, held_out), strict=True)
-    splits = {
-        name: _write_split(folder / name, side, tokenizer, args.num_proc, show_progress)
-        for name, side in sides
-    }
-    packages = ("datasets", "pyarrow", "tokenizers", "transformers")
-    versions = {"hf_nanogpt": __version__, "python": platform.python_version()}
-    versions |= {name: version(name) for name in packages}
-    described |= {"vocab_size": len(tokenizer), "splits": splits, "versions": versions}
-    with staged_folder(folder) as staged:
-        _write_json(staged / TOKENIZED, described)
+    try:
+        tokenizer = _begin(folder, args, described, documents)
+        described |= {"vocab_size": len(tokenizer), "versions": _list_versions()}
+        described["splits"] = {
+            name: _write_split(folder / name, side, tokenizer, args.num_proc, show_progress)
+            for name, side in zip(_SPLITS, (documents, held_out), strict=True)
+        }
+        with staged_folder(folder) as staged:
+            _write_json(staged / TOKENIZED, described)
+    except OSError as error:
+        raise ValueError(
+            f"{folder} could not be written to its end: {error}. When there is room, run the same "
+            "again, and it goes on."
+        ) from error
     return described
+
+
+def _list_versions() -> dict[str, str]:
+    packages = ("datasets", "pyarrow", "tokenizers", "transformers")
+    return {"hf_nanogpt": __version__} | {name: version(name) for name in packages}
 
 
 def _check_folder(folder: Path, args: DataArguments) -> dict[str, Any]:
