@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # for as soon as another program runs: small steps then take ten times as long or more. A short
     # spin costs nothing on a quiet machine. (libgomp reads this once, when torch is imported.)
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    # Bars of work that is done in less than this many seconds are not shown. (tqdm, too.)
+    # Work that is done within this many seconds shows no bar. (tqdm reads it when imported, too.)
     os.environ.setdefault("TQDM_DELAY", "2")
     argv = list(sys.argv[1:] if argv is None else argv)
     verbs: dict[str, Callable[[list[str]], None]] = {

@@ -79,6 +79,8 @@ def _is_by_character(tokenizer: PreTrainedTokenizerBase) -> bool:
         return False
     if splitter["add_prefix_space"] or model.get("ignore_merges") or model.get("dropout"):
         return False
+    if not all(token["special"] for token in parts["added_tokens"]):  # others match in a text
+        return False
     byte_of = {symbol: byte for byte, symbol in bytes_to_unicode().items()}
     spelt = ([byte_of.get(symbol, 0) for symbol in "".join(pair)] for pair in model["merges"])
     # In UTF-8 only the first byte of a character that has several is 0xC0 or more, and only the

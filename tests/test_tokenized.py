@@ -130,6 +130,10 @@ def test_looking_characters_up_gives_what_the_tokenizer_gives(kind):
 
 def test_a_tokenizer_that_joins_characters_is_not_looked_up():
     assert not DocumentEncoder(train_tokenizer(ROWS, vocab_size=290)).by_character
+    tokenizer = train_tokenizer(ROWS, kind="char")
+    tokenizer.add_tokens(["Document"])
+    [ids] = DocumentEncoder(tokenizer)({"text": ROWS[:1]})["input_ids"]
+    assert len(tokenizer) - 1 in ids
 
 
 def test_blocks_survive_the_way_to_another_process(table, tmp_path):
