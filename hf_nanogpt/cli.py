@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 VERBS: dict[str, str] = {
     "train": "train a tokenizer and a GPT from nothing, on your text or on Python's own source",
+    "tokenize": "turn a text into tokens once, in a folder to train from",
     "generate": "go on from a prompt, printed as it is produced",
     "eval": "measure loss, perplexity and bits per byte on a text",
     "convert": "turn a GPT-1, GPT-2, GPT-Neo, Llama, Qwen3, nanochat or nanoGPT model into ours",
@@ -46,9 +47,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     # for as soon as another program runs: small steps then take ten times as long or more. A short
     # spin costs nothing on a quiet machine. (libgomp reads this once, when torch is imported.)
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    # Work that is done within this many seconds shows no bar. (tqdm reads it when imported, too.)
+    os.environ.setdefault("TQDM_DELAY", "2")
     argv = list(sys.argv[1:] if argv is None else argv)
     verbs: dict[str, Callable[[list[str]], None]] = {
         "train": _train,
+        "tokenize": _tokenize,
         "generate": _generate,
         "eval": _eval,
         "convert": _convert,
@@ -172,6 +176,33 @@ Next:
   {me} generate {folder} {shlex.quote(result.prompt)}
   {me} eval {folder} --data YOUR_TEXT
   {me} info {folder}"""
+
+
+# tokenize
+
+
+def _tokenize(argv: list[str]) -> None:
+    if {"-h", "--help"} & set(argv):
+        from .arguments import make_data_parser
+
+        print(make_data_parser().format_help())
+        return
+    if len(argv) < 2 or argv[0].startswith("-") or argv[1].startswith("-"):
+        raise ValueError(
+            "Give the text and then the folder to make: hf-nanogpt tokenize DATA FOLDER."
+        )
+    data, folder, *flags = argv
+
+    _quiet_libraries()
+    from .arguments import parse_data
+    from .tokenized import tokenize_corpus
+
+    result = tokenize_corpus(parse_data([*flags, f"--data={data}"]), folder, show_progress=True)
+    print(f"{folder} is ready, {result['vocab_size']:,} tokens in its vocabulary:")
+    for name, part in result["splits"].items():
+        documents, tokens, size = (f"{part[k]:,}" for k in ("documents", "tokens", "bytes"))
+        print(f"  {name:<10} {documents} documents, {tokens} tokens of {size} bytes")
+    print(f"\nNext:\n  hf-nanogpt train --data {shlex.quote(folder)}")
 
 
 # generate

@@ -5,13 +5,11 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import FullyShardedDataParallelPlugin
-from datasets import IterableDataset
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, Trainer, set_seed
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_callback import ProgressCallback as StockProgressCallback
@@ -20,20 +18,15 @@ from transformers.trainer_utils import get_last_checkpoint
 from .arguments import NanoGPTTrainingArguments, make_config, parse_settings
 from .callbacks import ProgressCallback, plot_losses
 from .checkpoint import check_output_dir, clear_output_dir, staged_folder
-from .data import (
-    STDLIB,
-    DataArguments,
-    Documents,
-    load_documents,
-    load_tokenizer,
-)
+from .data import STDLIB, DataArguments
 from .evaluation import check_context_length, sum_losses, summarize_losses
 from .generation import generate_text
 from .hub import render_model_card
 from .modeling_nanogpt import NanoGPTForCausalLM
 from .optim import build_optimizer
-from .packing import PackedCollator, pack_documents
+from .packing import PackedBlocks, PackedCollator, PackedStream, cut_blocks
 from .tokenization import token_byte_counts
+from .tokenized import load_tokens
 
 
 class NanoGPTTrainer(Trainer):
@@ -148,22 +141,17 @@ def train(
     last_checkpoint = get_last_checkpoint(args.output_dir) if resume else None
 
     with args.main_process_first(desc="preparing the data"):
-        documents, held_out = load_documents(data_args)
+        own = AutoTokenizer.from_pretrained(last_checkpoint) if last_checkpoint else None
+        tokenizer, tokens, held_out = load_tokens(data_args, own)
         if last_checkpoint:
-            tokenizer = AutoTokenizer.from_pretrained(last_checkpoint)
             config = AutoConfig.from_pretrained(last_checkpoint)
         else:
-            tokenizer = load_tokenizer(data_args, documents)
             config = make_config(architecture, **_vocabulary(tokenizer))
         length = check_context_length(config, data_args.context_length)
         tokenizer.model_max_length = config.max_position_embeddings
-        pack = partial(
-            pack_documents,
-            tokenizer=tokenizer,
-            context_length=length,
-            num_proc=data_args.num_proc,
-        )
-        blocks, validation = pack(documents), pack(held_out)
+        cut: dict[str, Any] = {"context_length": length, "eos_token_id": tokenizer.eos_token_id}
+        seed = args.seed if args.data_seed is None else args.data_seed
+        blocks, validation = cut_blocks(tokens, seed=seed, **cut), cut_blocks(held_out, **cut)
     _check_blocks(blocks, length, args)
 
     set_seed(args.seed)
@@ -180,21 +168,20 @@ def train(
     trainer.train(resume_from_checkpoint=last_checkpoint)
     seconds = time.perf_counter() - started
     metrics = _collect_metrics(trainer, seconds, tokens_before)
-    prompt = _choose_prompt(args, data_args, held_out)
+    first = tokenizer.decode(next(iter(validation))["input_ids"], skip_special_tokens=True)
+    prompt = _choose_prompt(args, data_args, first)
     return _write_artifacts(
         trainer, metrics, recipe=str(recipe), data=data_args.data, prompt=prompt
     )
 
 
-def _choose_prompt(
-    args: NanoGPTTrainingArguments, data_args: DataArguments, held_out: Documents
-) -> str:
+def _choose_prompt(args: NanoGPTTrainingArguments, data_args: DataArguments, held_out: str) -> str:
     """Return the prompt of the sample: the user's, or one that suits the text."""
     if args.sample_prompt is not None:
         return args.sample_prompt
     if data_args.data == STDLIB:
         return "def main("
-    return " ".join(next(iter(held_out))["text"].split()[:3])[:40]
+    return " ".join(held_out.split()[:3])[:40]
 
 
 def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -204,8 +191,10 @@ def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     return {"vocab_size": len(tokenizer), **ids}
 
 
-def _check_blocks(blocks: Documents, length: int, args: NanoGPTTrainingArguments) -> None:
-    if isinstance(blocks, IterableDataset):
+def _check_blocks(
+    blocks: PackedBlocks | PackedStream, length: int, args: NanoGPTTrainingArguments
+) -> None:
+    if isinstance(blocks, PackedStream):
         if args.max_steps <= 0:
             raise ValueError(f"max_steps={args.max_steps}: a stream has no end, so give max_steps.")
     elif len(blocks) == 1 and (tokens := len(blocks[0]["input_ids"])) < length:
