@@ -114,6 +114,7 @@ def _quiet_libraries() -> None:
 
 
 def _train(argv: list[str]) -> None:
+    given = [word for word in argv if word not in ("--resume", "--overwrite")]
     recipe = argv.pop(0) if argv and not argv[0].startswith("-") else "quickstart"
     own = _Parser(
         prog="hf-nanogpt train",
@@ -133,10 +134,33 @@ def _train(argv: list[str]) -> None:
         raise ValueError("--resume and --overwrite exclude each other: give one of them.")
 
     _quiet_libraries()
+    from .interruption import TrainingInterrupted
     from .training import train
 
-    result = train(args.recipe or recipe, flags, resume=args.resume, overwrite=args.overwrite)
+    try:
+        result = train(args.recipe or recipe, flags, resume=args.resume, overwrite=args.overwrite)
+    except TrainingInterrupted as interruption:
+        if os.environ.get("RANK", "0") == "0":
+            where = interruption.checkpoint or "the start, as no checkpoint was saved"
+            print(
+                f"\nInterrupted. To go on from {where}:\n  {_resume_command(given)}",
+                file=sys.stderr,
+            )
+        sys.exit(128 + interruption.signum)
     print(_summary(result))
+
+
+def _own_name() -> str:
+    """Return the word by which this program is called."""
+    return "hf-nanogpt" if shutil.which("hf-nanogpt") else sys.argv[0]
+
+
+def _resume_command(given: list[str]) -> str:
+    words = [_own_name()]
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        processes = os.environ["LOCAL_WORLD_SIZE"]
+        words = ["torchrun", f"--nproc_per_node={processes}", "-m", "hf_nanogpt"]
+    return shlex.join([*words, "train", *given, "--resume"])
 
 
 def _print_train_help(own: argparse.ArgumentParser) -> None:
@@ -160,7 +184,7 @@ def _summary(result: Any) -> str:
     }
     table = "\n".join(f"  {name:<16} {value}" for name, value in rows.items())
     sample = "\n".join(f"  | {line}" for line in result.sample.splitlines())
-    me = "hf-nanogpt" if shutil.which("hf-nanogpt") else sys.argv[0]  # as it was called
+    me = _own_name()
     return f"""
 {folder} is ready:
 {table}

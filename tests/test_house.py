@@ -22,6 +22,7 @@ ORDER = [
     ["info"],
     ["callbacks"],
     ["arguments"],
+    ["interruption"],
     ["training"],
     ["cli"],
 ]
