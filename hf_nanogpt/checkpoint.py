@@ -183,13 +183,15 @@ def read_record(step: str | Path) -> dict[str, Any]:
 
 
 @contextmanager
-def explain_write_errors(folder: Path) -> Iterator[None]:
-    """Raise a `ValueError` where `folder` cannot be written, and delete it if it is not whole."""
+def explain_write_errors(folder: Path, *, run: str | Path) -> Iterator[None]:
+    """Raise a `ValueError` where `folder` cannot be written, and delete what is half written.
+
+    `run` is the `output_dir` in which checkpoints are.
+    """
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError: of torch.save
-        if not _is_whole(folder):
-            shutil.rmtree(folder, ignore_errors=True)
+        clear_unfinished(run)
         why = " ".join(str(error).split())
         raise ValueError(
             f"{folder} could not be written, and what was saved before it is untouched; make room "

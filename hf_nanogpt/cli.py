@@ -151,16 +151,17 @@ def _train(argv: list[str]) -> None:
 
 
 def _own_name() -> str:
-    """Return the word by which this program is called."""
-    return "hf-nanogpt" if shutil.which("hf-nanogpt") else sys.argv[0]
+    """Return the words by which this program is called."""
+    if shutil.which("hf-nanogpt"):
+        return "hf-nanogpt"
+    return "python -m hf_nanogpt" if sys.argv[0].endswith("__main__.py") else sys.argv[0]
 
 
 def _resume_command(given: list[str]) -> str:
-    words = [_own_name()]
+    name = _own_name()
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        processes = os.environ["LOCAL_WORLD_SIZE"]
-        words = ["torchrun", f"--nproc_per_node={processes}", "-m", "hf_nanogpt"]
-    return shlex.join([*words, "train", *given, "--resume"])
+        name = f"torchrun --nproc_per_node={os.environ['LOCAL_WORLD_SIZE']} -m hf_nanogpt"
+    return f"{name} train {shlex.join([*given, '--resume'])}"
 
 
 def _print_train_help(own: argparse.ArgumentParser) -> None:

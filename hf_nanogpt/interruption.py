@@ -125,8 +125,9 @@ class InterruptibleTrainer(Trainer):
         loss = self._tr_loss if finite else self._tr_loss * math.nan
         self._running_losses = self.accelerator.gather(loss.reshape(1)).tolist()
         self._check_finite(sum(self._running_losses))
-        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-        with explain_write_errors(folder):
+        run = self._get_output_dir(trial)
+        folder = Path(run) / f"checkpoint-{self.state.global_step}"
+        with explain_write_errors(folder, run=run):
             super()._save_checkpoint(model, trial)
         self._saved_step = self.state.global_step
 
@@ -178,6 +179,11 @@ class _ResumeCallback(TrainerCallback):
             trainer._maybe_log_save_evaluate(
                 trainer._tr_loss, None, trainer.model_wrapped, None, state.epoch, None, time.time()
             )
+            if args.should_save:
+                state.stateful_callbacks["TrainerControl"] = control.state()
+                path = Path(args.output_dir) / f"checkpoint-{state.global_step}/trainer_state.json"
+                state.save_to_json(f"{path}.new")
+                os.replace(f"{path}.new", path)
 
     def on_prediction_step(self, args, state, control, **kwargs):
         # Several processes finish it, as they have not agreed to leave; and so does save_strategy

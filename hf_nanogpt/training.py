@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from datasets import IterableDataset
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, set_seed
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_callback import ProgressCallback as StockProgressCallback
 from transformers.utils import logging
@@ -22,6 +22,7 @@ from .checkpoint import (
     check_output_dir,
     clear_output_dir,
     clear_unfinished,
+    explain_write_errors,
     find_last_checkpoint,
     staged_folder,
 )
@@ -156,10 +157,9 @@ def train(
         documents, held_out = load_documents(data_args)
         if last_checkpoint:
             tokenizer = AutoTokenizer.from_pretrained(last_checkpoint)
-            config = AutoConfig.from_pretrained(last_checkpoint)
         else:
             tokenizer = load_tokenizer(data_args, documents)
-            config = make_config(architecture, **_vocabulary(tokenizer))
+        config = make_config(architecture, **_vocabulary(tokenizer))
         length = check_context_length(config, data_args.context_length)
         tokenizer.model_max_length = config.max_position_embeddings
         pack = partial(
@@ -172,8 +172,7 @@ def train(
     _check_blocks(blocks, length, args)
     if isinstance(blocks, IterableDataset):
         blocks = blocks.repeat(None)  # one long epoch: Trainer cannot resume in a stream's second
-    asked = make_config(architecture, **_vocabulary(tokenizer))
-    settings = describe_settings(args, data_args, asked, blocks=blocks, validation=validation)
+    settings = describe_settings(args, data_args, config, blocks=blocks, validation=validation)
     if last_checkpoint:
         check_settings(last_checkpoint, settings)
 
@@ -272,7 +271,7 @@ def _write_artifacts(
         prompt=prompt,
         sample=sample,
     )
-    with staged_folder(output_dir) as folder:
+    with explain_write_errors(output_dir, run=output_dir), staged_folder(output_dir) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         (folder / "metrics.json").write_text(
