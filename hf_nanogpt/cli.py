@@ -41,7 +41,10 @@ def _nearest(name: str, known: Sequence[str]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `hf-nanogpt`; return 0, 2 for bad input (one sentence on stderr), or 130 for Ctrl-C."""
+    """Run `hf-nanogpt`; return 0, 2 for bad input (one sentence on stderr), or 130 for Ctrl-C.
+
+    A training that a signal has stopped exits with 128 and the signal's number.
+    """
     # Threads of torch wait for each other by spinning, and so take the core from the one they wait
     # for as soon as another program runs: small steps then take ten times as long or more. A short
     # spin costs nothing on a quiet machine. (libgomp reads this once, when torch is imported.)
@@ -123,7 +126,7 @@ def _train(argv: list[str]) -> None:
         allow_abbrev=False,
     )
     own.add_argument("--recipe", help="instead of the first word")
-    own.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    own.add_argument("--resume", action="store_true", help="go on where it was stopped")
     own.add_argument("--overwrite", action="store_true", help="train an existing folder anew")
     own.add_argument("-h", "--help", action="store_true")
     args, flags = own.parse_known_args(argv)

@@ -90,6 +90,13 @@ class InterruptibleTrainer(Trainer):
             f"train anew with a learning_rate lower than {rate:g}, for example {rate / 3:.1g}."
         )
 
+    def _init_training_state(self, max_steps, *args, **kwargs):
+        # Resumed, Trainer would warn that a share of all steps is not the number of steps it was.
+        for name in ("logging_steps", "eval_steps", "save_steps"):
+            if 0 < (share := getattr(self.args, name) or 0) < 1:
+                setattr(self.args, name, math.ceil(max_steps * share))
+        return super()._init_training_state(max_steps, *args, **kwargs)
+
     def _run_epoch(self, *args, **kwargs):
         # Trainer looks at max_steps after a step only: resumed at the end it would train once more.
         if self.state.global_step < self.state.max_steps:
@@ -154,6 +161,7 @@ class _ResumeCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         trainer, record = self.trainer, state.stateful_callbacks.get(RECORD, {})
         trainer.started = time.perf_counter() - record.get("seconds", 0.0)
+        trainer._saved_step = state.global_step or -1
         if args.world_size > 1:
             trainer._group = torch.distributed.new_group(backend="gloo")
         if state.global_step == 0:
@@ -166,7 +174,6 @@ class _ResumeCallback(TrainerCallback):
         if state.global_step == state.max_steps:
             logger.warning("All steps of this training are done: nothing is left but its results.")
         state.compute_steps(args, state.max_steps)  # flags win over what the checkpoint says
-        trainer._saved_step = state.global_step
         if not record:
             return
         losses = record["running_losses"]
@@ -207,7 +214,7 @@ def stop_on_signals(trainer: InterruptibleTrainer) -> Iterator[None]:
             raise TrainingInterrupted(signum, find_last_checkpoint(trainer.args.output_dir))
         trainer.signum = trainer.signum or signum
 
-    before = {}
+    before, trainer.signum = {}, 0
     if threading.current_thread() is threading.main_thread():
         heard = [s for s in _SIGNALS if signal.getsignal(s) is not signal.SIG_IGN]
         before = {signum: signal.signal(signum, handle) for signum in heard}

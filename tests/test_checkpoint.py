@@ -141,7 +141,7 @@ def test_a_folder_with_something_in_it_is_refused(folder):
 def test_overwriting_deletes_a_training_and_nothing_else(folder):
     fill(folder, "README.md", "metrics.json", "loss.png", "training_args.bin")
     fill(folder, "model-00001-of-00002.safetensors", "model.safetensors.index.json")
-    fill(folder, "checkpoint-20/", "checkpoint-100/")
+    fill(folder, "checkpoint-20/", "checkpoint-100/", ".staged-x/")
     check_output_dir(folder, overwrite=True)
     fill(folder, "notes.txt", "thesis/")  # came since
     clear_output_dir(folder)
