@@ -220,12 +220,13 @@ def stop_on_signals(trainer: InterruptibleTrainer) -> Iterator[None]:
         before = {signum: signal.signal(signum, handle) for signum in heard}
     try:
         yield
-        if signum := trainer._agree_on_stopping():  # it came after the last step
-            raise TrainingInterrupted(signum, find_last_checkpoint(trainer.args.output_dir))
     except BaseException:
         # Trainer does not end what its callbacks began, such as the progress bar.
         trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
         raise
+    else:
+        if signum := trainer._agree_on_stopping():  # it came after the last step
+            raise TrainingInterrupted(signum, find_last_checkpoint(trainer.args.output_dir))
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
