@@ -58,6 +58,7 @@ class NanoGPTTrainingArguments(TrainingArguments):
         default=0.2, metadata={"help": "Steps between checkpoints, or a share."}
     )
     save_total_limit: int | None = field(default=2)
+    logging_nan_inf_filter: bool = field(default=False)  # it would hide that training has failed
     include_num_input_tokens_seen: str | bool = field(default=True)
 
     def __post_init__(self):

@@ -42,7 +42,10 @@ def _nearest(name: str, known: Sequence[str]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `hf-nanogpt`; return 0, 2 for bad input (one sentence on stderr), or 130 for Ctrl-C."""
+    """Run `hf-nanogpt`; return 0, 2 for bad input (one sentence on stderr), or 130 for Ctrl-C.
+
+    A training that a signal has stopped exits with 128 and the signal's number.
+    """
     # Threads of torch wait for each other by spinning, and so take the core from the one they wait
     # for as soon as another program runs: small steps then take ten times as long or more. A short
     # spin costs nothing on a quiet machine. (libgomp reads this once, when torch is imported.)
@@ -118,6 +121,7 @@ def _quiet_libraries() -> None:
 
 
 def _train(argv: list[str]) -> None:
+    given = [word for word in argv if word not in ("--resume", "--overwrite")]
     recipe = argv.pop(0) if argv and not argv[0].startswith("-") else "quickstart"
     own = _Parser(
         prog="hf-nanogpt train",
@@ -126,7 +130,7 @@ def _train(argv: list[str]) -> None:
         allow_abbrev=False,
     )
     own.add_argument("--recipe", help="instead of the first word")
-    own.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    own.add_argument("--resume", action="store_true", help="go on where it was stopped")
     own.add_argument("--overwrite", action="store_true", help="train an existing folder anew")
     own.add_argument("-h", "--help", action="store_true")
     args, flags = own.parse_known_args(argv)
@@ -137,10 +141,34 @@ def _train(argv: list[str]) -> None:
         raise ValueError("--resume and --overwrite exclude each other: give one of them.")
 
     _quiet_libraries()
+    from .interruption import TrainingInterrupted
     from .training import train
 
-    result = train(args.recipe or recipe, flags, resume=args.resume, overwrite=args.overwrite)
+    try:
+        result = train(args.recipe or recipe, flags, resume=args.resume, overwrite=args.overwrite)
+    except TrainingInterrupted as interruption:
+        if os.environ.get("RANK", "0") == "0":
+            where = interruption.checkpoint or "the start, as no checkpoint was saved"
+            print(
+                f"\nInterrupted. To go on from {where}:\n  {_resume_command(given)}",
+                file=sys.stderr,
+            )
+        sys.exit(128 + interruption.signum)
     print(_summary(result))
+
+
+def _own_name() -> str:
+    """Return the words by which this program is called."""
+    if shutil.which("hf-nanogpt"):
+        return "hf-nanogpt"
+    return "python -m hf_nanogpt" if sys.argv[0].endswith("__main__.py") else sys.argv[0]
+
+
+def _resume_command(given: list[str]) -> str:
+    name = _own_name()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        name = f"torchrun --nproc_per_node={os.environ['LOCAL_WORLD_SIZE']} -m hf_nanogpt"
+    return f"{name} train {shlex.join([*given, '--resume'])}"
 
 
 def _print_train_help(own: argparse.ArgumentParser) -> None:
@@ -164,7 +192,7 @@ def _summary(result: Any) -> str:
     }
     table = "\n".join(f"  {name:<16} {value}" for name, value in rows.items())
     sample = "\n".join(f"  | {line}" for line in result.sample.splitlines())
-    me = "hf-nanogpt" if shutil.which("hf-nanogpt") else sys.argv[0]  # as it was called
+    me = _own_name()
     return f"""
 {folder} is ready:
 {table}

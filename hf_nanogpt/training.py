@@ -10,26 +10,41 @@ from typing import Any
 
 import torch
 from accelerate import FullyShardedDataParallelPlugin
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, Trainer, set_seed
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_callback import ProgressCallback as StockProgressCallback
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
 
 from .arguments import NanoGPTTrainingArguments, make_config, parse_settings
 from .callbacks import ProgressCallback, plot_losses
-from .checkpoint import check_output_dir, clear_output_dir, staged_folder
+from .checkpoint import (
+    check_output_dir,
+    clear_output_dir,
+    clear_unfinished,
+    explain_write_errors,
+    find_last_checkpoint,
+    staged_folder,
+)
 from .data import STDLIB, DataArguments
 from .evaluation import check_context_length, sum_losses, summarize_losses
 from .generation import generate_text
 from .hub import render_model_card
+from .interruption import (
+    InterruptibleTrainer,
+    check_settings,
+    describe_settings,
+    stop_on_signals,
+)
 from .modeling_nanogpt import NanoGPTForCausalLM
 from .optim import build_optimizer
 from .packing import PackedBlocks, PackedCollator, PackedStream, cut_blocks
 from .tokenization import token_byte_counts
 from .tokenized import load_tokens
 
+logger = logging.get_logger(__name__)
 
-class NanoGPTTrainer(Trainer):
+
+class NanoGPTTrainer(InterruptibleTrainer):
     """Train on packed blocks by the optimizer of `args.optim_recipe`.
 
     Takes all that `Trainer` takes. With a `processing_class` (the tokenizer) it collates blocks by
@@ -125,34 +140,40 @@ def train(
     Args:
         recipe: the name of one of ours, or the path of a YAML file.
         flags: settings as on the command line; they win.
-        resume: go on from the last `checkpoint-*` in `output_dir`.
+        resume: go on from the last whole `checkpoint-*` in `output_dir`, exact to the bit, or from
+            the beginning if there is none yet.
         overwrite: delete what an earlier training left in `output_dir`.
         settings: those of `DataArguments`, `NanoGPTConfig` (also by nanoGPT's names), `preset`, and
             `NanoGPTTrainingArguments`, for example `max_steps=100, n_layer=6`.
 
     Raises:
-        ValueError: a setting, the data or the output folder is not usable. Nothing was written.
+        ValueError: a setting, the data or the output folder is not usable, and nothing was written;
+            or the loss is no longer finite, or a checkpoint could not be written.
+        TrainingInterrupted: a `KeyboardInterrupt`; Ctrl-C or SIGTERM came while it trained, and a
+            checkpoint was saved first.
     """
     data_args, architecture, args = parse_settings(recipe, flags, **settings)
     check_output_dir(args.output_dir, overwrite=overwrite, resume=resume)
     # Refuse an impossible architecture now, not after minutes of preparing data for it.
     config = make_config(architecture, vocab_size=data_args.vocab_size)
     check_context_length(config, data_args.context_length)
-    last_checkpoint = get_last_checkpoint(args.output_dir) if resume else None
+    last_checkpoint = find_last_checkpoint(args.output_dir) if resume else None
+    if resume and not last_checkpoint and args.should_save:
+        logger.warning(f"{args.output_dir} has no checkpoint yet: training begins at the start.")
 
     with args.main_process_first(desc="preparing the data"):
         own = AutoTokenizer.from_pretrained(last_checkpoint) if last_checkpoint else None
         tokenizer, tokens, held_out = load_tokens(data_args, own)
-        if last_checkpoint:
-            config = AutoConfig.from_pretrained(last_checkpoint)
-        else:
-            config = make_config(architecture, **_vocabulary(tokenizer))
+        config = make_config(architecture, **_vocabulary(tokenizer))
         length = check_context_length(config, data_args.context_length)
         tokenizer.model_max_length = config.max_position_embeddings
         cut: dict[str, Any] = {"context_length": length, "eos_token_id": tokenizer.eos_token_id}
         seed = args.seed if args.data_seed is None else args.data_seed
         blocks, validation = cut_blocks(tokens, seed=seed, **cut), cut_blocks(held_out, **cut)
     _check_blocks(blocks, length, args)
+    settings = describe_settings(args, data_args, config, blocks=blocks, validation=validation)
+    if last_checkpoint:
+        check_settings(last_checkpoint, settings)
 
     set_seed(args.seed)
     trainer = NanoGPTTrainer(
@@ -162,12 +183,12 @@ def train(
         eval_dataset=validation,
         processing_class=tokenizer,
     )
-    if overwrite and args.should_save:
-        clear_output_dir(args.output_dir)
-    started, tokens_before = time.perf_counter(), _tokens_seen(last_checkpoint)
-    trainer.train(resume_from_checkpoint=last_checkpoint)
-    seconds = time.perf_counter() - started
-    metrics = _collect_metrics(trainer, seconds, tokens_before)
+    trainer.settings = settings
+    if args.should_save and (overwrite or resume):
+        (clear_output_dir if overwrite else clear_unfinished)(args.output_dir)
+    with stop_on_signals(trainer):
+        trainer.train(resume_from_checkpoint=last_checkpoint)
+    metrics = _collect_metrics(trainer, time.perf_counter() - trainer.started)
     first = tokenizer.decode(next(iter(validation))["input_ids"], skip_special_tokens=True)
     prompt = _choose_prompt(args, data_args, first)
     return _write_artifacts(
@@ -204,14 +225,7 @@ def _check_blocks(
         )
 
 
-def _tokens_seen(checkpoint: str | None) -> int:
-    if checkpoint is None:
-        return 0
-    state = json.loads((Path(checkpoint) / "trainer_state.json").read_text())
-    return state["num_input_tokens_seen"]
-
-
-def _collect_metrics(trainer: NanoGPTTrainer, seconds: float, tokens_before: int) -> dict[str, Any]:
+def _collect_metrics(trainer: NanoGPTTrainer, seconds: float) -> dict[str, Any]:
     state = trainer.state
     history = [row for row in state.log_history if "eval_loss" in row]
     fresh = history and history[-1]["step"] == state.global_step
@@ -227,7 +241,7 @@ def _collect_metrics(trainer: NanoGPTTrainer, seconds: float, tokens_before: int
         "train_steps": state.global_step,
         "train_tokens": tokens,
         "train_seconds": round(seconds, 2),
-        "tokens_per_second": round((tokens - tokens_before) / seconds, 1),
+        "tokens_per_second": round(tokens / seconds, 1),
     }
 
 
@@ -268,7 +282,7 @@ def _write_artifacts(
         prompt=prompt,
         sample=sample,
     )
-    with staged_folder(output_dir) as folder:
+    with explain_write_errors(output_dir, run=output_dir), staged_folder(output_dir) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         (folder / "metrics.json").write_text(

@@ -24,6 +24,7 @@ ORDER = [
     ["info"],
     ["callbacks"],
     ["arguments"],
+    ["interruption"],
     ["training"],
     ["cli"],
 ]
