@@ -73,6 +73,8 @@ class NanoGPTTrainingArguments(TrainingArguments):
             torch.set_num_threads(self.num_threads)
         if not torch.accelerator.is_available():
             self.dataloader_pin_memory = False
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False
         super().__post_init__()
 
 
@@ -82,9 +84,8 @@ def _make_model_arguments() -> type:
     for alias, name in NanoGPTConfig.attribute_map.items():
         aliases.setdefault(name, []).append(f"--{alias}")
     elsewhere = {"vocab_size", "bos_token_id", "eos_token_id", "pad_token_id", "use_cache"}
-    fields: list[Any] = [
-        ("preset", str, field(default="nano", metadata={"help": "A named architecture."}))
-    ]
+    preset = field(default=None, metadata={"help": "A named architecture (default: nano)."})
+    fields: list[Any] = [("preset", str | None, preset)]
     for name, kind in NanoGPTConfig.__annotations__.items():
         if name in elsewhere:
             continue
@@ -168,7 +169,7 @@ def _refuse_unknown(unknown: list[str], parser: HfArgumentParser) -> None:
 def make_config(architecture: dict[str, Any], **fields: Any) -> NanoGPTConfig:
     """Return the configuration that parsed architecture settings, with `fields` added, describe."""
     overrides = {name: value for name, value in architecture.items() if name != "preset"}
-    return load_preset(architecture["preset"], **overrides, **fields)
+    return load_preset(architecture.get("preset", "nano"), **overrides, **fields)
 
 
 def list_recipes() -> list[str]:

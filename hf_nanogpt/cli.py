@@ -130,6 +130,12 @@ def _train(argv: list[str]) -> None:
         allow_abbrev=False,
     )
     own.add_argument("--recipe", help="instead of the first word")
+    own.add_argument(
+        "--from",
+        dest="start_from",
+        metavar="CHECKPOINT",
+        help="go on with this model, do not begin",
+    )
     own.add_argument("--resume", action="store_true", help="go on where it was stopped")
     own.add_argument("--overwrite", action="store_true", help="train an existing folder anew")
     own.add_argument("-h", "--help", action="store_true")
@@ -145,7 +151,13 @@ def _train(argv: list[str]) -> None:
     from .training import train
 
     try:
-        result = train(args.recipe or recipe, flags, resume=args.resume, overwrite=args.overwrite)
+        result = train(
+            args.recipe or recipe,
+            flags,
+            start_from=args.start_from,
+            resume=args.resume,
+            overwrite=args.overwrite,
+        )
     except TrainingInterrupted as interruption:
         if os.environ.get("RANK", "0") == "0":
             where = interruption.checkpoint or "the start, as no checkpoint was saved"
@@ -154,7 +166,8 @@ def _train(argv: list[str]) -> None:
                 file=sys.stderr,
             )
         sys.exit(128 + interruption.signum)
-    print(_summary(result))
+    if os.environ.get("RANK", "0") == "0":
+        print(_summary(result))
 
 
 def _own_name() -> str:

@@ -9,7 +9,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
-from datasets import Dataset, Features, IterableDataset, NamedSplit, Value, load_dataset
+from datasets import (
+    Dataset,
+    DownloadManager,
+    Features,
+    IterableDataset,
+    NamedSplit,
+    Value,
+    load_dataset,
+)
 from datasets.fingerprint import Hasher
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -37,7 +45,7 @@ class DataArguments:
     data: str = field(
         default=STDLIB,
         metadata={
-            "help": "Text to train on: a file, folder or glob of UTF-8 text, or of .jsonl, .csv "
+            "help": "Text to train on: a file, folder, glob or URL of UTF-8 text, or of .jsonl, .csv "
             "or .parquet tables, a Hub dataset id, "
             f"{STDLIB} (the source code of Python's standard library), or tokens: a folder that "
             "hf-nanogpt tokenize made, or one with nanoGPT's train.bin and val.bin."
@@ -131,6 +139,8 @@ def _read(data: str, args: DataArguments, fraction: float) -> tuple[Documents, D
 
 def find_files(data: str) -> list[Path]:
     """List the files that `data` names; none means that it can only be a Hub id."""
+    if data.startswith(("https://", "http://")):
+        return [_download(data)]
     path = Path(data).expanduser()
     if not data.strip():
         raise ValueError(f"data={data!r} names nothing: give a file, a folder or a Hub id.")
@@ -166,6 +176,17 @@ def find_files(data: str) -> list[Path]:
     if skipped := len(files) - len(texts) - len(tables):
         logger.warning(f"{skipped} of the files in {data} are no UTF-8 text and are left out.")
     return tables or texts
+
+
+def _download(url: str) -> Path:
+    """Fetch a text file of the web into the cache of `datasets`, unless it is there."""
+    try:
+        return Path(DownloadManager().download(url))
+    except (OSError, ConnectionError) as error:
+        why = " ".join(str(error).split())
+        raise ValueError(
+            f"data={url} could not be downloaded ({why}): give the path of a file instead."
+        ) from error
 
 
 def _may_be_hub_id(data: str) -> bool:

@@ -239,7 +239,7 @@ def describe_settings(
     config: NanoGPTConfig,
     *,
     blocks: PackedBlocks | PackedStream,
-    validation: PackedBlocks,
+    validation: PackedBlocks | PackedStream,
 ) -> dict[str, Any]:
     """Return, as JSON has it, everything that decides what a training learns."""
     values = args.to_dict()

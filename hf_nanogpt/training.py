@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import FullyShardedDataParallelPlugin
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_callback import ProgressCallback as StockProgressCallback
 from transformers.utils import logging
@@ -23,6 +23,7 @@ from .checkpoint import (
     clear_unfinished,
     explain_write_errors,
     find_last_checkpoint,
+    load_checkpoint,
     staged_folder,
 )
 from .data import STDLIB, DataArguments
@@ -85,6 +86,14 @@ class NanoGPTTrainer(InterruptibleTrainer):
             )
         return self.optimizer
 
+    def get_eval_dataloader(self, eval_dataset=None):
+        """Give every block to the evaluation, which would not be exact without the last batch."""
+        kept, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.args.dataloader_drop_last = kept
+
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Hand the sums of each row to Trainer's loop as "logits", which it gathers."""
         if self.byte_counts is None:
@@ -131,15 +140,18 @@ def train(
     recipe: str | Path = "quickstart",
     flags: Sequence[str] = (),
     *,
+    start_from: str | Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
     **settings: Any,
 ) -> TrainingResult:
-    """Train a tokenizer and a model from nothing, and write the checkpoint folder.
+    """Train a tokenizer and a model, and write the checkpoint folder.
 
     Args:
         recipe: the name of one of ours, or the path of a YAML file.
         flags: settings as on the command line; they win.
+        start_from: folder or Hub id of a checkpoint whose model and tokenizer to go on with; by
+            default both are made from nothing.
         resume: go on from the last whole `checkpoint-*` in `output_dir`, exact to the bit, or from
             the beginning if there is none yet.
         overwrite: delete what an earlier training left in `output_dir`.
@@ -154,17 +166,20 @@ def train(
     """
     data_args, architecture, args = parse_settings(recipe, flags, **settings)
     check_output_dir(args.output_dir, overwrite=overwrite, resume=resume)
+    model, own = _load_start(start_from, architecture)
     # Refuse an impossible architecture now, not after minutes of preparing data for it.
-    config = make_config(architecture, vocab_size=data_args.vocab_size)
+    config = model.config if model else make_config(architecture, vocab_size=data_args.vocab_size)
     check_context_length(config, data_args.context_length)
     last_checkpoint = find_last_checkpoint(args.output_dir) if resume else None
     if resume and not last_checkpoint and args.should_save:
         logger.warning(f"{args.output_dir} has no checkpoint yet: training begins at the start.")
 
     with args.main_process_first(desc="preparing the data"):
-        own = AutoTokenizer.from_pretrained(last_checkpoint) if last_checkpoint else None
+        if last_checkpoint:
+            own = AutoTokenizer.from_pretrained(last_checkpoint)
         tokenizer, tokens, held_out = load_tokens(data_args, own)
-        config = make_config(architecture, **_vocabulary(tokenizer))
+        if model is None:
+            config = make_config(architecture, **_vocabulary(tokenizer))
         length = check_context_length(config, data_args.context_length)
         tokenizer.model_max_length = config.max_position_embeddings
         cut: dict[str, Any] = {"context_length": length, "eos_token_id": tokenizer.eos_token_id}
@@ -177,7 +192,7 @@ def train(
 
     set_seed(args.seed)
     trainer = NanoGPTTrainer(
-        NanoGPTForCausalLM(config),
+        model or NanoGPTForCausalLM(config),
         args,
         train_dataset=blocks,
         eval_dataset=validation,
@@ -194,6 +209,23 @@ def train(
     return _write_artifacts(
         trainer, metrics, recipe=str(recipe), data=data_args.data, prompt=prompt
     )
+
+
+def _load_start(
+    start_from: str | Path | None, architecture: dict[str, Any]
+) -> tuple[PreTrainedModel | None, PreTrainedTokenizerBase | None]:
+    """Load what training goes on with, in float32, as the optimizer needs it."""
+    if start_from is None:
+        return None, None
+    if architecture:
+        raise ValueError(
+            f"The architecture is that of {start_from}, and {', '.join(architecture)} cannot be "
+            "chosen as well: leave it out, and take a recipe without it, such as finetune."
+        )
+    model, tokenizer = load_checkpoint(start_from)
+    if tokenizer is None or tokenizer.eos_token_id is None:
+        raise ValueError(f"{start_from} has no tokenizer with an eos_token, to end documents with.")
+    return model.float().train(), tokenizer
 
 
 def _choose_prompt(args: NanoGPTTrainingArguments, data_args: DataArguments, held_out: str) -> str:

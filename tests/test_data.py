@@ -1,5 +1,6 @@
 """Sources of text: what is read, which documents are held out, and what is refused."""
 
+import ast
 import json
 import math
 import os
@@ -317,3 +318,18 @@ def test_at_least_one_document_is_held_out(tmp_path):
 def test_an_unknown_tokenizer_is_refused(name):
     with pytest.raises(ValueError, match=f"tokenizer='{name}' .*bpe, char, byte"):
         load_tokenizer(DataArguments(tokenizer=name), [])
+
+
+def test_a_text_of_the_web_is_read_like_a_file(tmp_path):
+    text = "".join(ROWS)
+    script = (
+        "import sys; from hf_nanogpt import load_text\n"
+        "print(repr(''.join(row['text'] for row in load_text(sys.argv[1]))))"
+    )
+    with serve_datasets({"user/texts": {"plays.txt": text.encode()}}) as hub:
+        url = f"{hub.url}/datasets/user/texts/resolve/main/plays.txt"
+        assert ast.literal_eval(call_with_hub(hub, script, url, home=tmp_path)) == text
+        wrong = "import sys; from hf_nanogpt.cli import main; sys.exit(main(sys.argv[1:]))"
+        with pytest.raises(AssertionError, match="could not be downloaded"):
+            flags = ["train", "--data", url + "x", "--output_dir", str(tmp_path / "run")]
+            call_with_hub(hub, wrong, *flags, home=tmp_path)
