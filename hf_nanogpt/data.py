@@ -45,8 +45,8 @@ class DataArguments:
     data: str = field(
         default=STDLIB,
         metadata={
-            "help": "Text to train on: a file, folder, glob or URL of UTF-8 text, or of .jsonl, .csv "
-            "or .parquet tables, a Hub dataset id, "
+            "help": "Text to train on: a file, folder, glob or URL of UTF-8 text, or a file, "
+            "folder or glob of .jsonl, .csv or .parquet tables, a Hub dataset id, "
             f"{STDLIB} (the source code of Python's standard library), or tokens: a folder that "
             "hf-nanogpt tokenize made, or one with nanoGPT's train.bin and val.bin."
         },

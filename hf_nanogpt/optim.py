@@ -30,7 +30,7 @@ class OptimDefaults:
 
 
 OPTIM_DEFAULTS: dict[str, OptimDefaults] = {
-    "muon": OptimDefaults(0.02, 0.8, 0.95, 0.0, 0.0),
+    "muon": OptimDefaults(0.03, 0.8, 0.95, 0.0, 0.0),
     "adamw": OptimDefaults(1e-3, 0.9, 0.95, 0.1, 1.0),
 }
 

@@ -254,7 +254,7 @@ def test_training_goes_on_from_a_checkpoint(checkpoint, text_file, tmp_path):
         checkpoint / "tokenizer.json"
     ).read_text()
     assert result.metrics["train_steps"] == 3
-    with pytest.raises(ValueError, match="n_layer|num_hidden_layers"):
+    with pytest.raises(ValueError, match=r"n_layer|num_hidden_layers"):
         train("finetune", start_from=checkpoint, output_dir=str(tmp_path / "b"), n_layer=3)
     with pytest.raises(ValueError, match="no-such-folder"):
         train("finetune", start_from="./no-such-folder", output_dir=str(tmp_path / "b"))
