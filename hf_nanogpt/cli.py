@@ -153,7 +153,8 @@ def _summary(result: Any) -> str:
         "parameters": f"{m['num_parameters']:,}",
         "tokens": f"{m['train_tokens']:,}",
         "time": f"{m['train_seconds']:,.0f} s",
-        "tokens/s": f"{m['tokens_per_second']:,.0f}",
+        "tokens/s": f"{m['tokens_per_second']:,.0f}"
+        + (f" (MFU {m['mfu']:.0%})" if "mfu" in m else ""),
         "validation loss": f"{m['eval_loss']:.4f} nats per token",
         "perplexity": f"{m['perplexity']:.2f}",
         "bits per byte": f"{m['bits_per_byte']:.4f}",

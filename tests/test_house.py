@@ -15,7 +15,7 @@ ORDER = [
     ["configuration_nanogpt"],
     ["modeling_nanogpt"],
     ["auto"],
-    ["presets", "tokenization", "optim", "checkpoint"],
+    ["presets", "tokenization", "optim", "checkpoint", "throughput"],
     ["data"],
     ["packing"],
     ["convert", "evaluation", "generation", "hub"],
@@ -23,6 +23,7 @@ ORDER = [
     ["callbacks"],
     ["arguments"],
     ["training"],
+    ["benchmark"],
     ["cli"],
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
