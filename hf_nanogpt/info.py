@@ -19,7 +19,7 @@ def describe(model: str) -> dict[str, str]:
     Raises:
         ValueError: it is none of them, or a checkpoint of another architecture.
     """
-    config = _load_config(model)
+    config = load_config(model)
     source = {"from": describe_source(model)} if model in PRESETS else {}
     with torch.device("meta"):
         lm = NanoGPTForCausalLM(config)
@@ -52,7 +52,8 @@ def describe(model: str) -> dict[str, str]:
     }
 
 
-def _load_config(model: str) -> NanoGPTConfig:
+def load_config(model: str) -> NanoGPTConfig:
+    """Return the configuration of a preset, a folder or a Hub id; raise as `describe` does."""
     if model in PRESETS:
         return load_preset(model)
     try:

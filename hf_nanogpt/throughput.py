@@ -30,7 +30,7 @@ GPU_PEAKS: dict[str, float] = {name: peak for peak, names in _PEAKS.items() for 
 def count_flops(model: PreTrainedModel, *, context_length: int | None = None) -> int:
     """Return the FLOPs per token of a forward pass of a `NanoGPT...` model; training costs 3 times.
 
-    2 per weight that is multiplied, and 4 per head dimension, layer and position for scores and
+    2 per weight of a matrix that is multiplied, and 4 per head dimension, layer and position for scores and
     weighted sum, at full context, as if causality saved nothing: one third of 6N + 12LHQT in
     Chowdhery et al. 2022 (PaLM, arXiv:2204.02311), appendix B, after Kaplan et al. 2020
     (arXiv:2001.08361), section 2.1. Works on the meta device.
@@ -40,7 +40,7 @@ def count_flops(model: PreTrainedModel, *, context_length: int | None = None) ->
     trunk, head = model.base_model, model.get_output_embeddings()
     tables = [trunk.embed_tokens, trunk.embed_positions]
     looked_up = sum(table.weight.numel() for table in tables if table is not None)
-    multiplied = model.num_parameters() - looked_up
+    multiplied = sum(p.numel() for p in model.parameters() if p.ndim == 2) - looked_up
     if head is not None and config.tie_word_embeddings:
         multiplied += head.weight.numel()
     seen = [
