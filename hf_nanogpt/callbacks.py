@@ -275,15 +275,15 @@ def plot_losses(log_history: list[dict], path: str | Path, *, title: str = "") -
     axes = figure.subplots()
     train, validation, bits = map(series, ("loss", "eval_loss", "eval_bits_per_byte"))
     axes.plot(*train, color=BLUE, alpha=0.55, linewidth=1.3, label="training")
-    axes.plot(*validation, color=ORANGE, linewidth=2, marker="o", markersize=4, label="validation")
+    label = f"validation, at last {bits[1][-1]:.3f} bits per byte" if bits[1] else "validation"
+    axes.plot(*validation, color=ORANGE, linewidth=2, marker="o", markersize=4, label=label)
     if validation[1]:
-        in_bits = f"\n{bits[1][-1]:.3f} bits per byte" if bits[1] else ""
         axes.annotate(
-            f"{validation[1][-1]:.3f}{in_bits}",
+            f"{validation[1][-1]:.3f}",
             (validation[0][-1], validation[1][-1]),
-            xytext=(6, 9),
+            xytext=(0, 9),
             textcoords="offset points",
-            ha="right",
+            ha="center",
             color=ORANGE,
             weight="bold",
         )

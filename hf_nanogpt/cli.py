@@ -162,16 +162,14 @@ def _summary(result: Any) -> str:
         "bits per byte": f"{m['bits_per_byte']:.4f}",
     }
     table = "\n".join(f"  {name:<16} {value}" for name, value in rows.items())
-    sample = "\n".join(f"  | {line}" for line in result.sample.splitlines())
+    lines = "\n".join(f"  | {line}" for line in result.sample.splitlines())
+    sample = f"A sample:\n{lines}\n\n" if lines else ""
     me = "hf-nanogpt" if shutil.which("hf-nanogpt") else sys.argv[0]  # as it was called
     return f"""
 {folder} is ready:
 {table}
 
-A sample:
-{sample}
-
-Next:
+{sample}Next:
   {me} generate {folder} {shlex.quote(result.prompt)}
   {me} eval {folder} --data YOUR_TEXT
   {me} info {folder}"""

@@ -30,9 +30,9 @@ GPU_PEAKS: dict[str, float] = {name: peak for peak, names in _PEAKS.items() for 
 def count_flops(model: PreTrainedModel, *, context_length: int | None = None) -> int:
     """Return the FLOPs per token of a forward pass of a `NanoGPT...` model; training costs 3 times.
 
-    2 per weight of a matrix that is multiplied, and 4 per head dimension, layer and position for scores and
-    weighted sum, at full context, as if causality saved nothing: one third of 6N + 12LHQT in
-    Chowdhery et al. 2022 (PaLM, arXiv:2204.02311), appendix B, after Kaplan et al. 2020
+    2 per weight of a matrix that is multiplied, and 4 per head dimension, layer and position for
+    scores and weighted sum, at full context, as if causality saved nothing: one third of 6N +
+    12LHQT in Chowdhery et al. 2022 (PaLM, arXiv:2204.02311), appendix B, after Kaplan et al. 2020
     (arXiv:2001.08361), section 2.1. Works on the meta device.
     """
     config = model.config

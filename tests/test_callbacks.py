@@ -92,7 +92,7 @@ def test_metrics_and_log_have_speed_and_mfu(run):
 
 
 def test_speed_leaves_out_what_is_not_training():
-    speed, state = SpeedCallback(), TrainerState(num_input_tokens_seen=10)
+    speed, state = SpeedCallback(), TrainerState(num_input_tokens_seen=10_000)
     with speed.paused():
         speed.mark -= 1000  # as if this had taken so many seconds
     speed.mark -= 1000
@@ -101,11 +101,11 @@ def test_speed_leaves_out_what_is_not_training():
     speed.on_save(None, state, None)
     assert speed.seconds < 500
     speed.mark -= 1000
-    assert speed.read(state)["tokens_per_second"] == pytest.approx(0.01, rel=0.05)
-    state.num_input_tokens_seen += 500
+    assert speed.read(state)["tokens_per_second"] == pytest.approx(10, rel=0.02)
+    state.num_input_tokens_seen += 500_000
     speed.mark -= 1000
-    assert speed.read(state)["tokens_per_second"] == pytest.approx(0.5, rel=0.05)
-    assert speed.summarize(state)["tokens_per_second"] == pytest.approx(0.255, rel=0.02)
+    assert speed.read(state)["tokens_per_second"] == pytest.approx(500, rel=0.02)
+    assert speed.summarize(state)["tokens_per_second"] == pytest.approx(255, rel=0.02)
 
 
 def test_flops_are_those_that_torch_counts(family):

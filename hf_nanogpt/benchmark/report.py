@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 
+from .. import __version__
 from ..callbacks import BLUE, GREY
 from ..checkpoint import check_writable, staged_folder
 
 
 def describe_machine() -> dict[str, Any]:
     """Return what a figure depends on besides the code: processor, threads, load and versions."""
-    packages = ("torch", "transformers", "accelerate", "hf-nanogpt")
+    packages = ("torch", "transformers", "accelerate")
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "cpu": _name_cpu(),
@@ -26,6 +27,7 @@ def describe_machine() -> dict[str, Any]:
         "load_average": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
         **{package: version(package) for package in packages},
+        "hf_nanogpt": __version__,
     }
 
 
