@@ -166,10 +166,9 @@ class SampleCallback(TrainerCallback):
         self.active = state.is_world_process_zero and not (args.fsdp or args.deepspeed)
         every = args.sample_steps
         self.every = math.ceil(every * state.max_steps) if every and every < 1 else every
-        if self.active and self.path.is_file():  # keep what the checkpoint that goes on had seen
-            rows = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [row for row in rows if json.loads(row)["step"] <= state.global_step]
-            _replace_file(self.path, "".join(kept).encode())
+        # Of an earlier run, keep what the checkpoint that goes on had seen.
+        rows = self.path.read_text().splitlines(keepends=True) if self.path.is_file() else []
+        self.rows = [row for row in rows if json.loads(row)["step"] <= state.global_step]
 
     def on_evaluate(self, args, state, control, **kwargs):
         if self.every is None:
@@ -192,9 +191,8 @@ class SampleCallback(TrainerCallback):
             self.active = bool(text)  # what did not work once will not later
             if not text:
                 return
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": state.global_step, "text": text}) + "\n")
+            self.rows.append(json.dumps({"step": state.global_step, "text": text}) + "\n")
+            _replace_file(self.path, "".join(self.rows).encode())
             if not args.disable_tqdm:
                 lines = [line for line in text.splitlines() if line.strip()]
                 tqdm.write("\n".join(f"  | {line}" for line in lines[:3]))
@@ -210,8 +208,9 @@ def draw_sample(
 ) -> str:
     """Return the prompt with what the model makes of it, in fewer tokens where room is short.
 
-    Where it cannot be done, for example because the prompt fills the context, a warning says why
-    and the result is empty. No random number generator moves.
+    Where it cannot be done, because the prompt fills the context or the weights have become NaN, a
+    warning says why and the result is empty: no training fails for it. No random number generator
+    moves.
     """
     was_training, devices = model.training, [] if model.device.type == "cpu" else [model.device]
     try:
@@ -226,7 +225,7 @@ def draw_sample(
                 temperature=0.7,
             )
         return text
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         logger.warning_once(f"There is no sample from the prompt {prompt!r}: {error}")
         return ""
     finally:
@@ -250,7 +249,6 @@ class PlotCallback(TrainerCallback):
             return
         with self.speed.paused():
             folder = Path(args.output_dir)
-            folder.mkdir(parents=True, exist_ok=True)
             plot_losses(state.log_history, folder / "loss.png", title=f"{folder.name}: loss")
         self.drawn = time.perf_counter()
         self.cost = self.drawn - start
@@ -299,6 +297,7 @@ def plot_losses(log_history: list[dict], path: str | Path, *, title: str = "") -
 
 
 def _replace_file(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
     part.write_bytes(content)
     os.replace(part, path)

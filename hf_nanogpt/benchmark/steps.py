@@ -73,24 +73,12 @@ def benchmark_training(
         {name: _make_step(module, tokens, bf16=bf16) for name, module in models.items()},
         rounds=rounds,
         steps=steps,
-        find_peak=lambda: find_peak(device, dtype),
+        measure_peak=lambda: find_peak(device, dtype),
         show_progress=show_progress,
     )
-    rows = []
-    for name, times in seconds.items():
-        shape = NANO if name.startswith((NANO, "Llama")) else GPT2
-        speed = tokens.numel() / median(times)
-        ratios = [ours / own for ours, own in zip(seconds[shape], times, strict=True)]
-        rows.append(
-            {
-                "name": name,
-                "compared_with": shape,
-                "tokens_per_second": speed,
-                "mfu": peak and speed * flops[shape] / peak,
-                "speed_to_ours": summarize(ratios),
-                "seconds_per_step": times,
-            }
-        )
+    rows = [
+        _make_row(name, seconds, tokens=tokens.numel(), flops=flops, peak=peak) for name in seconds
+    ]
     return {
         "benchmark": "train",
         "machine": machine,
@@ -100,6 +88,27 @@ def benchmark_training(
         "rows": rows,
         "trainer_overhead_ms": summarize(measure_trainer_overhead(rounds=rounds)),
         "batch_ms": summarize(measure_batches(batch_size, sizes["block_size"], rounds=rounds)),
+    }
+
+
+def _make_row(
+    name: str,
+    seconds: dict[str, list[float]],
+    *,
+    tokens: int,
+    flops: dict[str, int],
+    peak: float | None,
+) -> dict[str, Any]:
+    shape = NANO if name.startswith((NANO, "Llama")) else GPT2
+    speed = tokens / median(seconds[name])
+    ratios = [ours / own for ours, own in zip(seconds[shape], seconds[name], strict=True)]
+    return {
+        "name": name,
+        "compared_with": shape,
+        "tokens_per_second": speed,
+        "mfu": peak and speed * flops[shape] / peak,
+        "speed_to_ours": summarize(ratios),
+        "seconds_per_step": seconds[name],
     }
 
 
@@ -119,7 +128,7 @@ def _take_turns(
     *,
     rounds: int,
     steps: int,
-    find_peak: Callable[[], float | None],
+    measure_peak: Callable[[], float | None],
     show_progress: bool,
 ) -> tuple[dict[str, list[float]], float | None]:
     """Return the seconds of a step by name and round, and the median of the peaks between."""
@@ -130,7 +139,7 @@ def _take_turns(
             _time(step, 2)
             bar.update()
         for _ in range(rounds):
-            peaks.append(find_peak())
+            peaks.append(measure_peak())
             for name, step in step_of.items():
                 seconds[name].append(_time(step, steps))
                 bar.update()
