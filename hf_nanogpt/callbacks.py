@@ -226,7 +226,7 @@ def draw_sample(
             )
         return text
     except (ValueError, RuntimeError) as error:
-        logger.warning_once(f"There is no sample from the prompt {prompt!r}: {error}")
+        logger.warning_once(f"There is no sample of what the model writes: {error}")
         return ""
     finally:
         model.train(was_training)

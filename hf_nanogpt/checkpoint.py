@@ -105,8 +105,10 @@ def check_output_dir(
     check_writable(path, name="output_dir")
     content = {p.name for p in path.iterdir()} if path.is_dir() else set()
     if resume and not any(path.glob(_STEPS)):
-        hint = "give --overwrite instead of --resume" if content else "leave out --resume"
-        raise ValueError(f"output_dir={path} has no checkpoint-* to resume from; {hint}.")
+        hint = " and give --overwrite instead" if content else ""
+        raise ValueError(
+            f"output_dir={path} has no checkpoint-* to resume from; leave out --resume{hint}."
+        )
     if not content or resume:
         return
     if not overwrite:
