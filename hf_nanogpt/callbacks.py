@@ -154,7 +154,7 @@ class SampleCallback(TrainerCallback):
     """Show how the model goes on from a prompt, as it learns, and collect it in samples.jsonl.
 
     At each evaluation, or every `args.sample_steps`. Training is the same to the bit with it and
-    without.
+    without. It must not be used where weights are sharded: one process alone could not gather them.
     """
 
     def __init__(self, prompt: str, speed: SpeedCallback):
@@ -162,8 +162,7 @@ class SampleCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.path = Path(args.output_dir) / "samples.jsonl"
-        # Sharded weights would have to be gathered by all processes, for each token.
-        self.active = state.is_world_process_zero and not (args.fsdp or args.deepspeed)
+        self.active = state.is_world_process_zero
         every = args.sample_steps
         self.every = math.ceil(every * state.max_steps) if every and every < 1 else every
         # Of an earlier run, keep what the checkpoint that goes on had seen.

@@ -4,12 +4,13 @@ import json
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import FullyShardedDataParallelPlugin
 from datasets import IterableDataset
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, Trainer, set_seed
 from transformers.integrations import TensorBoardCallback
@@ -64,6 +65,8 @@ class NanoGPTTrainer(Trainer):
                 kwargs["compute_metrics"] = _compute_metrics
                 self.byte_counts = token_byte_counts(tokenizer)
         super().__init__(model, args, **kwargs)
+        if self.is_fsdp_enabled:
+            _prepare_fsdp(self.accelerator.state.fsdp_plugin)
         self.remove_callback(PrinterCallback)
         if self.pop_callback(StockProgressCallback) is not None:
             self.add_callback(ProgressCallback)
@@ -99,6 +102,18 @@ class NanoGPTTrainer(Trainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             sums = sum_losses(model, self._prepare_inputs(inputs), self.byte_counts)
         return None, sums, sums
+
+
+def _prepare_fsdp(plugin: FullyShardedDataParallelPlugin) -> None:
+    """Keep losses and the sums of gradients in float32, where weights are used in bfloat16."""
+    if plugin.fsdp_version == 1:
+        raise ValueError(
+            "fsdp_version=1 flattens the matrices that Muon needs: set fsdp_version to 2, as "
+            "examples/accelerate/fsdp2.yaml does."
+        )
+    if policy := plugin.mixed_precision_policy:
+        policy = replace(policy, reduce_dtype=torch.float32, output_dtype=None)
+        plugin.mixed_precision_policy = policy
 
 
 def _compute_metrics(prediction) -> dict[str, float]:
@@ -181,7 +196,8 @@ def train(
         clear_output_dir(args.output_dir)
     prompt = _choose_prompt(args, data_args, held_out, length)
     trainer.speed.context_length = length
-    trainer.add_callback(SampleCallback(prompt, trainer.speed))
+    if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        trainer.add_callback(SampleCallback(prompt, trainer.speed))
     trainer.add_callback(PlotCallback(trainer.speed))
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=last_checkpoint)
@@ -239,11 +255,22 @@ def _collect_metrics(trainer: NanoGPTTrainer, seconds: float) -> dict[str, Any]:
     }
 
 
+def _gather_model(trainer: NanoGPTTrainer) -> NanoGPTForCausalLM:
+    """Return the trained model, put together from its shards on the process that saves."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if not trainer.is_fsdp_enabled:
+        return model
+    state_dict = trainer.accelerator.get_state_dict(trainer.model)  # every process takes part
+    if not trainer.args.should_save:
+        return model
+    return NanoGPTForCausalLM.from_pretrained(None, config=model.config, state_dict=state_dict)
+
+
 def _write_artifacts(
     trainer: NanoGPTTrainer, metrics: dict[str, Any], *, recipe: str, data: str, prompt: str
 ) -> TrainingResult:
     args, tokenizer = trainer.args, trainer.processing_class
-    model = trainer.accelerator.unwrap_model(trainer.model)
+    model = _gather_model(trainer)
     output_dir, sample = Path(args.output_dir), ""
     if not args.should_save:
         return TrainingResult(output_dir, metrics, prompt, sample)
