@@ -33,6 +33,7 @@ _WHERE = {
     "generation": ["generate_text", "stream_text"],
     "hub": ["render_model_card"],
     "arguments": ["NanoGPTTrainingArguments", "list_recipes"],
+    "tokenized": ["tokenize_corpus"],
     "training": ["NanoGPTTrainer", "TrainingResult", "train"],
 }
 _MODULES = {name: module for module, names in _WHERE.items() for name in names}

@@ -68,6 +68,7 @@ class NanoGPTTrainingArguments(TrainingArguments):
         default=0.2, metadata={"help": "Steps between checkpoints, or a share."}
     )
     save_total_limit: int | None = field(default=2)
+    logging_nan_inf_filter: bool = field(default=False)  # it would hide that training has failed
     include_num_input_tokens_seen: str | bool = field(default=True)
 
     def __post_init__(self):
@@ -143,6 +144,13 @@ def make_parser(prog: str = "hf-nanogpt train") -> HfArgumentParser:
     return _Parser(kinds, prog=prog, allow_abbrev=False)
 
 
+def make_data_parser() -> HfArgumentParser:
+    """Return the parser of the data's settings alone."""
+    prog = "hf-nanogpt tokenize"
+    usage = f"{prog} DATA FOLDER [--SETTING VALUE ...]"
+    return _Parser([DataArguments], prog=prog, usage=usage, allow_abbrev=False)
+
+
 def parse_settings(
     recipe: str | Path, flags: Sequence[str] = (), **settings: Any
 ) -> tuple[DataArguments, dict[str, Any], NanoGPTTrainingArguments]:
@@ -161,15 +169,30 @@ def parse_settings(
     data, model, training, unknown = parser.parse_args_into_dataclasses(
         given, return_remaining_strings=True, look_for_args_file=False
     )
-    if unknown:
-        known = [option for action in parser._actions for option in action.option_strings]
-        nearest = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1, cutoff=0.5)
-        hint = f"did you mean {nearest[0]}?" if nearest else "see hf-nanogpt train --help."
-        raise ValueError(f"{unknown[0]} is no known setting: {hint}")
+    _refuse_unknown(unknown, parser)
     architecture = {name: value for name, value in vars(model).items() if value is not None}
     if "rope_parameters" in architecture:
         architecture["rope_parameters"] = _parse_json("rope_parameters", model.rope_parameters)
     return data, architecture, training
+
+
+def parse_data(flags: Sequence[str]) -> DataArguments:
+    """Return what flags say about the data, as `hf-nanogpt tokenize` takes them."""
+    parser = make_data_parser()
+    data, unknown = parser.parse_args_into_dataclasses(
+        list(flags), return_remaining_strings=True, look_for_args_file=False
+    )
+    _refuse_unknown(unknown, parser)
+    return data
+
+
+def _refuse_unknown(unknown: list[str], parser: HfArgumentParser) -> None:
+    if not unknown:
+        return
+    known = [option for action in parser._actions for option in action.option_strings]
+    nearest = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1, cutoff=0.5)
+    hint = f"did you mean {nearest[0]}?" if nearest else f"see {parser.prog} --help."
+    raise ValueError(f"{unknown[0]} is no known setting: {hint}")
 
 
 def make_config(architecture: dict[str, Any], **fields: Any) -> NanoGPTConfig:

@@ -110,6 +110,7 @@ class ProgressCallback(TrainerCallback):
                 total=state.max_steps,
                 initial=state.global_step,
                 desc="Training",
+                delay=0,  # shown from the start, whatever the command line has set
                 dynamic_ncols=True,
             )
             self.started = time.perf_counter()

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 VERBS: dict[str, str] = {
     "train": "train a tokenizer and a GPT from nothing, on your text or on Python's own source",
+    "tokenize": "turn a text into tokens once, in a folder to train from",
     "generate": "go on from a prompt, printed as it is produced",
     "eval": "measure loss, perplexity and bits per byte on a text",
     "convert": "turn a GPT-1, GPT-2, GPT-Neo, Llama, Qwen3, nanochat or nanoGPT model into ours",
@@ -42,14 +43,20 @@ def _nearest(name: str, known: Sequence[str]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `hf-nanogpt`; return 0, 2 for bad input (one sentence on stderr), or 130 for Ctrl-C."""
+    """Run `hf-nanogpt`; return 0, 2 for bad input (one sentence on stderr), or 130 for Ctrl-C.
+
+    A training that a signal has stopped exits with 128 and the signal's number.
+    """
     # Threads of torch wait for each other by spinning, and so take the core from the one they wait
     # for as soon as another program runs: small steps then take ten times as long or more. A short
     # spin costs nothing on a quiet machine. (libgomp reads this once, when torch is imported.)
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    # Work that is done within this many seconds shows no bar. (tqdm reads it when imported, too.)
+    os.environ.setdefault("TQDM_DELAY", "2")
     argv = list(sys.argv[1:] if argv is None else argv)
     verbs: dict[str, Callable[[list[str]], None]] = {
         "train": _train,
+        "tokenize": _tokenize,
         "generate": _generate,
         "eval": _eval,
         "convert": _convert,
@@ -116,6 +123,7 @@ def _quiet_libraries() -> None:
 
 
 def _train(argv: list[str]) -> None:
+    given = [word for word in argv if word not in ("--resume", "--overwrite")]
     recipe = argv.pop(0) if argv and not argv[0].startswith("-") else "quickstart"
     own = _Parser(
         prog="hf-nanogpt train",
@@ -124,7 +132,7 @@ def _train(argv: list[str]) -> None:
         allow_abbrev=False,
     )
     own.add_argument("--recipe", help="instead of the first word")
-    own.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    own.add_argument("--resume", action="store_true", help="go on where it was stopped")
     own.add_argument("--overwrite", action="store_true", help="train an existing folder anew")
     own.add_argument("-h", "--help", action="store_true")
     args, flags = own.parse_known_args(argv)
@@ -135,10 +143,34 @@ def _train(argv: list[str]) -> None:
         raise ValueError("--resume and --overwrite exclude each other: give one of them.")
 
     _quiet_libraries()
+    from .interruption import TrainingInterrupted
     from .training import train
 
-    result = train(args.recipe or recipe, flags, resume=args.resume, overwrite=args.overwrite)
+    try:
+        result = train(args.recipe or recipe, flags, resume=args.resume, overwrite=args.overwrite)
+    except TrainingInterrupted as interruption:
+        if os.environ.get("RANK", "0") == "0":
+            where = interruption.checkpoint or "the start, as no checkpoint was saved"
+            print(
+                f"\nInterrupted. To go on from {where}:\n  {_resume_command(given)}",
+                file=sys.stderr,
+            )
+        sys.exit(128 + interruption.signum)
     print(_summary(result))
+
+
+def _own_name() -> str:
+    """Return the words by which this program is called."""
+    if shutil.which("hf-nanogpt"):
+        return "hf-nanogpt"
+    return "python -m hf_nanogpt" if sys.argv[0].endswith("__main__.py") else sys.argv[0]
+
+
+def _resume_command(given: list[str]) -> str:
+    name = _own_name()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        name = f"torchrun --nproc_per_node={os.environ['LOCAL_WORLD_SIZE']} -m hf_nanogpt"
+    return f"{name} train {shlex.join([*given, '--resume'])}"
 
 
 def _print_train_help(own: argparse.ArgumentParser) -> None:
@@ -164,7 +196,7 @@ def _summary(result: Any) -> str:
     table = "\n".join(f"  {name:<16} {value}" for name, value in rows.items())
     lines = "\n".join(f"  | {line}" for line in result.sample.splitlines())
     sample = f"A sample:\n{lines}\n\n" if lines else ""
-    me = "hf-nanogpt" if shutil.which("hf-nanogpt") else sys.argv[0]  # as it was called
+    me = _own_name()
     return f"""
 {folder} is ready:
 {table}
@@ -173,6 +205,33 @@ def _summary(result: Any) -> str:
   {me} generate {folder} {shlex.quote(result.prompt)}
   {me} eval {folder} --data YOUR_TEXT
   {me} info {folder}"""
+
+
+# tokenize
+
+
+def _tokenize(argv: list[str]) -> None:
+    if {"-h", "--help"} & set(argv):
+        from .arguments import make_data_parser
+
+        print(make_data_parser().format_help())
+        return
+    if len(argv) < 2 or argv[0].startswith("-") or argv[1].startswith("-"):
+        raise ValueError(
+            "Give the text and then the folder to make: hf-nanogpt tokenize DATA FOLDER."
+        )
+    data, folder, *flags = argv
+
+    _quiet_libraries()
+    from .arguments import parse_data
+    from .tokenized import tokenize_corpus
+
+    result = tokenize_corpus(parse_data([*flags, f"--data={data}"]), folder, show_progress=True)
+    print(f"{folder} is ready, {result['vocab_size']:,} tokens in its vocabulary:")
+    for name, part in result["splits"].items():
+        documents, tokens, size = (f"{part[k]:,}" for k in ("documents", "tokens", "bytes"))
+        print(f"  {name:<10} {documents} documents, {tokens} tokens of {size} bytes")
+    print(f"\nNext:\n  hf-nanogpt train --data {shlex.quote(folder)}")
 
 
 # generate

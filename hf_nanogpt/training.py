@@ -5,18 +5,16 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import FullyShardedDataParallelPlugin
-from datasets import IterableDataset
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, Trainer, set_seed
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_callback import ProgressCallback as StockProgressCallback
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
 
 from .arguments import NanoGPTTrainingArguments, make_config, parse_settings
 from .callbacks import (
@@ -27,23 +25,33 @@ from .callbacks import (
     draw_sample,
     plot_losses,
 )
-from .checkpoint import check_output_dir, clear_output_dir, staged_folder
-from .data import (
-    STDLIB,
-    DataArguments,
-    Documents,
-    load_documents,
-    load_tokenizer,
+from .checkpoint import (
+    check_output_dir,
+    clear_output_dir,
+    clear_unfinished,
+    explain_write_errors,
+    find_last_checkpoint,
+    staged_folder,
 )
+from .data import STDLIB, DataArguments
 from .evaluation import check_context_length, sum_losses, summarize_losses
 from .hub import render_model_card
+from .interruption import (
+    InterruptibleTrainer,
+    check_settings,
+    describe_settings,
+    stop_on_signals,
+)
 from .modeling_nanogpt import NanoGPTForCausalLM
 from .optim import build_optimizer
-from .packing import PackedCollator, pack_documents
+from .packing import PackedBlocks, PackedCollator, PackedStream, cut_blocks
 from .tokenization import token_byte_counts
+from .tokenized import load_tokens
+
+logger = logging.get_logger(__name__)
 
 
-class NanoGPTTrainer(Trainer):
+class NanoGPTTrainer(InterruptibleTrainer):
     """Train on packed blocks by the optimizer of `args.optim_recipe`.
 
     Takes all that `Trainer` takes. With a `processing_class` (the tokenizer) it collates blocks by
@@ -150,39 +158,40 @@ def train(
     Args:
         recipe: the name of one of ours, or the path of a YAML file.
         flags: settings as on the command line; they win.
-        resume: go on from the last `checkpoint-*` in `output_dir`.
+        resume: go on from the last whole `checkpoint-*` in `output_dir`, exact to the bit, or from
+            the beginning if there is none yet.
         overwrite: delete what an earlier training left in `output_dir`.
         settings: those of `DataArguments`, `NanoGPTConfig` (also by nanoGPT's names), `preset`, and
             `NanoGPTTrainingArguments`, for example `max_steps=100, n_layer=6`.
 
     Raises:
-        ValueError: a setting, the data or the output folder is not usable. Nothing was written.
+        ValueError: a setting, the data or the output folder is not usable, and nothing was written;
+            or the loss is no longer finite, or a checkpoint could not be written.
+        TrainingInterrupted: a `KeyboardInterrupt`; Ctrl-C or SIGTERM came while it trained, and a
+            checkpoint was saved first.
     """
     data_args, architecture, args = parse_settings(recipe, flags, **settings)
     check_output_dir(args.output_dir, overwrite=overwrite, resume=resume)
     # Refuse an impossible architecture now, not after minutes of preparing data for it.
     config = make_config(architecture, vocab_size=data_args.vocab_size)
     check_context_length(config, data_args.context_length)
-    last_checkpoint = get_last_checkpoint(args.output_dir) if resume else None
+    last_checkpoint = find_last_checkpoint(args.output_dir) if resume else None
+    if resume and not last_checkpoint and args.should_save:
+        logger.warning(f"{args.output_dir} has no checkpoint yet: training begins at the start.")
 
     with args.main_process_first(desc="preparing the data"):
-        documents, held_out = load_documents(data_args)
-        if last_checkpoint:
-            tokenizer = AutoTokenizer.from_pretrained(last_checkpoint)
-            config = AutoConfig.from_pretrained(last_checkpoint)
-        else:
-            tokenizer = load_tokenizer(data_args, documents)
-            config = make_config(architecture, **_vocabulary(tokenizer))
+        own = AutoTokenizer.from_pretrained(last_checkpoint) if last_checkpoint else None
+        tokenizer, tokens, held_out = load_tokens(data_args, own)
+        config = make_config(architecture, **_vocabulary(tokenizer))
         length = check_context_length(config, data_args.context_length)
         tokenizer.model_max_length = config.max_position_embeddings
-        pack = partial(
-            pack_documents,
-            tokenizer=tokenizer,
-            context_length=length,
-            num_proc=data_args.num_proc,
-        )
-        blocks, validation = pack(documents), pack(held_out)
+        cut: dict[str, Any] = {"context_length": length, "eos_token_id": tokenizer.eos_token_id}
+        seed = args.seed if args.data_seed is None else args.data_seed
+        blocks, validation = cut_blocks(tokens, seed=seed, **cut), cut_blocks(held_out, **cut)
     _check_blocks(blocks, length, args)
+    settings = describe_settings(args, data_args, config, blocks=blocks, validation=validation)
+    if last_checkpoint:
+        check_settings(last_checkpoint, settings)
 
     set_seed(args.seed)
     trainer = NanoGPTTrainer(
@@ -192,30 +201,32 @@ def train(
         eval_dataset=validation,
         processing_class=tokenizer,
     )
-    if overwrite and args.should_save:
-        clear_output_dir(args.output_dir)
-    prompt = _choose_prompt(args, data_args, held_out, length)
+    trainer.settings = settings
     trainer.speed.context_length = length
+    first = tokenizer.decode(next(iter(validation))["input_ids"], skip_special_tokens=True)
+    prompt = _choose_prompt(args, data_args, first, length)
     if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         trainer.add_callback(SampleCallback(prompt, trainer.speed))
     trainer.add_callback(PlotCallback(trainer.speed))
-    started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=last_checkpoint)
-    metrics = _collect_metrics(trainer, time.perf_counter() - started)
+    if args.should_save and (overwrite or resume):
+        (clear_output_dir if overwrite else clear_unfinished)(args.output_dir)
+    with stop_on_signals(trainer):
+        trainer.train(resume_from_checkpoint=last_checkpoint)
+    metrics = _collect_metrics(trainer, time.perf_counter() - trainer.started)
     return _write_artifacts(
         trainer, metrics, recipe=str(recipe), data=data_args.data, prompt=prompt
     )
 
 
 def _choose_prompt(
-    args: NanoGPTTrainingArguments, data_args: DataArguments, held_out: Documents, length: int
+    args: NanoGPTTrainingArguments, data_args: DataArguments, held_out: str, length: int
 ) -> str:
     """Return the prompt of the sample: the user's, or one that suits the text."""
     if args.sample_prompt is not None:
         return args.sample_prompt
     if data_args.data == STDLIB:
         return "def main("
-    return " ".join(next(iter(held_out))["text"].split()[:3])[: min(40, length // 2)]
+    return " ".join(held_out.split()[:3])[: min(40, length // 2)]
 
 
 def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -225,8 +236,10 @@ def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     return {"vocab_size": len(tokenizer), **ids}
 
 
-def _check_blocks(blocks: Documents, length: int, args: NanoGPTTrainingArguments) -> None:
-    if isinstance(blocks, IterableDataset):
+def _check_blocks(
+    blocks: PackedBlocks | PackedStream, length: int, args: NanoGPTTrainingArguments
+) -> None:
+    if isinstance(blocks, PackedStream):
         if args.max_steps <= 0:
             raise ValueError(f"max_steps={args.max_steps}: a stream has no end, so give max_steps.")
     elif len(blocks) == 1 and (tokens := len(blocks[0]["input_ids"])) < length:
@@ -283,7 +296,7 @@ def _write_artifacts(
         prompt=prompt,
         sample=sample,
     )
-    with staged_folder(output_dir) as folder:
+    with explain_write_errors(output_dir, run=output_dir), staged_folder(output_dir) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         (folder / "metrics.json").write_text(

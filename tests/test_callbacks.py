@@ -176,8 +176,7 @@ def test_folder_of_a_run_that_was_stopped_early_can_be_trained_anew(tmp_path):
     for name in ("loss.png", "loss.png.part", "samples.jsonl"):
         (tmp_path / name).touch()
     check_output_dir(tmp_path, overwrite=True)
-    with pytest.raises(ValueError, match="--overwrite"):
-        check_output_dir(tmp_path, resume=True)
+    check_output_dir(tmp_path, resume=True)
 
 
 def test_bad_settings_are_refused_before_the_data_is_read(tmp_path):

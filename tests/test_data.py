@@ -71,7 +71,8 @@ def test_a_file_longer_than_one_piece_is_still_one_document(tmp_path, monkeypatc
         assert "".join(texts(many)) == texts(one)[0]
         assert [row["starts"] for row in many] == [True] + [False] * (len(many) - 1)
         packed = [pack_documents(side, TOKENIZER, context_length=32) for side in (one, many)]
-        assert all((a == b).all() for a, b in zip(*(p["input_ids"] for p in packed), strict=True))
+        rows = zip(*packed, strict=True)
+        assert all((a["input_ids"] == b["input_ids"]).all() for a, b in rows)
 
 
 def test_a_folder_is_read_without_its_hidden_empty_and_binary_files(tmp_path):

@@ -5,14 +5,13 @@ import time
 
 import numpy as np
 from accelerate import Accelerator
-from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, get_scheduler
 
 from ..arguments import NanoGPTTrainingArguments
 from ..modeling_nanogpt import NanoGPTForCausalLM
 from ..optim import build_optimizer
-from ..packing import PackedCollator
+from ..packing import PackedBlocks, PackedCollator
 from ..presets import load_preset
 from ..tokenization import train_tokenizer
 from ..training import NanoGPTTrainer
@@ -50,9 +49,10 @@ def measure_batches(batch_size: int, context_length: int, *, rounds: int = 5) ->
     return times
 
 
-def _random_blocks(count: int, length: int, *, vocab_size: int) -> Dataset:
-    ids = np.random.default_rng(0).integers(vocab_size, size=(count, length), dtype=np.uint16)
-    return Dataset.from_dict({"input_ids": ids}).with_format("numpy")
+def _random_blocks(count: int, length: int, *, vocab_size: int) -> PackedBlocks:
+    size = count * (length - 1) + 1
+    ids = np.random.default_rng(0).integers(vocab_size, size=size, dtype=np.uint16)
+    return PackedBlocks(lambda: [ids], context_length=length)
 
 
 class _Clock(TrainerCallback):
