@@ -1,4 +1,4 @@
-"""Write benchmarks/RESULTS.md from the files in benchmarks/results. Run: python benchmarks/report.py"""
+"""Write RESULTS.md from the files in results/. Run: python benchmarks/report.py"""
 
 import json
 from pathlib import Path
@@ -55,9 +55,10 @@ def race() -> str:
     columns = ["", "median loss", "each seed", "tokens", "", "whole process", ""]
     return f"""## Time to loss
 
-Characters of tinyshakespeare, nanoGPT's CPU configuration (4 layers, width 128, context 64, 768 tokens
-a step) and its split. Losses are nats per character of the last tenth of the text, which no choice was
-made on; times are those of whole processes, from start to the written checkpoint. Rows alternated.
+Characters of tinyshakespeare, nanoGPT's CPU configuration (4 layers, width 128, context 64, 768
+tokens a step) and its split. Losses are nats per character of the last tenth of the text, which no
+choice was made on; times are those of whole processes, from start to the written checkpoint. Rows
+alternated.
 
 {table(columns, rows)}
 {header(report, "python benchmarks/time_to_loss.py race tinyshakespeare.txt")}"""
@@ -71,8 +72,8 @@ def choice() -> str:
     ]
     return f"""### What was chosen, and on what
 
-Learning rates were compared on the first nine tenths of the text: trained on 81 % of it, measured on
-9 %.
+Learning rates were compared on the first nine tenths of the text: trained on 81 % of it, measured
+on 9 %.
 
 {table(["recipe and learning rate", "median loss", "each seed"], rows)}
 {header(report, "python benchmarks/time_to_loss.py choose tinyshakespeare.txt")}"""

@@ -14,6 +14,10 @@ from typing import Any, NoReturn
 import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.integrations.integration_utils import (
+    INTEGRATION_TO_CALLBACK,
+    get_available_reporting_integrations,
+)
 
 from .configuration_nanogpt import NanoGPTConfig
 from .data import DataArguments
@@ -47,7 +51,13 @@ class NanoGPTTrainingArguments(TrainingArguments):
     )
     sample_prompt: str | None = field(
         default=None,
-        metadata={"help": "Prompt of the sample after training; default: words held out."},
+        metadata={"help": "Prompt of the samples; default: words held out."},
+    )
+    sample_steps: float | None = field(
+        default=None,
+        metadata={
+            "help": "Steps between samples, or a share; 0: none. Default: at each evaluation."
+        },
     )
     logging_steps: float = field(default=10)
     eval_strategy: str = field(default="steps")  # type: ignore[assignment]
@@ -60,6 +70,7 @@ class NanoGPTTrainingArguments(TrainingArguments):
     save_total_limit: int | None = field(default=2)
     logging_nan_inf_filter: bool = field(default=False)  # it would hide that training has failed
     include_num_input_tokens_seen: str | bool = field(default=True)
+    ddp_find_unused_parameters: bool | None = field(default=False)  # there are none
 
     def __post_init__(self):
         for name, value in vars(OPTIM_DEFAULTS[self.optim_recipe]).items():
@@ -73,9 +84,27 @@ class NanoGPTTrainingArguments(TrainingArguments):
             torch.set_num_threads(self.num_threads)
         if not torch.accelerator.is_available():
             self.dataloader_pin_memory = False
-        if self.ddp_find_unused_parameters is None:
-            self.ddp_find_unused_parameters = False
+        if self.sample_steps is not None and not (
+            0 <= self.sample_steps < 1 or self.sample_steps == int(self.sample_steps) > 0
+        ):
+            raise ValueError(
+                f"sample_steps={self.sample_steps} is not possible: give a whole number of steps, "
+                "a share of all steps below 1, or 0 for no samples."
+            )
         super().__post_init__()
+        for name in self.report_to or []:
+            _check_tracker(name)
+
+
+def _check_tracker(name: str) -> None:
+    """Raise a `ValueError` unless Trainer can report to the tool of this name, here and now."""
+    if name not in INTEGRATION_TO_CALLBACK:
+        nearest = difflib.get_close_matches(name, INTEGRATION_TO_CALLBACK, n=1, cutoff=0.5)
+        hint = f"did you mean {nearest[0]}?" if nearest else "try trackio, tensorboard or wandb."
+        raise ValueError(f"report_to={name} is unknown: {hint}")
+    if name not in get_available_reporting_integrations():
+        package = "'hf-nanogpt[track]'" if name in ("trackio", "tensorboard") else name
+        raise ValueError(f"report_to={name} needs a package: pip install {package}.")
 
 
 def _make_model_arguments() -> type:

@@ -17,6 +17,7 @@ VERBS: dict[str, str] = {
     "convert": "turn a GPT-1, GPT-2, GPT-Neo, Llama, Qwen3, nanochat or nanoGPT model into ours",
     "export": "turn a model of ours into one of those, for tools without hf_nanogpt",
     "info": "describe a checkpoint or a preset: sizes, memory, FLOPs",
+    "bench": "measure the speed of training on this machine, beside other implementations",
 }
 
 
@@ -61,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "convert": _convert,
         "export": _export,
         "info": _info,
+        "bench": _bench,
     }
     try:
         if not argv or argv[0] in ("-h", "--help"):
@@ -198,22 +200,21 @@ def _summary(result: Any) -> str:
         "parameters": f"{m['num_parameters']:,}",
         "tokens": f"{m['train_tokens']:,}",
         "time": f"{m['train_seconds']:,.0f} s",
-        "tokens/s": f"{m['tokens_per_second']:,.0f}",
+        "tokens/s": f"{m['tokens_per_second']:,.0f}"
+        + (f" (MFU {m['mfu']:.0%})" if "mfu" in m else ""),
         "validation loss": f"{m['eval_loss']:.4f} nats per token",
         "perplexity": f"{m['perplexity']:.2f}",
         "bits per byte": f"{m['bits_per_byte']:.4f}",
     }
     table = "\n".join(f"  {name:<16} {value}" for name, value in rows.items())
-    sample = "\n".join(f"  | {line}" for line in result.sample.splitlines())
+    lines = "\n".join(f"  | {line}" for line in result.sample.splitlines())
+    sample = f"A sample:\n{lines}\n\n" if lines else ""
     me = _own_name()
     return f"""
 {folder} is ready:
 {table}
 
-A sample:
-{sample}
-
-Next:
+{sample}Next:
   {me} generate {folder} {shlex.quote(result.prompt)}
   {me} eval {folder} --data YOUR_TEXT
   {me} info {folder}"""
@@ -415,6 +416,55 @@ def _info(argv: list[str]) -> None:
 
     for name, value in describe(args.model).items():
         print(f"{name:<28} {value}")
+
+
+# bench
+
+
+def _bench(argv: list[str]) -> None:
+    benchmarks = {"train": _bench_train}
+    what = argv[0] if argv else "--help"
+    if what in ("-h", "--help"):
+        print(f"usage: hf-nanogpt bench {{{','.join(benchmarks)}}} ...\n\n{VERBS['bench']}")
+    elif what in benchmarks:
+        benchmarks[what](argv[1:])
+    else:
+        raise ValueError(f"{what!r} is no benchmark: choose one of {', '.join(benchmarks)}.")
+
+
+def _bench_train(argv: list[str]) -> None:
+    parser = _Parser(
+        prog="hf-nanogpt bench train",
+        description="Time steps of training: ours and transformers' models of the same shape, and "
+        "a GPT-2 in plain torch, in turns. Takes a minute or two with the sizes of quickstart.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "model", nargs="?", help="take the sizes of this preset, folder or Hub id instead"
+    )
+    for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size"):
+        parser.add_argument(f"--{name}", type=int)
+    parser.add_argument("--batch_size", type=int, default=8, help="blocks in a step (default 8)")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each (default 5)")
+    parser.add_argument("--steps", type=int, default=4, help="steps in a turn (default 4)")
+    parser.add_argument("--num_threads", type=int, help="CPU threads (default: cores)")
+    parser.add_argument("--bf16", action="store_true", help="compute in bfloat16")
+    parser.add_argument(
+        "--compile", action="store_true", help="each by torch.compile too; takes minutes more"
+    )
+    parser.add_argument("--output", help="folder for bench_train.json and bench_train.png")
+    args = vars(parser.parse(argv))
+
+    _quiet_libraries()
+    from .benchmark import benchmark_training, format_report, prepare_output, save_report
+
+    if output := args.pop("output"):
+        prepare_output(output, name="train")
+    given = {name: value for name, value in args.items() if value is not None}
+    report = benchmark_training(show_progress=True, **given)
+    print(format_report(report))
+    if output:
+        print("\nWritten:", *save_report(report, output))
 
 
 if __name__ == "__main__":

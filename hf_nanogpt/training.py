@@ -1,9 +1,9 @@
 """Training: transformers' Trainer with our optimizer, packed batches and exact metrics."""
 
 import json
+import os
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,20 @@ from typing import Any
 import torch
 from accelerate import FullyShardedDataParallelPlugin
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_callback import ProgressCallback as StockProgressCallback
 from transformers.utils import logging
 
 from .arguments import NanoGPTTrainingArguments, make_config, parse_settings
-from .callbacks import ProgressCallback, plot_losses
+from .callbacks import (
+    PlotCallback,
+    ProgressCallback,
+    SampleCallback,
+    SpeedCallback,
+    draw_sample,
+    plot_losses,
+)
 from .checkpoint import (
     check_output_dir,
     clear_output_dir,
@@ -28,7 +36,6 @@ from .checkpoint import (
 )
 from .data import STDLIB, DataArguments
 from .evaluation import check_context_length, sum_losses, summarize_losses
-from .generation import generate_text
 from .hub import render_model_card
 from .interruption import (
     InterruptibleTrainer,
@@ -51,7 +58,7 @@ class NanoGPTTrainer(InterruptibleTrainer):
     Takes all that `Trainer` takes. With a `processing_class` (the tokenizer) it collates blocks by
     `PackedCollator` and evaluates `eval_loss`, `eval_perplexity` and `eval_bits_per_byte` as exact
     sums over tokens, whatever the batch size; a `data_collator` or `compute_metrics` of one's own
-    wins.
+    wins. The log tells tokens per second and MFU, see `SpeedCallback`.
     """
 
     args: NanoGPTTrainingArguments
@@ -72,6 +79,17 @@ class NanoGPTTrainer(InterruptibleTrainer):
         self.remove_callback(PrinterCallback)
         if self.pop_callback(StockProgressCallback) is not None:
             self.add_callback(ProgressCallback)
+        self.speed = SpeedCallback()
+        self.add_callback(self.speed)
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+                callback.logging_dir = os.path.join(self.args.output_dir, "tensorboard")
+
+    def log(self, logs, start_time=None):
+        """Log as `Trainer` does, with `tokens_per_second` and `mfu` beside the training loss."""
+        if "loss" in logs:
+            logs.update(self.speed.read(self.state))
+        super().log(logs, start_time)
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -199,13 +217,17 @@ def train(
         processing_class=tokenizer,
     )
     trainer.settings = settings
+    trainer.speed.context_length = length
+    first = tokenizer.decode(next(iter(validation))["input_ids"], skip_special_tokens=True)
+    prompt = _choose_prompt(args, data_args, first, length)
+    if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        trainer.add_callback(SampleCallback(prompt, trainer.speed))
+    trainer.add_callback(PlotCallback(trainer.speed))
     if args.should_save and (overwrite or resume):
         (clear_output_dir if overwrite else clear_unfinished)(args.output_dir)
     with stop_on_signals(trainer):
         trainer.train(resume_from_checkpoint=last_checkpoint)
     metrics = _collect_metrics(trainer, time.perf_counter() - trainer.started)
-    first = tokenizer.decode(next(iter(validation))["input_ids"], skip_special_tokens=True)
-    prompt = _choose_prompt(args, data_args, first)
     return _write_artifacts(
         trainer, metrics, recipe=str(recipe), data=data_args.data, prompt=prompt
     )
@@ -228,13 +250,15 @@ def _load_start(
     return model.float().train(), tokenizer
 
 
-def _choose_prompt(args: NanoGPTTrainingArguments, data_args: DataArguments, held_out: str) -> str:
+def _choose_prompt(
+    args: NanoGPTTrainingArguments, data_args: DataArguments, held_out: str, length: int
+) -> str:
     """Return the prompt of the sample: the user's, or one that suits the text."""
     if args.sample_prompt is not None:
         return args.sample_prompt
     if data_args.data == STDLIB:
         return "def main("
-    return " ".join(held_out.split()[:3])[:40]
+    return " ".join(held_out.split()[:3])[: min(40, length // 2)]
 
 
 def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -262,7 +286,6 @@ def _collect_metrics(trainer: NanoGPTTrainer, seconds: float) -> dict[str, Any]:
     history = [row for row in state.log_history if "eval_loss" in row]
     fresh = history and history[-1]["step"] == state.global_step
     last = history[-1] if fresh and not trainer.args.load_best_model_at_end else trainer.evaluate()
-    tokens = state.num_input_tokens_seen
     return {
         "eval_loss": last["eval_loss"],
         "perplexity": last["eval_perplexity"],
@@ -271,9 +294,9 @@ def _collect_metrics(trainer: NanoGPTTrainer, seconds: float) -> dict[str, Any]:
         "eval_bytes": last["eval_bytes"],
         "num_parameters": trainer.model.num_parameters(),
         "train_steps": state.global_step,
-        "train_tokens": tokens,
+        "train_tokens": state.num_input_tokens_seen,
         "train_seconds": round(seconds, 2),
-        "tokens_per_second": round(tokens / seconds, 1),
+        **trainer.speed.summarize(state),
     }
 
 
@@ -296,16 +319,7 @@ def _write_artifacts(
     output_dir, sample = Path(args.output_dir), ""
     if not args.should_save:
         return TrainingResult(output_dir, metrics, prompt, sample)
-    room = model.config.max_position_embeddings - len(tokenizer(prompt)["input_ids"]) - 1
-    with suppress(ValueError):  # a prompt longer than the context leaves no room for a sample
-        [sample] = generate_text(
-            model.eval(),
-            tokenizer,
-            prompt,
-            max_new_tokens=min(120, room),
-            temperature=0.7,
-            seed=args.seed,
-        )
+    sample = draw_sample(model, tokenizer, prompt, max_new_tokens=120, seed=args.seed)
     card = render_model_card(
         model.config,
         metrics,

@@ -15,7 +15,7 @@ ORDER = [
     ["configuration_nanogpt"],
     ["modeling_nanogpt"],
     ["auto"],
-    ["presets", "tokenization", "optim", "checkpoint"],
+    ["presets", "tokenization", "optim", "checkpoint", "throughput"],
     ["data", "encoding"],
     ["packing"],
     ["convert", "evaluation", "generation", "hub"],
@@ -26,6 +26,7 @@ ORDER = [
     ["arguments"],
     ["interruption"],
     ["training"],
+    ["benchmark"],
     ["cli"],
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}

@@ -20,10 +20,10 @@ def test_each_recipe_parses_and_says_what_it_costs(name, tmp_path):
 
 
 def test_the_peer_is_nanogpts_configuration():
-    data, architecture, args = parse_settings("nanogpt_char")
+    _, architecture, args = parse_settings("nanogpt_char")
     config = make_config(architecture, vocab_size=65)
     model = NanoGPTForCausalLM(config)
-    # nanoGPT counts 0.80 M at 65 characters: 4 x 12 x 128^2, the tables, and norms (ours with bias).
+    # nanoGPT counts 0.80 M at 65 characters: 4 x 12 x 128^2, the tables, and norms.
     norms = sum(p.numel() for name, p in model.named_parameters() if "norm" in name)
     assert norms == 2 * 9 * 128
     assert model.num_parameters() - norms == 4 * 12 * 128**2 + (65 + 64) * 128

@@ -102,6 +102,7 @@ def test_folder_has_every_artifact_and_no_leftover(checkpoint):
         "metrics.json",
         "model.safetensors",
         "modeling_nanogpt.py",
+        "samples.jsonl",
         "tokenizer.json",
         "tokenizer_config.json",
     }
