@@ -32,6 +32,7 @@ _WHERE = {
     "evaluation": ["EvaluationResult", "evaluate"],
     "generation": ["generate_text", "stream_text"],
     "hub": ["render_model_card"],
+    "tasks": ["evaluate_tasks"],
     "arguments": ["NanoGPTTrainingArguments", "list_recipes"],
     "tokenized": ["tokenize_corpus"],
     "training": ["NanoGPTTrainer", "TrainingResult", "train"],

@@ -192,7 +192,7 @@ class SampleCallback(TrainerCallback):
             if not text:
                 return
             self.rows.append(json.dumps({"step": state.global_step, "text": text}) + "\n")
-            _replace_file(self.path, "".join(self.rows).encode())
+            replace_file(self.path, "".join(self.rows).encode())
             if not args.disable_tqdm:
                 lines = [line for line in text.splitlines() if line.strip()]
                 tqdm.write("\n".join(f"  | {line}" for line in lines[:3]))
@@ -293,10 +293,11 @@ def plot_losses(log_history: list[dict], path: str | Path, *, title: str = "") -
     axes.legend(frameon=False, loc="upper right")
     picture = io.BytesIO()
     canvas.print_png(picture)
-    _replace_file(Path(path), picture.getvalue())
+    replace_file(Path(path), picture.getvalue())
 
 
-def _replace_file(path: Path, content: bytes) -> None:
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file so that nobody ever sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
     part.write_bytes(content)

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import logging
 import os
 import shlex
 import shutil
@@ -13,7 +14,7 @@ VERBS: dict[str, str] = {
     "train": "train a tokenizer and a GPT from nothing, on your text or on Python's own source",
     "tokenize": "turn a text into tokens once, in a folder to train from",
     "generate": "go on from a prompt, printed as it is produced",
-    "eval": "measure loss, perplexity and bits per byte on a text",
+    "eval": "measure checkpoints on a text, in bits per byte, or on tasks of lm-eval",
     "convert": "turn a GPT-1, GPT-2, GPT-Neo, Llama, Qwen3, nanochat or nanoGPT model into ours",
     "export": "turn a model of ours into one of those, for tools without hf_nanogpt",
     "info": "describe a checkpoint or a preset: sizes, memory, FLOPs",
@@ -376,35 +377,57 @@ def _print_conversion(result: Any, how: str) -> None:
 
 def _eval(argv: list[str]) -> None:
     parser = _Parser(prog="hf-nanogpt eval", description=VERBS["eval"], allow_abbrev=False)
-    parser.add_argument("checkpoint", help="folder or Hub id")
-    parser.add_argument("--data", required=True, help="file, folder, glob, table or Hub dataset id")
     parser.add_argument(
-        "--text_column", default="text", help="column of a table that holds the text"
+        "checkpoints", nargs="+", metavar="checkpoint", help="folder or Hub id; compares several"
     )
-    parser.add_argument(
-        "--context_length", type=int, help="tokens in a block (default: the model's)"
-    )
+    kind = parser.add_mutually_exclusive_group(required=True)
+    kind.add_argument("--data", help="file, folder, glob, table or Hub dataset id")
+    kind.add_argument("--tasks", help="of lm-eval: names or YAML files, separated by commas")
     parser.add_argument("--batch_size", type=int, default=16, help="blocks at a time")
-    args = parser.parse(argv)
-    if args.batch_size < 1:
-        raise ValueError(f"batch_size={args.batch_size} is not possible: give 1 or more.")
+    parser.add_argument("--plot", metavar="FILE", help="draw the comparison: .png, .svg or .pdf")
+    text = parser.add_argument_group("on a text")
+    text.add_argument("--text_column", help="column of a table that holds the text")
+    text.add_argument("--context_length", type=int, help="tokens in a block (default: the model's)")
+    text.add_argument(
+        "--stride", type=int, help="predict so many at a time, each from a full context before it"
+    )
+    tasks = parser.add_argument_group("on tasks")
+    tasks.add_argument("--num_fewshot", type=int, help="solved examples before each question")
+    tasks.add_argument("--limit", type=int, help="look at the first so many questions only")
+    args = {name: value for name, value in vars(parser.parse(argv)).items() if value is not None}
+    if args["batch_size"] < 1:
+        raise ValueError(f"batch_size={args['batch_size']} is not possible: give 1 or more.")
+    other, flags = ("tasks", tasks) if "data" in args else ("data", text)
+    for action in flags._group_actions:
+        if action.dest in args:
+            raise ValueError(f"--{action.dest} is for --{other} only: leave it out.")
 
     _quiet_libraries()
-    from .evaluation import evaluate
-
-    result = evaluate(
-        args.checkpoint,
-        args.data,
-        context_length=args.context_length,
-        batch_size=args.batch_size,
-        text_column=args.text_column,
-        show_progress=True,
+    from .comparison import (
+        check_picture,
+        compare_on_tasks,
+        compare_on_text,
+        format_table,
+        plot_comparison,
     )
-    print(f"loss           {result.loss:.4f} nats per token")
-    print(f"perplexity     {result.perplexity:.2f}")
-    print(f"bits per byte  {result.bits_per_byte:.4f}")
-    print(f"tokens         {result.num_tokens:,}")
-    print(f"bytes          {result.num_bytes:,}")
+
+    if plot := args.pop("plot", None):
+        check_picture(plot)
+    if "data" in args:
+        comparison = compare_on_text(**args, show_progress=True)
+    else:
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)
+        comparison = compare_on_tasks(**args | {"tasks": args["tasks"].split(",")})
+    rows = comparison.rows
+    if "data" in args and len(rows) == 2:
+        units = {"loss": " nats per token"}
+        for name, figure in list(zip(*rows, strict=True))[1:]:
+            print(f"{name:<14} {figure}{units.get(name, '')}")
+    else:
+        print(format_table(rows))
+    if plot:
+        plot_comparison(comparison.figures, plot)
+        print(f"\n{plot} shows it.")
 
 
 def _info(argv: list[str]) -> None:

@@ -56,6 +56,53 @@ def test_loss_perplexity_and_bits_equal_arithmetic_by_hand(family, length):
     assert (result.num_tokens, result.num_bytes) == (len(nats), NUM_BYTES)
 
 
+@torch.no_grad()
+def nats_of_windows(model, rows: list[str], length: int, stride: int) -> tuple[list, list]:
+    """Return -log p of every token, each from a context of its own, and those contexts' lengths."""
+    eos = TOKENIZER.eos_token_id
+    stream = [eos]
+    for row in rows:
+        stream += [*TOKENIZER(row)["input_ids"], eos]
+    nats, lengths = [], []
+    for i in range(1, len(stream)):
+        seen = (i - 1) % stride + length - stride  # where windows end at multiples of the stride
+        context = stream[max(0, i - seen) : i]
+        if eos in context:
+            context = context[len(context) - 1 - context[::-1].index(eos) :]
+        weights = [math.exp(x) for x in model(torch.tensor([context])).logits[0, -1].tolist()]
+        nats.append(-math.log(weights[stream[i]] / math.fsum(weights)))
+        lengths.append(len(context))
+    return nats, lengths
+
+
+@pytest.mark.parametrize("stride", [1, 7, 18, 19])
+@pytest.mark.parametrize("kind", ["nano", "gpt2"])
+def test_with_a_stride_every_token_has_its_context(kind, stride):
+    model, rows = tiny_model(kind, vocab_size=SIZE), [*ROWS[:3], "long " * 20]
+    data = Dataset.from_dict({"text": rows})
+    nats, lengths = nats_of_windows(model, rows, 20, stride)
+    size = sum(len(row.encode()) for row in rows)
+    for documents in (data, data.to_iterable_dataset()):
+        result = evaluate(
+            model, documents, tokenizer=TOKENIZER, context_length=20, stride=stride, batch_size=5
+        )
+        assert result.loss == pytest.approx(math.fsum(nats) / len(nats), rel=1e-6)
+        assert result.bits_per_byte == pytest.approx(math.fsum(nats) / math.log(2) / size, rel=1e-6)
+        assert (result.num_tokens, result.num_bytes) == (len(nats), size)
+    assert min(lengths[-80:]) >= 20 - stride and max(lengths) <= 19
+
+
+def test_the_widest_stride_is_that_of_blocks_side_by_side(model):
+    blocks = evaluate(model, DOCUMENTS, tokenizer=TOKENIZER)
+    assert evaluate(model, DOCUMENTS, tokenizer=TOKENIZER, stride=63) == blocks
+
+
+@pytest.mark.parametrize("stride", [-1, 0, 20])
+def test_a_stride_out_of_range_is_refused(model, stride):
+    with pytest.raises(ValueError, match=rf"stride={stride} .*1 to 19"):
+        evaluate(model, DOCUMENTS, tokenizer=TOKENIZER, context_length=20, stride=stride)
+
+
 def test_tokens_are_those_of_the_text_and_one_end_per_document(model):
     result = evaluate(model, DOCUMENTS, tokenizer=TOKENIZER)
     assert result.num_tokens == NUM_BYTES + len(ROWS)

@@ -1,0 +1,60 @@
+"""Several checkpoints in one table and one picture."""
+
+from pathlib import Path
+
+import pytest
+from conftest import tiny_model
+
+from hf_nanogpt import evaluate, train_tokenizer
+from hf_nanogpt.cli import main
+from hf_nanogpt.comparison import format_table
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch) -> Path:
+    """A folder with two checkpoints of different families and tokenizers, and a text."""
+    monkeypatch.chdir(tmp_path)
+    Path("my.txt").write_text("Ein Text, naïve 東京.\n" * 9, encoding="utf-8")
+    for family, kind in {"nano": "byte", "gpt2": "char"}.items():
+        tokenizer = train_tokenizer([Path("my.txt").read_text(encoding="utf-8")], kind=kind)
+        tiny_model(family, vocab_size=len(tokenizer)).save_pretrained(family)
+        tokenizer.save_pretrained(family)
+    return tmp_path
+
+
+def test_table_has_a_row_for_each_checkpoint(workplace, capsys):
+    flags = ["--data=my.txt", "--stride=9", "--context_length=32", "--plot=plot.svg"]
+    assert main(["eval", "nano", "gpt2", *flags]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    drawn = Path("plot.svg").read_text(encoding="utf-8")
+    assert lines[0].split("  ")[0] == "checkpoint"
+    for name, line in zip(("nano", "gpt2"), lines[1:3], strict=True):
+        result = evaluate(name, "my.txt", stride=9, context_length=32)
+        losses = f"{result.loss:.4f}", f"{result.perplexity:.2f}", f"{result.bits_per_byte:.4f}"
+        assert line.split() == [name, *losses, f"{result.num_tokens}", f"{result.num_bytes}"]
+        assert f"<!-- {name} -->" in drawn and f"<!-- {result.bits_per_byte:.3f} -->" in drawn
+    assert {path.name for path in workplace.iterdir()} == {"my.txt", "nano", "gpt2", "plot.svg"}
+
+
+def test_columns_are_aligned():
+    rows = [["a", "loss"], ["longer", "1.5"]]
+    assert format_table(rows) == "a       loss\nlonger   1.5"
+
+
+def test_bad_input_is_one_sentence_before_any_work(workplace, capsys):
+    cases = {
+        ("nano",): "--data --tasks",
+        ("nano", "--data=my.txt", "--tasks=x"): "--tasks",
+        ("nano", "--data=my.txt", "--limit=3"): "--limit is for --tasks only",
+        ("nano", "--tasks=x", "--stride=3"): "--stride is for --data only",
+        ("nano", "none", "--data=my.txt"): "no checkpoint at none",
+        ("nano", "--data=my.txt", "--stride=64"): "stride=64 is out of range",
+        ("nano", "--data=my.txt", "--plot=plot.txt"): ".png, .svg, .pdf",
+        ("nano", "--data=my.txt", "--plot=none/plot.png"): "no folder none",
+    }
+    Path("a.png").mkdir()
+    cases["nano", "--data=my.txt", "--plot=a.png/"] = "is a folder"
+    for argv, words in cases.items():
+        assert main(["eval", *argv]) == 2, argv
+        output = capsys.readouterr()
+        assert words in output.err and not output.out
