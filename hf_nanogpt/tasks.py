@@ -1,6 +1,7 @@
 """Benchmarks by the names that papers give: lm-eval, by its own `HFLM`, on our checkpoints."""
 
 import difflib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -82,10 +83,18 @@ def _index_tasks(include_defaults: bool) -> Any:
     return TaskManager(include_defaults=include_defaults)
 
 
+def _is_task_file(name: str) -> bool:
+    """Say whether `name` is a YAML file that describes a task, and no group of others."""
+    if not name.endswith((".yaml", ".yml")):
+        return False
+    text = Path(name).read_text(encoding="utf-8") if Path(name).is_file() else ""
+    return not re.search("^group:", text, re.MULTILINE)
+
+
 def _load_tasks(names: Sequence[str], num_fewshot: int | None) -> dict[str, Any]:
     """Return the tasks and groups of those names, with their data."""
     # lm-eval reads its 14,000 descriptions for ten seconds, which tasks in files do not need.
-    index = _index_tasks(not all(Path(name).is_file() for name in names))
+    index = _index_tasks(not all(map(_is_task_file, names)))
     for name in names:
         if name not in index.task_index and not Path(name).is_file():
             near = difflib.get_close_matches(name, index.all_tasks, n=1)

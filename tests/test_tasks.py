@@ -2,15 +2,13 @@
 
 import json
 import math
-import os
-import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, tiny_model
+from conftest import tiny_model
 
 from hf_nanogpt import evaluate_tasks, train_tokenizer
 from hf_nanogpt.cli import main
@@ -97,24 +95,24 @@ def test_scores_equal_arithmetic_by_hand(workplace, model):
 
 
 @needs_lm_eval
-def test_scores_are_those_of_lm_evals_own_command(workplace):
-    flags = ["--model=hf", "--model_args=pretrained=a", "--tasks=sums.yaml", "--device=cpu"]
-    flags += ["--num_fewshot=2", "--limit=9", "--output_path=out", "--batch_size=4"]
-    code = "import hf_nanogpt; from lm_eval.__main__ import cli_evaluate; cli_evaluate()"
-    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, "-c", code, *flags],
-        env=os.environ | {"PYTHONPATH": paths, "HF_DATASETS_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=200,
+def test_scores_are_those_of_lm_eval_by_itself(workplace):
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    results = simple_evaluate(
+        HFLM(pretrained="a", device="cpu", batch_size=4),
+        tasks=["sums.yaml"],
+        num_fewshot=2,
+        limit=9,
+        task_manager=TaskManager(include_defaults=False),
     )
-    assert done.returncode == 0, done.stderr[-2000:]
-    [file] = Path("out").rglob("results_*.json")
-    theirs = json.loads(file.read_text())["results"]["sums"]
-    for score in evaluate_tasks("a", ["sums.yaml"], num_fewshot=2, limit=9, batch_size=4):
-        assert score.value == theirs[f"{score.metric},none"]
-        assert score.stderr == theirs[f"{score.metric}_stderr,none"]
+    theirs = results["results"]["sums"]
+    scores = evaluate_tasks("a", ["sums.yaml"], num_fewshot=2, limit=9, batch_size=3)
+    assert {f"{score.metric},none": score.value for score in scores}.items() <= theirs.items()
+    assert [score.stderr for score in scores] == [
+        theirs[f"{score.metric}_stderr,none"] for score in scores
+    ]
 
 
 @needs_lm_eval
@@ -140,7 +138,7 @@ def test_bad_tasks_are_one_sentence(workplace, capsys):
         "no_column.yaml": (CHOICE.replace("{{q}}", "{{nope}}"), "nope"),
         "no_task.yaml": ("a: 1", "no_task.yaml"),
         "no_yaml.yaml": ("a: [", "no_yaml.yaml"),
-        "no_metric.yaml": (CHOICE.replace("metric: acc}", "metric: luck}"), "luck"),
+        "no_metric.yaml": (CHOICE.replace("metric: acc}", "metric: luck}"), "no_metric"),
     }
     for name, (text, word) in bad.items():
         Path(name).write_text(text, encoding="utf-8")

@@ -40,12 +40,13 @@ class ShortcutDecoder(nn.Module):
 
 def build_gpt() -> NanoGPTForCausalLM:
     """Build a GPT of about the same size, without cross-attention."""
-    size = {"n_layer": 1, "n_embd": 32, "n_head": 4, "block_size": LENGTH, "dropout": 0.0}
-    return NanoGPTForCausalLM(load_preset("gpt2", vocab_size=SYMBOLS, **size)).train()
+    size = {"n_layer": 1, "n_embd": 32, "n_head": 4, "block_size": LENGTH, "vocab_size": SYMBOLS}
+    rest = {"dropout": 0.0, "bos_token_id": None, "eos_token_id": None}
+    return NanoGPTForCausalLM(load_preset("gpt2", **size, **rest))
 
 
 def next_token_loss(predict: Predict, ids: torch.Tensor) -> torch.Tensor:
-    """Compare the logits at each place with the token at the next one: causal language modelling."""
+    """Compare the logits at each place with the token at the next: causal language modelling."""
     logits, targets = predict(ids)[:, :-1], ids[:, 1:]
     return nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
@@ -88,7 +89,7 @@ def draw(panels: dict[str, torch.Tensor], path: str) -> None:
         if future:
             rows, columns = zip(*future, strict=True)
             axes.scatter(columns, rows, color="#ea580c", s=14, label="sees the future")
-            axes.legend(loc="lower left", fontsize=8)
+            axes.legend(loc="lower left", fontsize=8, framealpha=1)
         axes.set_title(title, fontsize=10)
         axes.set(xlabel="token j", ylabel="prediction at i", xticks=[], yticks=[])
     figure.savefig(path)
@@ -96,7 +97,7 @@ def draw(panels: dict[str, torch.Tensor], path: str) -> None:
 
 def main(picture: str = "mask.png", steps: int = 150) -> None:
     torch.manual_seed(0)
-    words = "the owl sees the moon".split()
+    words = ["the", "owl", "sees", "the", "moon"]
     print("Causal language modelling: each prefix is a question, the next token its answer.")
     for i in range(1, len(words)):
         print(f"  {' '.join(words[:i]):<18} -> {words[i]}")
@@ -120,9 +121,11 @@ def main(picture: str = "mask.png", steps: int = 150) -> None:
         influence = measure_influence(predict)
         print(f"  {name:<24} loss {loss:.3f}   leak {influence.triu(diagonal=1).max():.4f}")
         panels[f"{name}: what changes"] = influence
-    print("\nThe shortcut reads the answer from its memory. A text that it is to write has no future")
-    print("to read from, so it has learnt nothing. Masking the memory too stops the leak, and then")
-    print("the block attends twice to the same past: GPT drops the second attention.")
+    print(
+        "\nThe shortcut looks up the next token in its memory. When it has to write a text, there"
+    )
+    print("is no next token yet, so it has learnt nothing. Masking the memory too stops the leak,")
+    print("and then the block attends to the same past twice: GPT drops the second attention.")
     draw(dict(list(panels.items())[:3]), picture)
     print(f"\n{picture} shows who depends on whom.")
 

@@ -9,7 +9,7 @@ import sys
 from itertools import islice
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, disable_progress_bars
 from torch.utils.data import DataLoader
 
 from hf_nanogpt import (
@@ -56,9 +56,10 @@ def train(model: NanoGPTForCausalLM, loader: DataLoader, *, steps: int) -> None:
 
 
 def main(folder: str = FOLDER, steps: int = 100) -> None:
+    disable_progress_bars()
     torch.manual_seed(0)
     sentences, unseen = write_sentences(2000, seed=0), write_sentences(200, seed=1)
-    tokenizer = train_tokenizer(sentences["text"], vocab_size=300)
+    tokenizer = train_tokenizer(sentences["text"], vocab_size=310)
     ids = {f"{name}_token_id": tokenizer.eos_token_id for name in ("bos", "eos", "pad")}
     size = {"n_layer": 2, "n_embd": 64, "n_head": 4, "block_size": 64}
     model = NanoGPTForCausalLM(load_preset("nano", vocab_size=len(tokenizer), **size, **ids))
@@ -71,14 +72,15 @@ def main(folder: str = FOLDER, steps: int = 100) -> None:
     batch = next(iter(DataLoader(blocks, batch_size=16, collate_fn=collate)))
     print("input", tuple(batch["input_ids"].shape), "-> logits", end=" ")
     print(tuple(model(**batch, use_cache=False).logits.shape))
-    print(f"before: loss {evaluate(model, unseen, tokenizer=tokenizer).loss:.3f}, and knowing", end="")
-    print(f" nothing costs ln {len(tokenizer)} = {math.log(len(tokenizer)):.3f}")
+    loss = evaluate(model, unseen, tokenizer=tokenizer).loss
+    print(f"before: loss {loss:.3f}, and to know nothing is", end=" ")
+    print(f"ln {len(tokenizer)} = {math.log(len(tokenizer)):.3f}")
     train(model, DataLoader(blocks, 16, shuffle=True, collate_fn=collate), steps=steps)
 
     result = evaluate(model, unseen, tokenizer=tokenizer)
     floor = 8 * len(unseen) / result.num_bytes
     print(f"after: {result.bits_per_byte:.3f} bits per byte of unseen sentences;", end=" ")
-    print(f"their entropy is {floor:.3f}, and nobody can do better")
+    print(f"their entropy is {floor:.3f}, and no model can do better")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     print(f"saved in {folder}")
