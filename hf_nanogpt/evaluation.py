@@ -116,8 +116,8 @@ def evaluate(
     The first tokens of a block are predicted from few others, however long the document is. With a
     `stride`, a window moves on by so many tokens at a time, and every token is predicted, once,
     from at least the `context_length - stride` tokens before it, or from all that its document has.
-    It takes about `context_length / stride` times as long, and a long document then costs fewer
-    bits.
+    It takes about `context_length / stride` times as long, and what a trained model makes of a long
+    document is then not spoilt by where the blocks begin.
 
     Args:
         model: a model with its `tokenizer`, or the folder or Hub id of a checkpoint.

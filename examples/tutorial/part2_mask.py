@@ -121,11 +121,9 @@ def main(picture: str = "mask.png", steps: int = 150) -> None:
         influence = measure_influence(predict)
         print(f"  {name:<24} loss {loss:.3f}   leak {influence.triu(diagonal=1).max():.4f}")
         panels[f"{name}: what changes"] = influence
-    print(
-        "\nThe shortcut looks up the next token in its memory. When it has to write a text, there"
-    )
-    print("is no next token yet, so it has learnt nothing. Masking the memory too stops the leak,")
-    print("and then the block attends to the same past twice: GPT drops the second attention.")
+    print("\nThe shortcut looks up the next token in its memory. When it has to write, there is no")
+    print("next token yet, so it has learnt nothing. Masking the memory too stops the leak, and")
+    print("then the block attends to the same past twice: GPT drops the second attention.")
     draw(dict(list(panels.items())[:3]), picture)
     print(f"\n{picture} shows who depends on whom.")
 
