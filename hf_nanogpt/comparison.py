@@ -84,7 +84,7 @@ def plot_comparison(figures: dict[str, dict[str, float]], path: str | Path) -> N
     for axes, (name, values) in zip(panels[:, 0], figures.items(), strict=True):
         drawn = axes.barh(range(len(values)), list(values.values()), color=BLUE, height=0.7)
         axes.bar_label(drawn, fmt="%.3f", padding=4, color=GREY)
-        axes.set_yticks(range(len(values)), list(values))  # by number: two may have one name
+        axes.set_yticks(range(len(values)), list(values))
         axes.invert_yaxis()
         axes.set_title(name, fontsize=10, loc="left", weight="bold")
         axes.margins(x=0.12)
