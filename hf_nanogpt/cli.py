@@ -192,6 +192,9 @@ def _generate(argv: list[str]) -> None:
         "--min_p", type=float, help="least probability relative to the likeliest token"
     )
     parser.add_argument("--repetition_penalty", type=float, help="above 1 discourages repeats")
+    parser.add_argument(
+        "--stop", action="append", metavar="TEXT", help="end after this text; may be given again"
+    )
     parser.add_argument("--seed", type=int, help="make sampling repeatable")
     parser.add_argument("--num_samples", type=int, default=1)
     parser.add_argument(
@@ -218,6 +221,7 @@ def _generate(argv: list[str]) -> None:
             top_p=args.top_p,
             min_p=args.min_p,
             repetition_penalty=args.repetition_penalty,
+            stop_strings=args.stop or (),
             stop_at_eos=not args.ignore_eos,
             seed=None if args.seed is None else args.seed + i,
         )
