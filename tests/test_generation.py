@@ -10,7 +10,7 @@ from functools import cache
 import pytest
 import torch
 from conftest import FAMILIES, TINY, tiny_model
-from transformers import AutoModelForCausalLM, GenerationConfig, set_seed
+from transformers import AutoModelForCausalLM, GenerationConfig, StaticCache, set_seed
 from transformers.generation import BaseStreamer, ContinuousBatchingConfig
 
 from hf_nanogpt.convert import export_checkpoint
@@ -227,7 +227,10 @@ def test_banded_layers_keep_a_bounded_cache_while_they_generate(kind, batch):
 
 # other ways to run the model
 
+FORMS = ["gpt1", "gpt3", "nano", "nanochat"]  # post-norm, banded, rotary and gated, soft-capped
 
+
+@pytest.mark.parametrize("family", FORMS)
 def test_exported_program_gives_the_same_logits_at_any_length(family, tokens):
     model = tiny_model(family)
     shapes = {"input_ids": {1: torch.export.Dim("length", min=2, max=LIMIT)}, "use_cache": None}
@@ -238,3 +241,21 @@ def test_exported_program_gives_the_same_logits_at_any_length(family, tokens):
         expected = model(ids, use_cache=False).logits
         logits = program(input_ids=ids, use_cache=False).logits
         torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FORMS)
+def test_compiled_model_gives_the_same_logits_without_a_graph_break(family, tokens):
+    kinds = {"layer_types": ["sliding_attention"]} if family == "gpt3" else {}
+    model = tiny_model(family, n_layer=1, **kinds)
+    torch.compiler.reset()
+    # "aot_eager" captures the graph as the default does, and spares a minute of C++ compiler
+    compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager")
+    expected = model(tokens, use_cache=False).logits
+    logits = compiled(tokens, use_cache=False).logits
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+
+    memory = StaticCache(config=model.config, max_cache_len=tokens.shape[1])
+    model(tokens[:, :17], past_key_values=memory)
+    steps = [compiled(tokens[:, [i]], past_key_values=memory).logits for i in (17, 18, 19)]
+    torch.testing.assert_close(torch.cat(steps, 1), expected[:, 17:], rtol=0, atol=1e-5)
