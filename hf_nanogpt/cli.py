@@ -181,7 +181,7 @@ def _generate(argv: list[str]) -> None:
     parser = _Parser(prog="hf-nanogpt generate", description=VERBS["generate"], allow_abbrev=False)
     parser.add_argument("checkpoint", help="folder or Hub id")
     parser.add_argument("prompt", nargs="?", default="", help="text to go on from; '-' reads stdin")
-    parser.add_argument("--max_new_tokens", type=int, default=100)
+    parser.add_argument("--max_new_tokens", type=int, help="default 100, or what there is room for")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default 0.8)")
     parser.add_argument("--greedy", action="store_true", help="same as --temperature 0")
     parser.add_argument("--top_k", type=int, help="sample from the likeliest TOP_K tokens")

@@ -42,7 +42,7 @@ def stream_text(
     tokenizer: PreTrainedTokenizerBase,
     prompt: str,
     *,
-    max_new_tokens: int = 100,
+    max_new_tokens: int | None = None,
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
@@ -57,6 +57,7 @@ def stream_text(
     A setting that is `None` is what the checkpoint's `generation_config.json` says, or off.
 
     Args:
+        max_new_tokens: by default 100, or as many as the context has room for.
         temperature: 0 always takes the likeliest token (greedy); above 0 samples, below 1 more
             cautiously, above 1 more freely.
         top_k: sample from the `top_k` likeliest tokens only.
@@ -77,15 +78,9 @@ def stream_text(
     optional = {"top_p": top_p, "min_p": min_p, "repetition_penalty": repetition_penalty}
     given: dict[str, Any] = {name: v for name, v in optional.items() if v is not None}
     _check_settings(
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        stop_strings=stop_strings,
-        seed=seed,
-        **given,
+        temperature=temperature, top_k=top_k, stop_strings=stop_strings, seed=seed, **given
     )
     ids = encode_prompt(model, tokenizer, prompt)
-    _check_room(model, ids.shape[1], max_new_tokens)
     if temperature > 0:
         given |= {"temperature": temperature, "top_k": top_k}
     if stop_strings:
@@ -94,7 +89,7 @@ def stream_text(
     settings = {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
-        "max_new_tokens": max_new_tokens,
+        "max_new_tokens": _choose_length(model, ids.shape[1], max_new_tokens),
         "do_sample": temperature > 0,
         "eos_token_id": eos if stop_at_eos else None,
         "pad_token_id": 0,  # one row is never padded; without an id transformers warns
@@ -156,19 +151,24 @@ def _stream(model, tokenizer, settings, seed) -> Iterator[str]:
         raise errors[0]
 
 
-def _check_room(model: PreTrainedModel, prompt_tokens: int, max_new_tokens: int) -> None:
+def _choose_length(model: PreTrainedModel, prompt_tokens: int, max_new_tokens: int | None) -> int:
     limit = model.config.max_position_embeddings
-    if prompt_tokens >= limit:
+    room = limit - prompt_tokens
+    if room < 1:
         raise ValueError(
             f"The prompt has {prompt_tokens} tokens, and this model's context is {limit}: shorten "
-            f"the prompt to less than that."
+            "the prompt to less than that."
         )
-    if prompt_tokens + max_new_tokens > limit:
+    if max_new_tokens is None:
+        return min(100, room)
+    _check_settings(max_new_tokens=max_new_tokens)
+    if max_new_tokens > room:
         raise ValueError(
             f"The prompt has {prompt_tokens} tokens and max_new_tokens={max_new_tokens}, together "
             f"more than this model's context of {limit}: shorten the prompt, or generate at most "
-            f"{limit - prompt_tokens} tokens."
+            f"{room} tokens."
         )
+    return max_new_tokens
 
 
 # What arithmetic in 32 bits can bear: below and above, logits become infinite or all equal.
