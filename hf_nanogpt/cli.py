@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 VERBS: dict[str, str] = {
     "train": "train a tokenizer and a GPT from nothing, on your text or on Python's own source",
     "generate": "go on from a prompt, printed as it is produced",
+    "explain": "show what a model expected at each token of a text, and where its heads look",
     "eval": "measure loss, perplexity and bits per byte on a text",
     "convert": "turn a GPT-1, GPT-2, GPT-Neo, Llama, Qwen3, nanochat or nanoGPT model into ours",
     "export": "turn a model of ours into one of those, for tools without hf_nanogpt",
@@ -50,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     verbs: dict[str, Callable[[list[str]], None]] = {
         "train": _train,
         "generate": _generate,
+        "explain": _explain,
         "eval": _eval,
         "convert": _convert,
         "export": _export,
@@ -231,6 +233,34 @@ def _generate(argv: list[str]) -> None:
         for piece in pieces:
             print(piece, end="", flush=True)
         print()
+
+
+# explain
+
+
+def _explain(argv: list[str]) -> None:
+    parser = _Parser(prog="hf-nanogpt explain", description=VERBS["explain"], allow_abbrev=False)
+    parser.add_argument("checkpoint", help="folder or Hub id")
+    parser.add_argument("text", help="to be read by the model; '-' reads stdin")
+    parser.add_argument(
+        "--html", metavar="FILE", help="also write a page with each head's attention map"
+    )
+    args = parser.parse(argv)
+    text = sys.stdin.read() if args.text == "-" else args.text
+
+    _quiet_libraries()
+    from .explain import check_page, explain_text, render_table, write_page
+
+    page = args.html and check_page(args.html)
+    from .checkpoint import load_checkpoint
+
+    model, tokenizer = load_checkpoint(args.checkpoint)
+    explanation = explain_text(model, tokenizer, text, with_attention=page is not None)
+    color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    print(render_table(explanation, color=color, width=shutil.get_terminal_size().columns))
+    if page:
+        write_page(explanation, page, title=args.checkpoint)
+        print(f"{page} is ready: open it in a browser.")
 
 
 # convert and export
