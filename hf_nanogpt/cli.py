@@ -32,7 +32,7 @@ class _Parser(argparse.ArgumentParser):
         args, unknown = self.parse_known_args(argv)
         if unknown:
             options = [option for action in self._actions for option in action.option_strings]
-            self.error(f"{unknown[0]} is no known argument{_nearest(unknown[0], options)}")
+            self.error(f"{unknown[0]!r} is no known argument{_nearest(unknown[0], options)}")
         return args
 
 
@@ -251,7 +251,7 @@ def _explain(argv: list[str]) -> None:
     _quiet_libraries()
     from .explain import check_page, explain_text, render_table, write_page
 
-    page = args.html and check_page(args.html)
+    page = None if args.html is None else check_page(args.html)
     from .checkpoint import load_checkpoint
 
     model, tokenizer = load_checkpoint(args.checkpoint)

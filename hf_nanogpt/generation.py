@@ -113,6 +113,7 @@ def encode_prompt(
             "tokenizer that the model was trained with."
         )
     try:
+        prompt.encode()  # a shell or a pipe may hand over bytes that are no UTF-8
         ids = tokenizer(prompt)["input_ids"]
     except Exception as error:  # `tokenizers` raises no narrower kind
         raise ValueError(f"The tokenizer cannot encode the prompt: {error}.") from error
@@ -171,7 +172,7 @@ def _choose_length(model: PreTrainedModel, prompt_tokens: int, max_new_tokens: i
     return max_new_tokens
 
 
-# What arithmetic in 32 bits can bear: below and above, logits become infinite or all equal.
+# Beyond the limits of temperature and penalty, logits become infinite, or all the same.
 _ALLOWED = {
     "max_new_tokens": (lambda n: n >= 1, "1 or more"),
     "temperature": (lambda t: t == 0 or 1e-3 <= t <= 1e3, "0 (greedy), or from 0.001 to 1000"),

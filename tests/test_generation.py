@@ -179,8 +179,8 @@ def test_learned_positions_end_in_a_clear_error_before_any_wrong_token(family, s
 
 def test_learned_positions_end_continuous_batching_with_the_same_error(tokens):
     model = tiny_model("gpt2", eos_token_id=None)
-    long, short = tokens.flatten()[: LIMIT - 2].tolist() * 2, tokens[0].tolist()
-    [request] = generate_together(model, [(long + short)[: LIMIT - 2]], NEW)
+    prompt = tokens.flatten().repeat(2)[: LIMIT - 2].tolist()
+    [request] = generate_together(model, [prompt], NEW)
     assert f"Position {LIMIT} does not exist" in request.error
 
 
