@@ -3,7 +3,9 @@
 import importlib.util
 import json
 import re
+import runpy
 import shutil
+import sys
 
 import pytest
 import torch
@@ -135,6 +137,14 @@ def test_empty_prompt_starts_from_the_bos_token():
     assert generate_text(model, TOKENIZER, "", max_new_tokens=8, temperature=0) == [expected]
 
 
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("talker")
+    talker().save_pretrained(folder)
+    TOKENIZER.save_pretrained(folder)
+    return folder
+
+
 # the loop by hand
 
 
@@ -164,15 +174,15 @@ def test_loop_by_hand_gives_the_tokens_of_generate(family, use_cache, temperatur
     assert torch.equal(found, expected)
 
 
+def test_loop_by_hand_prints_the_texts_and_what_the_cache_saves(checkpoint, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["generate_by_hand.py", str(checkpoint), "ab", "c"])
+    runpy.run_path(str(ROOT / "examples/generate_by_hand.py"), run_name="__main__")
+    first, mark, second, _, last = capsys.readouterr().out.splitlines()
+    assert first.startswith("ab") and mark == "---" and second.startswith("c")
+    assert re.fullmatch(r"With a cache .* s, without .* s: it saves .*% of the time\.", last)
+
+
 # bad input
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("talker")
-    talker().save_pretrained(folder)
-    TOKENIZER.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture
