@@ -135,7 +135,8 @@ def data_of(page: str) -> dict:
 
 def test_page_fetches_nothing_and_holds_the_figures():
     explanation = explain_text(speaker(), TOKENIZER, TEXT, with_attention=True)
-    page = render_page(explanation, title="mine")
+    page = render_page(explanation, title="</script><b>mine</b>")
+    assert data_of(page)["title"] == "</script><b>mine</b>"
     assert "default-src 'none'" in page
     assert not re.search(r"https?:|\bsrc=|url\(|@import|<link|innerHTML|fetch\(", page)
     data = data_of(page)
