@@ -3,6 +3,7 @@
 import base64
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -74,36 +75,41 @@ def explain_text(
     Raises:
         ValueError: the text does not fit into the model's context, or cannot be encoded.
     """
+    ids = _encode(model, tokenizer, text)
+    if with_attention:
+        _check_weights(model, ids.shape[1])
+    output = _forward(model, ids, with_attention)
+    logs = output.logits[0].float().log_softmax(dim=-1).cpu()
+    positions = list(_judge(tokenizer, ids[0].tolist(), logs, num_likeliest))
+    attention = torch.cat(output.attentions).float().cpu() if with_attention else None
+    return Explanation(positions, attention)
+
+
+def _encode(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str) -> torch.Tensor:
     ids = encode_prompt(model, tokenizer, text)
     bos, limit = tokenizer.bos_token_id, model.config.max_position_embeddings
     if bos is not None and ids[0, 0] != bos:
         ids = torch.cat([torch.full_like(ids[:, :1], bos), ids], dim=1)
-    length = ids.shape[1]
-    if length > limit:
+    if ids.shape[1] > limit:
         raise ValueError(
-            f"The text has {length} tokens, and this model's context is {limit}: shorten it."
+            f"The text has {ids.shape[1]} tokens, and this model's context is {limit}: shorten it."
         )
-    if with_attention:
-        _check_weights(model, length)
-    output = _forward(model, ids, with_attention)
-    logits = output.logits[0].float().log_softmax(dim=-1)
-    came = ids[0, 1:]
-    bits = -logits[:-1].gather(1, came[:, None])[:, 0] / math.log(2)
-    ranks = (logits[:-1] > logits[:-1].gather(1, came[:, None])).sum(dim=1) + 1
-    top = logits.topk(min(num_likeliest, logits.shape[1]))
-    texts = [_spell(tokenizer, row) for row in top.indices.tolist()]
-    expected = [
-        list(zip(*row, strict=True)) for row in zip(texts, top.values.exp().tolist(), strict=True)
-    ]
-    columns = (
-        [*_spell(tokenizer, ids[0].tolist()), None],
-        [None, *bits.clamp(min=0).tolist(), None],
-        [None, *ranks.tolist(), None],
-        [[], *expected],
-    )
-    positions = [Position(*row) for row in zip(*columns, strict=True)]
-    attention = torch.cat(output.attentions).float().cpu() if with_attention else None
-    return Explanation(positions, attention)
+    return ids
+
+
+def _judge(tokenizer, ids: list[int], logs: torch.Tensor, num_likeliest: int) -> Iterator[Position]:
+    """Yield the first position, and one for each row of `logs` (T, V), the logs of chances."""
+    tokens = _spell(tokenizer, ids)
+    yield Position(tokens[0], None, None, [])
+    for t, row in enumerate(logs, start=1):
+        order = row.argsort(descending=True, stable=True)
+        top = order[:num_likeliest]
+        likeliest = list(zip(_spell(tokenizer, top.tolist()), row[top].exp().tolist(), strict=True))
+        if t == len(ids):
+            yield Position(None, None, None, likeliest)
+            return
+        bits = max(0.0, -row[ids[t]].item() / math.log(2))
+        yield Position(tokens[t], bits, order.tolist().index(ids[t]) + 1, likeliest)
 
 
 def _forward(model: PreTrainedModel, ids: torch.Tensor, with_attention: bool):

@@ -58,6 +58,13 @@ def test_each_position_tells_the_softmax_of_the_tokens_before_it(family):
             assert positions[t].bits == pytest.approx(-math.log2(chances[ids[0, t]]), rel=1e-4)
 
 
+def test_untrained_model_finds_all_tokens_equally_likely():
+    model = speaker(initializer_range=None)  # whose head is zero
+    positions = explain_text(model, TOKENIZER, "a text").positions
+    assert [p.bits for p in positions[1:-1]] == pytest.approx([math.log2(257)] * 6)
+    assert "*" not in render_table(explain_text(model, TOKENIZER, "a text"))
+
+
 def test_attention_rows_sum_to_one_and_nothing_above_the_diagonal_is_used(family):
     model = speaker(family)
     attention = explain_text(model, TOKENIZER, "a text", with_attention=True).attention
