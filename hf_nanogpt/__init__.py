@@ -31,6 +31,7 @@ _WHERE = {
     "optim": ["MuonAdamW", "build_optimizer"],
     "evaluation": ["EvaluationResult", "evaluate"],
     "generation": ["generate_text", "stream_text"],
+    "explain": ["Explanation", "explain_text"],
     "hub": ["render_model_card"],
     "arguments": ["NanoGPTTrainingArguments", "list_recipes"],
     "tokenized": ["tokenize_corpus"],

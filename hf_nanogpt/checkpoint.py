@@ -86,6 +86,12 @@ def load_checkpoint(checkpoint: str | Path) -> tuple[PreTrainedModel, PreTrained
     except Exception as error:  # of several libraries, which share no base class
         if isinstance(error, OSError) and not Path(name).is_dir():
             raise ValueError(unreachable(name, "checkpoint folder")) from error
+        words = ("tokenizer.json", "tokenizer.model", "vocab.json")
+        if Path(name).is_dir() and not any((Path(name) / file).is_file() for file in words):
+            raise ValueError(
+                f"{name} has no tokenizer: put the tokenizer.json that the model was trained with "
+                "into it."
+            ) from error
         why = " ".join(str(error).split())
         raise ValueError(f"{name} cannot be loaded: {why}") from error
     if missing := sorted(report["missing_keys"]):

@@ -13,6 +13,7 @@ VERBS: dict[str, str] = {
     "train": "train a tokenizer and a GPT from nothing, on your text or on Python's own source",
     "tokenize": "turn a text into tokens once, in a folder to train from",
     "generate": "go on from a prompt, printed as it is produced",
+    "explain": "show what a model expected at each token of a text, and where its heads look",
     "eval": "measure loss, perplexity and bits per byte on a text",
     "convert": "turn a GPT-1, GPT-2, GPT-Neo, Llama, Qwen3, nanochat or nanoGPT model into ours",
     "export": "turn a model of ours into one of those, for tools without hf_nanogpt",
@@ -33,7 +34,7 @@ class _Parser(argparse.ArgumentParser):
         args, unknown = self.parse_known_args(argv)
         if unknown:
             options = [option for action in self._actions for option in action.option_strings]
-            self.error(f"{unknown[0]} is no known argument{_nearest(unknown[0], options)}")
+            self.error(f"{unknown[0]!r} is no known argument{_nearest(unknown[0], options)}")
         return args
 
 
@@ -58,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "train": _train,
         "tokenize": _tokenize,
         "generate": _generate,
+        "explain": _explain,
         "eval": _eval,
         "convert": _convert,
         "export": _export,
@@ -254,7 +256,7 @@ def _generate(argv: list[str]) -> None:
     parser = _Parser(prog="hf-nanogpt generate", description=VERBS["generate"], allow_abbrev=False)
     parser.add_argument("checkpoint", help="folder or Hub id")
     parser.add_argument("prompt", nargs="?", default="", help="text to go on from; '-' reads stdin")
-    parser.add_argument("--max_new_tokens", type=int, default=100)
+    parser.add_argument("--max_new_tokens", type=int, help="default 100, or what there is room for")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default 0.8)")
     parser.add_argument("--greedy", action="store_true", help="same as --temperature 0")
     parser.add_argument("--top_k", type=int, help="sample from the likeliest TOP_K tokens")
@@ -265,6 +267,9 @@ def _generate(argv: list[str]) -> None:
         "--min_p", type=float, help="least probability relative to the likeliest token"
     )
     parser.add_argument("--repetition_penalty", type=float, help="above 1 discourages repeats")
+    parser.add_argument(
+        "--stop", action="append", metavar="TEXT", help="end after this text; may be given again"
+    )
     parser.add_argument("--seed", type=int, help="make sampling repeatable")
     parser.add_argument("--num_samples", type=int, default=1)
     parser.add_argument(
@@ -291,6 +296,7 @@ def _generate(argv: list[str]) -> None:
             top_p=args.top_p,
             min_p=args.min_p,
             repetition_penalty=args.repetition_penalty,
+            stop_strings=args.stop or (),
             stop_at_eos=not args.ignore_eos,
             seed=None if args.seed is None else args.seed + i,
         )
@@ -300,6 +306,34 @@ def _generate(argv: list[str]) -> None:
         for piece in pieces:
             print(piece, end="", flush=True)
         print()
+
+
+# explain
+
+
+def _explain(argv: list[str]) -> None:
+    parser = _Parser(prog="hf-nanogpt explain", description=VERBS["explain"], allow_abbrev=False)
+    parser.add_argument("checkpoint", help="folder or Hub id")
+    parser.add_argument("text", help="to be read by the model; '-' reads stdin")
+    parser.add_argument(
+        "--html", metavar="FILE", help="also write a page with each head's attention map"
+    )
+    args = parser.parse(argv)
+    text = sys.stdin.read() if args.text == "-" else args.text
+
+    _quiet_libraries()
+    from .explain import check_page, explain_text, render_table, write_page
+
+    page = None if args.html is None else check_page(args.html)
+    from .checkpoint import load_checkpoint
+
+    model, tokenizer = load_checkpoint(args.checkpoint)
+    explanation = explain_text(model, tokenizer, text, with_attention=page is not None)
+    color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    print(render_table(explanation, color=color, width=shutil.get_terminal_size().columns))
+    if page:
+        write_page(explanation, page, title=args.checkpoint)
+        print(f"{page} is ready: open it in a browser.")
 
 
 # convert and export
