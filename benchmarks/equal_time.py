@@ -4,14 +4,14 @@ Both sides have the same blocks of the same documents, tokenizer, sizes and batc
 a number of steps; the time it took, evaluations left out, is what the peer gets, whose steps are
 timed in a short run before. Rows alternate, once for each seed.
 
-Run: python benchmarks/equal_time.py [STEPS] (default 350; 12 minutes on 2 cores)
+Run: python benchmarks/equal_time.py [STEPS] (default 200; 10 minutes on 2 cores)
 """
 
 import json
 import sys
 
-from machine import describe_machine
-from time_to_loss import RESULTS, SEEDS, run_training
+from results_file import write_results
+from time_to_loss import SEEDS, run_training
 
 NANOGPT = {
     "preset": "gpt2",
@@ -24,7 +24,7 @@ NANOGPT = {
     "warmup_steps": 0.05,
 }
 PEERS = {f"nanoGPT's recipe, AdamW {rate:g}": rate for rate in (1e-3, 3e-3)}
-STEPS_TIMED = 40
+STEPS_TIMED = 25
 
 
 def compare(steps: int) -> dict[str, list[dict]]:
@@ -49,7 +49,5 @@ def compare(steps: int) -> dict[str, list[dict]]:
 
 
 if __name__ == "__main__":
-    steps = int(sys.argv[1]) if len(sys.argv) > 1 else 350
-    report = describe_machine() | {"steps": steps, "runs": compare(steps)}
-    path = RESULTS / "equal_time.json"
-    path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    steps = int(sys.argv[1]) if len(sys.argv) > 1 else 200
+    write_results("equal_time", {"steps": steps, "runs": compare(steps)})

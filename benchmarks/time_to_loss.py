@@ -16,9 +16,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from machine import describe_machine
+from results_file import write_results
 
-RESULTS = Path(__file__).parent / "results"
 SEEDS = (1, 2, 3)
 RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
 CHOSEN = 4e-3  # of RATES, the best for nanoGPT's recipe: see results/choice.json
@@ -44,7 +43,6 @@ ABLATIONS = {
     "GPT-2's initialisation": {"initializer_range": 0.02},
     "LayerNorm instead of RMSNorm": {"norm_type": "layernorm"},
     "cosine instead of linear decay": {"lr_scheduler_type": "cosine"},
-    "gradients clipped at 1": {"max_grad_norm": 1.0},
 }
 
 
@@ -119,6 +117,4 @@ if __name__ == "__main__":
     tasks = {"choose": choose, "race": race, "ablate": ablate}
     if len(sys.argv) != 3 or sys.argv[1] not in tasks or not os.path.isfile(sys.argv[2]):
         sys.exit(f"usage: python {sys.argv[0]} {{choose,race,ablate}} TEXT_FILE")
-    report = describe_machine() | {"runs": tasks[sys.argv[1]](Path(sys.argv[2]))}
-    path = RESULTS / f"{sys.argv[1]}.json"
-    path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_results(sys.argv[1], {"runs": tasks[sys.argv[1]](Path(sys.argv[2]))})
