@@ -32,6 +32,7 @@ RACE = {
     "nanoGPT's recipe, AdamW 1e-3": ("nanogpt_char", {}),
     f"nanoGPT's recipe, AdamW {CHOSEN:g} (tuned)": ("nanogpt_char", peer(CHOSEN)),
     "shakespeare_char (nano, Muon)": ("shakespeare_char", {}),
+    "shakespeare_char, 450 steps": ("shakespeare_char", {"max_steps": 450}),
 }
 ABLATIONS = {
     "shakespeare_char": {},

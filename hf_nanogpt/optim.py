@@ -30,7 +30,7 @@ class OptimDefaults:
 
 
 OPTIM_DEFAULTS: dict[str, OptimDefaults] = {
-    "muon": OptimDefaults(0.05, 0.8, 0.95, 0.0, 0.0),
+    "muon": OptimDefaults(0.03, 0.8, 0.95, 0.0, 0.0),
     "adamw": OptimDefaults(1e-3, 0.9, 0.95, 0.1, 1.0),
 }
 
@@ -181,9 +181,10 @@ def build_optimizer(
     `learning_rate`, with weight decay on matrices only. Groups carry a `name`, and every trainable
     parameter is in exactly one.
 
-    One rate serves all sizes: Muon's update has the same norm whatever the width, and the rates of
+    One rate serves all widths: Muon's update has the same norm whatever the width, and the rates of
     AdamW beside it fall with the square root of a width above 128, as nanochat's do. The default
-    lies on the flat of what was measured for widths of 64 to 256 and 256 to 3,072 tokens a step.
+    suits runs of some hundred steps with 256 to 2,048 tokens; more tokens a step bear up to twice
+    as much, many thousand steps ask for less.
     """
     if recipe not in OPTIM_DEFAULTS:
         nearest = difflib.get_close_matches(recipe, OPTIM_DEFAULTS, n=1, cutoff=0.0)[0]
