@@ -31,7 +31,8 @@ _WHERE = {
     "optim": ["MuonAdamW", "build_optimizer"],
     "evaluation": ["EvaluationResult", "evaluate"],
     "generation": ["generate_text", "stream_text"],
-    "hub": ["render_model_card"],
+    "card": ["render_model_card"],
+    "hub": ["pull_checkpoint", "push_to_hub"],
     "arguments": ["NanoGPTTrainingArguments", "list_recipes"],
     "training": ["NanoGPTTrainer", "TrainingResult", "train"],
 }
