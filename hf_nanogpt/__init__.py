@@ -32,7 +32,8 @@ _WHERE = {
     "evaluation": ["EvaluationResult", "evaluate"],
     "generation": ["generate_text", "stream_text"],
     "card": ["render_model_card"],
-    "hub": ["pull_checkpoint", "push_to_hub"],
+    "hub": ["push_to_hub"],
+    "hub_pull": ["pull_checkpoint"],
     "arguments": ["NanoGPTTrainingArguments", "list_recipes"],
     "training": ["NanoGPTTrainer", "TrainingResult", "train"],
 }

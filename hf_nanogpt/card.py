@@ -106,7 +106,6 @@ def _tabulate(rows: dict[str, Any], *, head: str = "| | |") -> str:
 
 
 def _say_data(metrics: dict[str, Any]) -> str:
-    """Return the name of the training text; of a path its last part, the rest is private."""
     data = metrics.get("data", "a text")
     if data == STDLIB:
         return "the source code of Python's standard library"
@@ -182,8 +181,8 @@ def _describe_training(metrics: dict[str, Any]) -> str:
         "Time": f"{metrics['train_seconds']:,.0f} s, "
         f"{metrics['tokens_per_second']:,.0f} tokens per second",
         "Hardware": metrics.get("hardware"),
-        "Recipe": metrics.get("recipe") and f"`{Path(metrics['recipe']).name}`",
-        **{key: f"`{value}`" for key, value in metrics.get("settings", {}).items()},
+        "Recipe": metrics.get("recipe"),
+        **metrics.get("settings", {}),
     }
     return _tabulate(rows)
 
@@ -204,7 +203,7 @@ def _describe_evaluation(metrics: dict[str, Any], name: str, revision: str | Non
     )
     if command := metrics.get("eval_command"):
         place = f"{name}@{revision}" if revision else name
-        command = shlex.join(_publish(word) for word in command)
+        command = shlex.join(command)
         text += f"\nTo repeat it:\n\n```bash\nhf-nanogpt eval {place} {command}\n```\n"
     return text + "\n![Training and validation loss against tokens](loss.png)"
 
@@ -228,16 +227,10 @@ def _admit(config: PreTrainedConfig, metrics: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _publish(word: str) -> str:
-    """Return a word of a command without the folders of the machine it was given on."""
-    name, equals, value = word.rpartition("=")
-    return f"{name}{equals}{Path(value).name}" if Path(value).is_absolute() else word
-
-
 def _describe_reproduction(metrics: dict[str, Any]) -> str:
     if not (command := metrics.get("command")):
         return ""
-    words = shlex.join(_publish(word) for word in command)
+    words = shlex.join(command)
     text = f"```bash\n{words}\n```\n"
     if versions := metrics.get("versions"):
         listed = ", ".join(f"{name} {version}" for name, version in versions.items())

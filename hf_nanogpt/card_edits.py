@@ -32,7 +32,7 @@ def merge_card(ours: str, theirs: str, *, where: str = "README.md") -> str:
     data, text = split_card(theirs, where=where)
     our_data, our_text = split_card(ours)
     fresh = split_sections(our_text)
-    merged = {}
+    merged: dict[str, str] = {}
     for name, section in split_sections(text).items():
         if _is_sealed(section):
             merged |= {name: fresh[name]} if name in fresh else {}
@@ -66,7 +66,7 @@ def join_card(data: dict[str, Any], sections: dict[str, str]) -> str:
     sealed = {}
     for heading, text in sections.items():
         section = f"{heading}\n\n{text.strip()}"
-        sealed[_name(heading)] = f"{section}\n<!-- hf-nanogpt: {_checksum(section)} -->"
+        sealed[_name(heading)] = f"{section}\n{_seal(section)}"
     return _join(data, sealed, list(sealed))
 
 
@@ -131,12 +131,11 @@ def _names(text: str) -> list[str]:
 
 def _is_sealed(section: str) -> bool:
     text, _, last = section.rpartition("\n")
-    seal = _SEAL.fullmatch(last)
-    return bool(seal) and seal[1] == _checksum(text)
+    return last == _seal(text)
 
 
-def _checksum(section: str) -> str:
-    return hashlib.sha256(section.strip().encode()).hexdigest()[:8]
+def _seal(section: str) -> str:
+    return f"<!-- hf-nanogpt: {hashlib.sha256(section.strip().encode()).hexdigest()[:8]} -->"
 
 
 def _merge_data(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:

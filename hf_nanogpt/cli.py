@@ -356,7 +356,7 @@ def _pull(argv: list[str]) -> None:
     args = parser.parse(argv)
 
     _quiet_libraries()
-    from .hub import pull_checkpoint
+    from .hub_pull import pull_checkpoint
 
     folder = pull_checkpoint(args.checkpoint, args.destination, verify=args.verify)
     print(f"{folder} is ready" + (", and every checksum fits." if args.verify else "."))
@@ -381,6 +381,12 @@ def _eval(argv: list[str]) -> None:
         "--context_length", type=int, help="tokens in a block (default: the model's)"
     )
     parser.add_argument("--batch_size", type=int, default=16, help="blocks at a time")
+    parser.add_argument(
+        "--held_out",
+        type=float,
+        metavar="SHARE",
+        help="only the part that a training with validation_fraction=SHARE holds out",
+    )
     args = parser.parse(argv)
     if args.batch_size < 1:
         raise ValueError(f"batch_size={args.batch_size} is not possible: give 1 or more.")
@@ -394,6 +400,7 @@ def _eval(argv: list[str]) -> None:
         context_length=args.context_length,
         batch_size=args.batch_size,
         text_column=args.text_column,
+        held_out=args.held_out,
         show_progress=True,
     )
     print(f"loss           {result.loss:.4f} nats per token")

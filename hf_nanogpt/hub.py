@@ -7,7 +7,6 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -19,7 +18,6 @@ from huggingface_hub import (
     HfApi,
     constants,
     get_token,
-    snapshot_download,
 )
 from huggingface_hub.errors import HFValidationError, HTTPError
 from huggingface_hub.utils import validate_repo_id
@@ -32,12 +30,9 @@ from .checkpoint import (
     ARTIFACTS,
     check_checkpoint,
     load_checkpoint,
-    split_revision,
-    staged_folder,
 )
 from .configuration_nanogpt import NanoGPTConfig
 from .convert import export_checkpoint
-from .convert.folders import check_destination
 from .hub_errors import LOG_IN, explain_hub_error, is_passing
 
 logger = logging.get_logger(__name__)
@@ -55,7 +50,7 @@ _STATE = ("optimizer.*", "scheduler.pt", "scaler.pt", "rng_state*.pth", "trainer
 _CODE = ("configuration_nanogpt.py", "modeling_nanogpt.py")
 _NOT_LOADED = ("README.md", "metrics.json", "loss.png", "LICENSE")
 _WAITS = (0.5, 2.0, 8.0)  # seconds before another attempt
-_FAILURES = (OSError, HTTPError, RuntimeError)  # of a request; RuntimeError is of an upload
+FAILURES = (OSError, HTTPError, RuntimeError)  # of a request; RuntimeError is of an upload
 
 
 @dataclass(frozen=True)
@@ -67,6 +62,7 @@ class Release:
     revision: str
     branch: str
     tag: str | None
+    message: str | None = None
     commit: str | None = None
     is_new: bool = False
 
@@ -91,6 +87,7 @@ def push_to_hub(
     native: bool = False,
     license: str | None = None,
     language: list[str] | None = None,
+    message: str | None = None,
     token: str | None = None,
 ) -> Release:
     """Push the folder of a checkpoint to `user/name` in one commit, checked by SHA-256, and tag it.
@@ -121,7 +118,23 @@ def push_to_hub(
             license=license,
             language=language,
         )
-        return send_release(release, private=private, token=token)
+        return send_release(replace(release, message=message), private=private, token=token)
+
+
+def push_step(
+    checkpoint: Path,
+    repo_id: str,
+    *,
+    branch: str,
+    num_parameters: int,
+    message: str,
+    token: str | None = None,
+) -> Release:
+    """Push a checkpoint of a running training: no tag, and its loading is not tried first."""
+    with tempfile.TemporaryDirectory(prefix="hf_nanogpt-push-") as folder:
+        release = Release(Path(folder), repo_id, branch, branch, None, message)
+        facts = {"num_parameters": num_parameters}
+        return send_release(_stage(checkpoint, release, facts), token=token)
 
 
 def stage_release(
@@ -150,26 +163,21 @@ def stage_release(
             "that it was exported from, with --native."
         )
     metrics = _read_json(source / "metrics.json") | {"num_parameters": model.num_parameters()}
-    return _stage(
-        source,
-        Path(folder),
-        metrics,
-        Release(Path(folder), repo_id, "", branch or "main", tag),
-        native=native,
-        card={"license": license, "language": language},
-    )
+    release = Release(Path(folder), repo_id, "", branch or "main", tag)
+    card = {"license": license, "language": language}
+    return _stage(source, release, metrics, native=native, tag_content=True, card=card)
 
 
 def _stage(
     source: Path,
-    folder: Path,
-    metrics: dict[str, Any],
     release: Release,
+    metrics: dict[str, Any],
     *,
     native: bool = False,
+    tag_content: bool = False,
     card: dict[str, Any] | None = None,
-    tag_content: bool = True,
 ) -> Release:
+    folder = release.folder
     to_branch = release.branch != "main" and not release.tag
     kept = (*_RELEASED, *_STATE) if to_branch and not native else _RELEASED
     known = {path.name for pattern in kept for path in source.glob(pattern) if path.is_file()}
@@ -194,10 +202,15 @@ def _stage(
         native=format,
         **(card or {}),
     )
-    path = source / "README.md"
-    written = path.read_text(encoding="utf-8") if path.is_file() else ""
-    (folder / "README.md").write_text(merge_card(fresh, written, where=str(path)), encoding="utf-8")
+    write_card(fresh, source / "README.md", to=folder / "README.md")
     return release
+
+
+def write_card(card: str, path: Path, *, to: Path | None = None) -> None:
+    """Write a card, with what a person changed in an earlier one at `path`, there or elsewhere."""
+    written = path.read_text(encoding="utf-8") if path.is_file() else ""
+    merged = merge_card(card, written, where=str(path))
+    (to or path).write_text(merged, encoding="utf-8")
 
 
 def _checksum(folder: Path) -> str:
@@ -243,7 +256,7 @@ def send_release(
     api = HfApi(token=token)
     try:
         return _send(api, release, private)
-    except _FAILURES as error:
+    except FAILURES as error:
         raise ValueError(
             f"{release.repo_id} could not be pushed: {explain_hub_error(error)}. Nothing is lost "
             "here; the same command can be repeated."
@@ -270,7 +283,7 @@ def _retry(request: Callable[[], Any]) -> Any:
     for wait in (*_WAITS, None):
         try:
             return request()
-        except _FAILURES as error:
+        except FAILURES as error:
             if wait is None or not is_passing(error):
                 raise
             time.sleep(wait)
@@ -304,7 +317,7 @@ def _commit(api: HfApi, release: Release, tagged: str | None) -> Release:
     info = api.create_commit(
         name,
         operations,
-        commit_message=f"Push {release.revision} with hf_nanogpt",
+        commit_message=release.message or f"Push {release.revision} with hf_nanogpt",
         revision=release.branch,
         parent_commit=head,
     )
@@ -318,102 +331,3 @@ def _check_tag(api: HfApi, release: Release, tagged: str) -> None:
             f"tag={release.tag} is in {release.repo_id} already, with another content: choose "
             "another tag."
         )
-
-
-# Fetching
-
-
-def pull_checkpoint(
-    checkpoint: str, destination: str | Path | None = None, *, verify: bool = False
-) -> Path:
-    """Download `user/name` or `user/name@revision` to a new folder, whole or not at all.
-
-    A training checkpoint lands in `destination/checkpoint-N`, where `train --resume` looks for it.
-
-    Args:
-        destination: by default the name of the model.
-        verify: compare the checksum of each file with the Hub's (SHA-256 for the weights).
-
-    Raises:
-        ValueError: there is no such id or revision, the destination has content, or a checksum
-            differs; downloading again then starts anew.
-    """
-    name, revision = split_revision(checkpoint)
-    check_repo_id(name)
-    folder = check_destination(destination or name.split("/")[1])
-    try:
-        snapshot = Path(snapshot_download(name, revision=revision))
-        if verify:
-            _verify(name, snapshot)
-    except _FAILURES as error:
-        why = explain_hub_error(error)
-        raise ValueError(f"{checkpoint} could not be downloaded: {why}.") from error
-    if step := _read_json(snapshot / "trainer_state.json").get("global_step"):
-        folder = check_destination(folder / f"checkpoint-{step}")
-    with staged_folder(folder) as staged:
-        shutil.copytree(
-            snapshot, staged, ignore=shutil.ignore_patterns(".gitattributes"), dirs_exist_ok=True
-        )
-    return folder
-
-
-def _verify(name: str, snapshot: Path) -> None:
-    found = HfApi().verify_repo_checksums(name, revision=snapshot.name)
-    for mismatch in found.mismatches:  # out of the cache, so that it is not taken for good again
-        (snapshot / mismatch.path).resolve().unlink()
-        (snapshot / mismatch.path).unlink(missing_ok=True)
-    if wrong := [*(m.path for m in found.mismatches), *found.missing_paths]:
-        raise ValueError(
-            f"{name} arrived damaged ({', '.join(wrong)}), and was not kept: pull it again."
-        )
-
-
-# While training
-
-
-class PushQueue:
-    """Pushes of a running training, one after the other in the background.
-
-    Each takes its own copy of the folder first, which may change or go away thereafter.
-    """
-
-    def __init__(self):
-        self._executor = ThreadPoolExecutor(max_workers=1)
-        self._jobs: list[tuple[Future, tempfile.TemporaryDirectory]] = []
-
-    def add(
-        self,
-        folder: str | Path,
-        repo_id: str,
-        *,
-        branches: list[str],
-        metrics: dict[str, Any],
-        replace_waiting: bool,
-        token: str | None = None,
-    ) -> None:
-        """Push a checkpoint to each of the branches, instead of those that still wait."""
-        if replace_waiting:
-            for job, copy in self._jobs:
-                if job.cancel():
-                    copy.cleanup()
-        copy = tempfile.TemporaryDirectory(prefix="hf_nanogpt-push-")
-        shutil.copytree(folder, copy.name, dirs_exist_ok=True)
-
-        def push() -> None:
-            with copy:
-                for branch in branches:
-                    with tempfile.TemporaryDirectory(prefix="hf_nanogpt-push-") as staged:
-                        release = Release(Path(staged), repo_id, "", branch, None)
-                        source = Path(copy.name)
-                        release = _stage(
-                            source, Path(staged), metrics, release, tag_content=False
-                        )
-                        send_release(release, token=token)
-
-        self._jobs.append((self._executor.submit(push), copy))
-
-    def finish(self) -> list[BaseException]:
-        """Wait for all pushes; return the errors of those that failed."""
-        jobs, self._jobs = self._jobs, []
-        errors = [job.exception() for job, _ in jobs if not job.cancelled()]
-        return [error for error in errors if error is not None]

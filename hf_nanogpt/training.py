@@ -1,6 +1,7 @@
 """Training: transformers' Trainer with our optimizer, packed batches and exact metrics."""
 
 import json
+import shlex
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -11,13 +12,16 @@ from typing import Any
 
 import torch
 from datasets import IterableDataset
+from huggingface_hub.errors import HTTPError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, Trainer, set_seed
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_callback import ProgressCallback as StockProgressCallback
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import HubStrategy, get_last_checkpoint
+from transformers.utils import logging
 
-from .arguments import NanoGPTTrainingArguments, make_config, parse_settings
+from .arguments import NanoGPTTrainingArguments, as_flags, make_config, parse_settings
 from .callbacks import ProgressCallback, plot_losses
+from .card import render_model_card
 from .checkpoint import check_output_dir, clear_output_dir, staged_folder
 from .data import (
     STDLIB,
@@ -27,12 +31,17 @@ from .data import (
     load_tokenizer,
 )
 from .evaluation import check_context_length, sum_losses, summarize_losses
+from .facts import collect_facts
 from .generation import generate_text
-from .hub import render_model_card
+from .hub import Release, push_to_hub, write_card
+from .hub_errors import explain_hub_error
+from .hub_queue import PushQueue
 from .modeling_nanogpt import NanoGPTForCausalLM
 from .optim import build_optimizer
 from .packing import PackedCollator, pack_documents
 from .tokenization import token_byte_counts
+
+logger = logging.get_logger(__name__)
 
 
 class NanoGPTTrainer(Trainer):
@@ -81,6 +90,85 @@ class NanoGPTTrainer(Trainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             sums = sum_losses(model, self._prepare_inputs(inputs), self.byte_counts)
         return None, sums, sums
+
+    # The Hub: what hub.py pushes, in place of all files of the folder and a card of blanks.
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        self.pushes = PushQueue()
+        name = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
+        try:
+            super().init_hf_repo(token, private)
+        except HTTPError as error:
+            raise ValueError(
+                f"hub_model_id={name} is no place to push to: {explain_hub_error(error)}."
+            ) from error
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """Write the card into `output_dir`, where a person's own edits stay."""
+        if self.is_world_process_zero():
+            folder = Path(self.args.output_dir)
+            facts = {"num_parameters": self.model.num_parameters()}
+            card = render_model_card(self.model.config, facts, name=folder.absolute().name)
+            write_card(card, folder / "README.md")
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs,
+    ) -> Release | None:
+        """Save to `output_dir` and push that as `hub.push_to_hub` does; always waits for the end.
+
+        Raises:
+            ValueError: the Hub refused; what was trained is safe in `output_dir`.
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        self._finish_current_push()
+        return push_to_hub(
+            self.args.output_dir,
+            self.hub_model_id,
+            branch=revision or self.args.hub_revision,
+            private=private or bool(self.args.hub_private_repo),
+            message=commit_message,
+            token=token or self.args.hub_token,
+        )
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        args, strategy = self.args, self.args.hub_strategy
+        if not self.is_world_process_zero() or strategy == HubStrategy.END:
+            return
+        self.callback_handler.on_push_begin(args, self.state, self.control)
+        branches = [args.hub_revision or "main"]
+        if strategy == HubStrategy.CHECKPOINT:
+            branches.append("last-checkpoint")
+        elif strategy == HubStrategy.ALL_CHECKPOINTS:
+            branches.append(Path(checkpoint_folder).name)
+        self.pushes.add(
+            checkpoint_folder,
+            self.hub_model_id,
+            branches=branches,
+            num_parameters=self.model.num_parameters(),
+            message=f"Training in progress, step {self.state.global_step}",
+            skip_waiting=not (args.hub_always_push or strategy == HubStrategy.ALL_CHECKPOINTS),
+            token=args.hub_token,
+        )
+
+    def _finish_current_push(self) -> None:
+        if self.hub_model_id is None:
+            return
+        for error in self.pushes.finish():
+            logger.error(
+                f"A push during training failed: {error} To push what was trained: hf-nanogpt push "
+                f"{shlex.quote(self.args.output_dir)} {self.hub_model_id}"
+            )
 
 
 def _compute_metrics(prediction) -> dict[str, float]:
@@ -165,10 +253,15 @@ def train(
     trainer.train(resume_from_checkpoint=last_checkpoint)
     seconds = time.perf_counter() - started
     metrics = _collect_metrics(trainer, seconds, tokens_before)
-    prompt = _choose_prompt(args, data_args, held_out)
-    return _write_artifacts(
-        trainer, metrics, recipe=str(recipe), data=data_args.data, prompt=prompt
+    words = [*as_flags(settings), *flags]
+    metrics |= collect_facts(
+        str(recipe), words, data_args=data_args, args=args, context_length=length
     )
+    prompt = _choose_prompt(args, data_args, held_out)
+    result = _write_artifacts(trainer, metrics, prompt=prompt)
+    if args.push_to_hub:
+        trainer.push_to_hub()
+    return result
 
 
 def _choose_prompt(
@@ -228,7 +321,7 @@ def _collect_metrics(trainer: NanoGPTTrainer, seconds: float, tokens_before: int
 
 
 def _write_artifacts(
-    trainer: NanoGPTTrainer, metrics: dict[str, Any], *, recipe: str, data: str, prompt: str
+    trainer: NanoGPTTrainer, metrics: dict[str, Any], *, prompt: str
 ) -> TrainingResult:
     args, tokenizer = trainer.args, trainer.processing_class
     model = trainer.accelerator.unwrap_model(trainer.model)
@@ -245,21 +338,16 @@ def _write_artifacts(
             temperature=0.7,
             seed=args.seed,
         )
-    card = render_model_card(
-        model.config,
-        metrics,
-        name=output_dir.name,
-        data=data,
-        prompt=prompt,
-        sample=sample,
-    )
+    metrics |= {"prompt": prompt, "sample": sample}
+    card = render_model_card(model.config, metrics, name=output_dir.name)
     with staged_folder(output_dir) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        (folder / "metrics.json").write_text(
-            json.dumps(metrics | {"recipe": recipe}, indent=2) + "\n"
-        )
-        (folder / "README.md").write_text(card)
+        (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+        try:
+            write_card(card, output_dir / "README.md", to=folder / "README.md")
+        except ValueError as error:  # no reason to lose the training: the old card stays
+            logger.warning(str(error))
         plot_losses(
             trainer.state.log_history, folder / "loss.png", title=f"{output_dir.name}: loss"
         )

@@ -22,7 +22,8 @@ ORDER = [
     ["card"],
     ["hub", "info"],
     ["callbacks"],
-    ["arguments"],
+    ["arguments", "hub_pull", "hub_queue"],
+    ["facts"],
     ["training"],
     ["cli"],
 ]
