@@ -272,7 +272,7 @@ def _send(api: HfApi, release: Release, private: bool | None) -> Release:
     tagged = {ref.name: ref.target_commit for ref in refs.tags}
     release = _retry(lambda: _commit(api, release, tagged.get(tag or "")))
     found = api.verify_repo_checksums(name, revision=release.commit, local_dir=release.folder)
-    if wrong := [*(m.path for m in found.mismatches), *found.extra_paths]:
+    if wrong := [*(m["path"] for m in found.mismatches), *found.extra_paths]:
         raise ValueError(f"{name} arrived damaged ({', '.join(wrong)}): repeat the push.")
     if tag and tag not in tagged:
         _retry(lambda: api.create_tag(name, tag=tag, revision=release.commit, exist_ok=True))

@@ -50,9 +50,9 @@ def pull_checkpoint(
 def _verify(name: str, snapshot: Path) -> None:
     found = HfApi().verify_repo_checksums(name, revision=snapshot.name)
     for mismatch in found.mismatches:  # out of the cache, so that it is not taken for good again
-        (snapshot / mismatch.path).resolve().unlink()
-        (snapshot / mismatch.path).unlink(missing_ok=True)
-    if wrong := [*(m.path for m in found.mismatches), *found.missing_paths]:
+        (snapshot / mismatch["path"]).resolve().unlink()
+        (snapshot / mismatch["path"]).unlink(missing_ok=True)
+    if wrong := [*(m["path"] for m in found.mismatches), *found.missing_paths]:
         raise ValueError(
             f"{name} arrived damaged ({', '.join(wrong)}), and was not kept: pull it again."
         )

@@ -1,6 +1,7 @@
 """Shared by all tests: nothing leaves this machine, and one tiny configuration per GPT family."""
 
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -79,6 +80,7 @@ def hub(monkeypatch):
     from huggingface_hub import constants
 
     _HUB.reset()
+    shutil.rmtree(constants.HF_HUB_CACHE, ignore_errors=True)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     monkeypatch.setenv("HF_TOKEN", "hf_owner")
