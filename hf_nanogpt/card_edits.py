@@ -31,9 +31,9 @@ def merge_card(ours: str, theirs: str, *, where: str = "README.md") -> str:
         return ours
     data, text = split_card(theirs, where=where)
     our_data, our_text = split_card(ours)
-    fresh = split_sections(our_text)
+    fresh, present = split_sections(our_text), split_sections(text)
     merged: dict[str, str] = {}
-    for name, section in split_sections(text).items():
+    for name, section in present.items():
         if _is_sealed(section):
             merged |= {name: fresh[name]} if name in fresh else {}
             continue
@@ -43,9 +43,10 @@ def merge_card(ours: str, theirs: str, *, where: str = "README.md") -> str:
                 "them equal, and push again."
             )
         merged[name] = section
-    known = _names(text)
-    merged = _insert(merged, {name: s for name, s in fresh.items() if name not in known}, fresh)
-    names = known + [name for name in _names(our_text) if name not in known]
+    taken_out = [name for name in _names(text) if name not in present]
+    new = {name: s for name, s in fresh.items() if name not in [*merged, *taken_out]}
+    merged = _insert(merged, new, fresh)
+    names = list(dict.fromkeys([*_names(our_text), *taken_out]))
     return _join(_merge_data(our_data, data), merged, names)
 
 

@@ -266,6 +266,10 @@ def send_release(
 def _send(api: HfApi, release: Release, private: bool | None) -> Release:
     name, branch, tag = release.repo_id, release.branch, release.tag
     _retry(lambda: api.create_repo(name, private=private, exist_ok=True))
+    if private and not api.repo_info(name).private:
+        raise ValueError(
+            f"{name} exists and is public: make it private on its page, or leave out --private."
+        )
     refs = api.list_repo_refs(name)
     if branch not in [ref.name for ref in refs.branches]:
         _retry(lambda: api.create_branch(name, branch=branch, exist_ok=True))

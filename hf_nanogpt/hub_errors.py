@@ -5,8 +5,10 @@ from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     HTTPError,
+    LocalEntryNotFoundError,
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
+    RemoteEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -30,6 +32,8 @@ def explain_hub_error(error: BaseException | None) -> str:
         return _explain_answer(answers[-1])
     if any(isinstance(e, HTTPError) for e in chain):
         return f"{constants.ENDPOINT} cannot be reached, or broke off: try again"
+    if chain and not any(isinstance(e, LocalEntryNotFoundError) for e in chain):
+        return " ".join(str(chain[0]).split())
     return "the Hub has no such id, or cannot be reached"
 
 
@@ -38,6 +42,8 @@ def _explain_answer(error: HfHubHTTPError) -> str:
     said = error.response.headers.get("X-Error-Message", "")
     if isinstance(error, GatedRepoError):
         return "its owner must let you in: ask for access on its page, and log in"
+    if isinstance(error, RemoteEntryNotFoundError):
+        return "it has no such file as a checkpoint has"
     if isinstance(error, RevisionNotFoundError):
         return "it has no such revision"
     if status == 401 and (not get_token() or "Invalid" in said):

@@ -16,6 +16,7 @@ class PushQueue:
 
     def __init__(self):
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="push")
+        self._errors: list[BaseException] = []
         self._jobs: list[tuple[Future, tempfile.TemporaryDirectory]] = []
 
     def add(
@@ -35,7 +36,12 @@ class PushQueue:
                 if job.cancel():
                     waiting.cleanup()
         copy = tempfile.TemporaryDirectory(prefix="hf_nanogpt-push-")
-        shutil.copytree(checkpoint, copy.name, dirs_exist_ok=True)
+        try:
+            shutil.copytree(checkpoint, copy.name, dirs_exist_ok=True)
+        except OSError as error:  # a full disk, say, which the training itself may yet survive
+            copy.cleanup()
+            self._errors.append(error)
+            return
 
         def push() -> None:
             with copy:
@@ -54,5 +60,6 @@ class PushQueue:
     def finish(self) -> list[BaseException]:
         """Wait for all pushes; return the errors of those that failed."""
         jobs, self._jobs = self._jobs, []
-        errors = [job.exception() for job, _ in jobs if not job.cancelled()]
-        return [error for error in errors if error is not None]
+        errors, self._errors = self._errors, []
+        raised = [job.exception() for job, _ in jobs if not job.cancelled()]
+        return errors + [error for error in raised if error is not None]

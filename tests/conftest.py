@@ -5,11 +5,10 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from minihub import serve_hub
+from minihub import Hub
 
 # Set before torch, transformers, datasets or huggingface_hub are imported.
-_SERVING = serve_hub()
-_HUB = _SERVING.__enter__()
+_HUB = Hub()
 _CACHE = tempfile.TemporaryDirectory(prefix="hf_nanogpt-tests-")
 os.environ |= {
     "HF_HOME": _CACHE.name,
@@ -85,10 +84,6 @@ def hub(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     monkeypatch.setenv("HF_TOKEN", "hf_owner")
     return _HUB
-
-
-def pytest_unconfigure():
-    _SERVING.__exit__(None, None, None)
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ import json
 import re
 import secrets
 import threading
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
@@ -21,7 +20,7 @@ LFS_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".png")
 
 
 class _Error(Exception):
-    """A refusal: status, message, and the code that the client tells cases apart by."""
+    """A refusal: status, message, and the code by which the client tells cases apart."""
 
 
 @dataclass
@@ -51,56 +50,41 @@ class Repo:
 
 
 class Hub(ThreadingHTTPServer):
-    """`repos` by id, large `objects` by SHA-256, and `requests` as (method, path, host, token)."""
+    """Serves as soon as it is made: `repos` by id, large `objects` by SHA-256, and what was asked
+    for in `requests`, as (method, path, host, token)."""
 
     daemon_threads = True
     request_queue_size = 64
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.gate, self.lock = threading.Event(), threading.RLock()
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.second_url = f"http://localhost:{self.server_port}"
         self.reset()
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
     def reset(self) -> None:
         self.repos: dict[str, Repo] = {}
         self.objects: dict[str, bytes] = {}
         self.requests: list[tuple[str, str, str, str]] = []
         self.faults: list[list] = []
-        self.gate.clear()
+        self.gate, self.lock = threading.Event(), threading.RLock()
 
     def fail(self, method: str, path: str, kind: str, times: int = 1) -> None:
-        """Make the next requests whose path has the regex `path` fail.
-
-        Kinds: "503" or another status; "lose" does the work and never answers; "drop" closes the
-        connection in mid-body; "truncate" and "flip" send less, or another byte, as if all were
-        well; "hold" waits for `gate`.
-        """
+        """Make the next requests to a path, a regex, fail: "503" or another status; "lose" the
+        answer to work that is done; "drop" the connection in mid-body; "truncate" the body, or
+        "flip" a byte of it, as if all were well; "hold" until `gate` is set."""
         self.faults.append([method, path, kind, times])
 
     def take_fault(self, method: str, path: str) -> str:
-        with self.lock:
-            for fault in self.faults:
-                if fault[3] and fault[0] == method and re.search(fault[1], path):
-                    fault[3] -= 1
-                    return fault[2]
+        for fault in self.faults:
+            if fault[3] and fault[0] == method and re.search(fault[1], path):
+                fault[3] -= 1
+                return fault[2]
         return ""
 
     def handle_error(self, request, client_address) -> None:
         """Keep connections that a test or a client breaks off the terminal."""
-
-
-@contextmanager
-def serve_hub():
-    """Run a `Hub` in a thread of its own for as long as the block lasts."""
-    with Hub() as hub:
-        thread = threading.Thread(target=hub.serve_forever, args=(0.02,), daemon=True)
-        thread.start()
-        yield hub
-        hub.gate.set()
-        hub.shutdown()
-        thread.join()
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -135,9 +119,9 @@ class _Handler(BaseHTTPRequestHandler):
         if path == "/api/validate-yaml":
             return self._json({})
         if path == "/api/repos/create":
-            return self._create(json.loads(self.body))
+            return self._create(**json.loads(self.body))
         if match := re.fullmatch(r"/(.+)\.git/info/lfs/objects/batch", path):
-            return self._lfs(match[1])
+            return self._lfs(self._repo(match[1], write=True), **json.loads(self.body))
         if match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             return self._resolve(self._repo(match[1], files=True), unquote(match[2]), match[3])
         match = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(\w+)(?:/(.+))?)?", path)
@@ -153,42 +137,39 @@ class _Handler(BaseHTTPRequestHandler):
         if repo is None or (repo.private and not owner):
             raise _Error(404 if self.user else 401, "Repository not found", "RepoNotFound")
         if write and (not owner or self.token == READ_ONLY):
-            raise _Error(403 if self.user else 401, "You may not write here", "")
+            raise self._forbidden("You may not write here")
         if files and repo.gated and not owner:
-            raise _Error(403 if self.user else 401, "Access is restricted", "GatedRepo")
+            raise self._forbidden("Access is restricted", "GatedRepo")
         return repo
 
-    # Writing
+    def _forbidden(self, message: str, code: str = "") -> _Error:
+        return _Error(403 if self.user else 401, message, code)
 
-    def _create(self, asked: dict) -> None:
-        owner = asked["organization"] or self.user
+    def _create(self, name: str, organization: str | None, visibility: str = "", **_) -> None:
+        owner = organization or self.user
         if self.user != owner or self.token == READ_ONLY:
-            raise _Error(403 if self.user else 401, f"You may not create models of {owner}", "")
-        name = f"{owner}/{asked['name']}"
-        with self.server.lock:
-            status = 409 if name in self.server.repos else 200
-            if status == 200:
-                repo = self.server.repos[name] = Repo(asked.get("visibility") == "private")
-                repo.commit("main", {".gitattributes": b"*.bin filter=lfs\n"})
+            raise self._forbidden(f"You may not create models of {owner}")
+        name = f"{owner}/{name}"
+        new = Repo(visibility == "private")
+        new.commit("main", {".gitattributes": b"*.bin filter=lfs\n"})
+        status = 200 if self.server.repos.setdefault(name, new) is new else 409
         self._json({"url": f"{self.server.url}/{name}"}, status)
 
     def _preupload(self, name: str, repo: Repo, branch: str) -> None:
         files, answers = repo.files(branch), []
-        for asked in json.loads(self.body)["files"]:
-            path, mode = asked["path"], "lfs" if asked["path"].endswith(LFS_SUFFIXES) else "regular"
+        for path in [asked["path"] for asked in json.loads(self.body)["files"]]:
+            mode = "lfs" if path.endswith(LFS_SUFFIXES) else "regular"
             entry = _entry(path, files[path]) if path in files else {}
             oid = entry.get("lfs", entry).get("oid")
             answers.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
         self._json({"files": answers})
 
-    def _lfs(self, name: str) -> None:
-        self._repo(name, write=True)
-        asked = json.loads(self.body)
-        for thing in asked["objects"]:
+    def _lfs(self, repo: Repo, objects: list[dict], **_) -> None:
+        for thing in objects:
             if thing["oid"] not in self.server.objects:
                 upload = f"{self.server.second_url}/objects/{thing['oid']}"
                 thing["actions"] = {"upload": {"href": upload}}
-        self._json(asked)
+        self._json({"transfer": "basic", "objects": objects})
 
     def _commit(self, name: str, repo: Repo, branch: str) -> None:
         header, *lines = [json.loads(line) for line in self.body.splitlines()]
@@ -198,13 +179,13 @@ class _Handler(BaseHTTPRequestHandler):
                 raise _Error(412, "A commit has happened since", "")
             files = dict(repo.files(branch))
             for line in lines:
-                kind, value = line["key"], line["value"]
-                if kind == "deletedFile":
-                    del files[value["path"]]
-                elif kind == "lfsFile":
-                    files[value["path"]] = self.server.objects[value["oid"]]
+                path = line["value"]["path"]
+                if line["key"] == "deletedFile":
+                    del files[path]
+                elif line["key"] == "lfsFile":
+                    files[path] = self.server.objects[line["value"]["oid"]]
                 else:
-                    files[value["path"]] = base64.b64decode(value["content"])
+                    files[path] = base64.b64decode(line["value"]["content"])
             oid = repo.commit(branch, files)
         self._json({"commitOid": oid, "commitUrl": f"{self.server.url}/{name}/commit/{oid}"})
 
@@ -216,18 +197,14 @@ class _Handler(BaseHTTPRequestHandler):
         taken = repo.tags.setdefault(json.loads(self.body)["tag"], oid := repo.find(revision))
         self._json({}, 200 if taken == oid else 409)
 
-    # Reading
-
     def _revision(self, name: str, repo: Repo, revision: str) -> None:
         self._json({"id": name, "sha": repo.find(revision), "private": repo.private})
 
     def _refs(self, name: str, repo: Repo, _: str) -> None:
-        refs = {"branches": {n: oids[-1] for n, oids in repo.branches.items()}, "tags": repo.tags}
-        rows = {
-            kind: [{"name": n, "ref": n, "targetCommit": oid} for n, oid in found.items()]
-            for kind, found in refs.items()
-        }
-        self._json(rows | {"converts": []})
+        branches = {ref: oids[-1] for ref, oids in repo.branches.items()}
+        rows = {"converts": [], "branches": branches.items(), "tags": repo.tags.items()}
+        keys = ("name", "targetCommit", "ref")
+        self._json({k: [dict(zip(keys, (*v, v[0]))) for v in rows[k]] for k in rows})  # noqa: B905
 
     def _tree(self, name: str, repo: Repo, revision: str) -> None:
         files = sorted(repo.files(revision).items())

@@ -153,7 +153,7 @@ kind.from_pretrained("user/gpt", trust_remote_code=False, revision=sys.argv[1])
 def test_the_native_twin_loads_with_no_code_at_all(hub, run, tmp_path):
     push_to_hub(run, "user/native", native=True)
     assert not [path for path in hub.repos["user/native"].files() if path.endswith(".py")]
-    assert b"trust_remote_code" not in hub.repos["user/native"].files()["README.md"]
+    assert b"trust_remote_code=" not in hub.repos["user/native"].files()["README.md"]
     code = f"""
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("user/native")
@@ -349,6 +349,12 @@ def test_a_tag_is_not_moved_to_another_content(hub, run, tmp_path, capsys):
     assert "choose another tag" in refuse(capsys, "push", other, "user/gpt", "--tag", "v1")
     assert hub.repos["user/gpt"].find("main") == first.commit
     push_to_hub(other, "user/gpt", tag="v2")
+
+
+def test_private_is_refused_for_what_is_public(hub, run, capsys):
+    first = push_to_hub(run, "user/gpt")
+    assert "is public" in refuse(capsys, "push", make_run(run, seed=1), "user/gpt", "--private")
+    assert hub.repos["user/gpt"].find("main") == first.commit
 
 
 def test_offline_a_push_says_so(hub, run, capsys, monkeypatch):

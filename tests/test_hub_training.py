@@ -162,7 +162,9 @@ def test_a_person_s_card_survives_the_trainer(hub, text_file, tmp_path):
     files = hub.repos["user/gpt"].files()
     card = files["README.md"].decode()
     assert "fine-tuned" not in card and "pipeline_tag: text-generation" in card
-    files["README.md"] = card.replace("license: unknown", "license: mit").encode() + b"\n## Mine\n\nX\n"
+    files["README.md"] = (
+        card.replace("license: unknown", "license: mit").encode() + b"\n## Mine\n\nX\n"
+    )
     train(data=text_file, output_dir=str(run), resume=True, **SMALL, **PUSH)
     card = hub.repos["user/gpt"].files()["README.md"].decode()
     assert "license: mit" in card and "## Mine\n\nX" in card
@@ -177,7 +179,9 @@ def test_the_card_s_own_commands_repeat_its_figures_and_tell_no_secret(
     everything = b"".join(hub.repos["user/gpt"].files().values())
     assert b"hf_owner" not in everything and str(tmp_path).encode() not in everything
     monkeypatch.chdir(tmp_path)
-    place, data, share = re.search(r"hf-nanogpt eval (\S+) --data (\S+) --held_out (\S+)", card).groups()
+    place, data, share = re.search(
+        r"hf-nanogpt eval (\S+) --data (\S+) --held_out (\S+)", card
+    ).groups()
     result = evaluate(place, data, held_out=float(share))
     assert f"| Bits per byte | {result.bits_per_byte:.4f} |" in card
     [command] = re.findall(r"hf-nanogpt (train .*)", card)
