@@ -1,8 +1,5 @@
-"""A Hub on loopback: as much of its HTTP API as huggingface_hub uses for models, kept in memory.
-
-Large files travel as on the real Hub: through LFS, to and from a second host ("localhost"), which
-needs no token and must never see one. Faults are asked for with `Hub.fail`.
-"""
+"""A Hub on loopback: what huggingface_hub asks of one for models, kept in memory; `fail` breaks it.
+Large files travel by LFS, to and from a second host, which must never see a token."""
 
 import base64
 import hashlib
@@ -50,11 +47,9 @@ class Repo:
 
 
 class Hub(ThreadingHTTPServer):
-    """Serves as soon as it is made: `repos` by id, large `objects` by SHA-256, and what was asked
-    for in `requests`, as (method, path, host, token)."""
+    """`repos` by id, large `objects` by SHA-256, and `requests` as (method, path, host, token)."""
 
-    daemon_threads = True
-    request_queue_size = 64
+    daemon_threads, request_queue_size = True, 64
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -67,24 +62,21 @@ class Hub(ThreadingHTTPServer):
         self.repos: dict[str, Repo] = {}
         self.objects: dict[str, bytes] = {}
         self.requests: list[tuple[str, str, str, str]] = []
-        self.faults: list[list] = []
+        self.faults: list[tuple[str, str, str]] = []
         self.gate, self.lock = threading.Event(), threading.RLock()
 
-    def fail(self, method: str, path: str, kind: str, times: int = 1) -> None:
-        """Make the next requests to a path, a regex, fail: "503" or another status; "lose" the
+    def fail(self, method: str, path: str, kind: str) -> None:
+        """Make the next request to a path, a regex, fail: "503" or another status; "lose" the
         answer to work that is done; "drop" the connection in mid-body; "truncate" the body, or
         "flip" a byte of it, as if all were well; "hold" until `gate` is set."""
-        self.faults.append([method, path, kind, times])
+        self.faults.append((method, path, kind))
 
     def take_fault(self, method: str, path: str) -> str:
-        for fault in self.faults:
-            if fault[3] and fault[0] == method and re.search(fault[1], path):
-                fault[3] -= 1
-                return fault[2]
-        return ""
+        due = [f for f in self.faults if f[0] == method and re.search(f[1], path)][:1]
+        self.faults = [fault for fault in self.faults if not due or fault is not due[0]]
+        return due[0][2] if due else ""
 
-    def handle_error(self, request, client_address) -> None:
-        """Keep connections that a test or a client breaks off the terminal."""
+    def handle_error(self, *args) -> None: ...  # of a connection that a test breaks
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -96,18 +88,18 @@ class _Handler(BaseHTTPRequestHandler):
         self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         self.token = self.headers.get("Authorization", "").removeprefix("Bearer ")
         self.user = TOKENS.get(self.token)
+        self.refused = 403 if self.user else 401
         self.server.requests.append((self.command, path, self.headers["Host"], self.token))
         self.fault = self.server.take_fault(self.command, path)
         if self.fault == "hold":
             self.server.gate.wait(60)
         try:
             if self.fault.isdigit():
-                raise _Error(int(self.fault), "As the test asked for", "")
+                raise _Error(int(self.fault), "As the test asked for")
             self._route(path)
         except _Error as error:
-            status, message, code = error.args
-            headers = {"X-Error-Message": message} | ({"X-Error-Code": code} if code else {})
-            self._send(status, json.dumps({"error": message}).encode(), headers)
+            names = ("X-Error-Message", "X-Error-Code")
+            self._send(error.args[0], b"{}", dict(zip(names, error.args[1:], strict=False)))
 
     do_HEAD = do_POST = do_PUT = do_GET  # noqa: N815
 
@@ -115,7 +107,7 @@ class _Handler(BaseHTTPRequestHandler):
         if match := re.fullmatch(r"/objects/(\w+)", path):  # a signed address: no token
             return self._object(match[1])
         if self.token and not self.user:
-            raise _Error(401, "Invalid credentials in Authorization header", "")
+            raise _Error(401, "Invalid credentials in Authorization header")
         if path == "/api/validate-yaml":
             return self._json({})
         if path == "/api/repos/create":
@@ -127,7 +119,7 @@ class _Handler(BaseHTTPRequestHandler):
         match = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(\w+)(?:/(.+))?)?", path)
         verb = getattr(self, f"_{match[2] or 'revision'}", None) if match else None
         if verb is None:
-            raise _Error(404, f"There is no {path}", "")
+            raise _Error(404, f"There is no {path}")
         write = match[2] in ("preupload", "commit", "branch", "tag")
         revision, _, self.folder = (match[3] or "main").partition("/")
         verb(match[1], self._repo(match[1], write=write), unquote(revision))
@@ -137,23 +129,19 @@ class _Handler(BaseHTTPRequestHandler):
         if repo is None or (repo.private and not owner):
             raise _Error(404 if self.user else 401, "Repository not found", "RepoNotFound")
         if write and (not owner or self.token == READ_ONLY):
-            raise self._forbidden("You may not write here")
+            raise _Error(self.refused, "You may not write here")
         if files and repo.gated and not owner:
-            raise self._forbidden("Access is restricted", "GatedRepo")
+            raise _Error(self.refused, "Access is restricted", "GatedRepo")
         return repo
-
-    def _forbidden(self, message: str, code: str = "") -> _Error:
-        return _Error(403 if self.user else 401, message, code)
 
     def _create(self, name: str, organization: str | None, visibility: str = "", **_) -> None:
         owner = organization or self.user
         if self.user != owner or self.token == READ_ONLY:
-            raise self._forbidden(f"You may not create models of {owner}")
-        name = f"{owner}/{name}"
+            raise _Error(self.refused, f"You may not create models of {owner}")
         new = Repo(visibility == "private")
         new.commit("main", {".gitattributes": b"*.bin filter=lfs\n"})
-        status = 200 if self.server.repos.setdefault(name, new) is new else 409
-        self._json({"url": f"{self.server.url}/{name}"}, status)
+        known = self.server.repos.setdefault(f"{owner}/{name}", new) is not new
+        self._json({"url": f"{self.server.url}/{owner}/{name}"}, 409 if known else 200)
 
     def _preupload(self, name: str, repo: Repo, branch: str) -> None:
         files, answers = repo.files(branch), []
@@ -165,10 +153,10 @@ class _Handler(BaseHTTPRequestHandler):
         self._json({"files": answers})
 
     def _lfs(self, repo: Repo, objects: list[dict], **_) -> None:
-        for thing in objects:
-            if thing["oid"] not in self.server.objects:
-                upload = f"{self.server.second_url}/objects/{thing['oid']}"
-                thing["actions"] = {"upload": {"href": upload}}
+        for row in objects:
+            if row["oid"] not in self.server.objects:
+                href = f"{self.server.second_url}/objects/{row['oid']}"
+                row["actions"] = {"upload": {"href": href}}
         self._json({"transfer": "basic", "objects": objects})
 
     def _commit(self, name: str, repo: Repo, branch: str) -> None:
@@ -176,7 +164,7 @@ class _Handler(BaseHTTPRequestHandler):
         with self.server.lock:
             head = repo.find(branch)
             if header["value"].get("parentCommit", head) != head:
-                raise _Error(412, "A commit has happened since", "")
+                raise _Error(412, "A commit has happened since")
             files = dict(repo.files(branch))
             for line in lines:
                 path = line["value"]["path"]
@@ -190,8 +178,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._json({"commitOid": oid, "commitUrl": f"{self.server.url}/{name}/commit/{oid}"})
 
     def _branch(self, name: str, repo: Repo, branch: str) -> None:
-        repo.branches.setdefault(branch, [repo.find("main")])
-        self._json({})
+        self._json(repo.branches.setdefault(branch, [repo.find("main")]))
 
     def _tag(self, name: str, repo: Repo, revision: str) -> None:
         taken = repo.tags.setdefault(json.loads(self.body)["tag"], oid := repo.find(revision))
@@ -201,43 +188,41 @@ class _Handler(BaseHTTPRequestHandler):
         self._json({"id": name, "sha": repo.find(revision), "private": repo.private})
 
     def _refs(self, name: str, repo: Repo, _: str) -> None:
+        def rows(refs: dict[str, str]) -> list[dict]:
+            return [{"name": ref, "ref": ref, "targetCommit": refs[ref]} for ref in refs]
+
         branches = {ref: oids[-1] for ref, oids in repo.branches.items()}
-        rows = {"converts": [], "branches": branches.items(), "tags": repo.tags.items()}
-        keys = ("name", "targetCommit", "ref")
-        self._json({k: [dict(zip(keys, (*v, v[0]))) for v in rows[k]] for k in rows})  # noqa: B905
+        self._json({"branches": rows(branches), "tags": rows(repo.tags), "converts": []})
 
     def _tree(self, name: str, repo: Repo, revision: str) -> None:
-        files = sorted(repo.files(revision).items())
-        self._json([_entry(*item) for item in files if item[0].startswith(self.folder)])
+        self._json([_entry(*f) for f in repo.files(revision).items() if self.folder in f[0]])
 
     def _resolve(self, repo: Repo, revision: str, path: str) -> None:
         headers = {"X-Repo-Commit": repo.find(revision)}
         if (content := repo.files(revision).get(path)) is None:
             return self._send(404, b"", headers | {"X-Error-Code": "EntryNotFound"})
         entry = _entry(path, content)
+        headers["ETag"] = entry.get("lfs", entry)["oid"]
         if "lfs" not in entry:
-            return self._send(200, content, headers | {"ETag": f'"{entry["oid"]}"'})
-        headers["Location"] = f"{self.server.second_url}/objects/{entry['lfs']['oid']}"
-        headers["X-Linked-Etag"] = f'"{entry["lfs"]["oid"]}"'
+            return self._send(200, content, headers)
+        headers["Location"] = f"{self.server.second_url}/objects/{headers['ETag']}"
         self._send(302, b"", headers | {"X-Linked-Size": str(len(content))})
 
     def _object(self, oid: str) -> None:
         if self.command == "PUT":
-            if hashlib.sha256(self.body).hexdigest() != oid:
-                raise _Error(400, "The checksum does not match", "")
-            self.server.objects[oid] = self.body
+            self.server.objects[hashlib.sha256(self.body).hexdigest()] = self.body
         content = self.server.objects[oid]
         if not (wanted := re.match(r"bytes=(\d+)-", self.headers.get("Range", ""))):
-            return self._send(200, b"" if self.command == "PUT" else content)
-        first, size = int(wanted[1]), len(content)
-        self._send(206, content[first:], {"Content-Range": f"bytes {first}-{size - 1}/{size}"})
+            return self._send(200, content)
+        where = f"bytes {wanted[1]}-{len(content) - 1}/{len(content)}"
+        self._send(206, content[int(wanted[1]) :], {"Content-Range": where})
 
     def _json(self, value: object, status: int = 200) -> None:
         self._send(status, json.dumps(value).encode(), {"Content-Type": "application/json"})
 
     def _send(self, status: int, content: bytes, headers: dict[str, str] | None = None) -> None:
+        self.close_connection = self.fault in ("lose", "drop")  # after this answer
         if self.fault == "lose":
-            self.close_connection = True
             return
         half = len(content) // 2
         if self.fault == "truncate":
@@ -248,12 +233,10 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in {"Content-Length": str(len(content)), **(headers or {})}.items():
             self.send_header(name, value)
         self.end_headers()
-        if self.fault == "drop":
-            content, self.close_connection = content[:half], True
-        self.wfile.write(b"" if self.command == "HEAD" else content)
+        if self.command != "HEAD":
+            self.wfile.write(content[:half] if self.fault == "drop" else content)
 
-    def log_message(self, *args) -> None:
-        """Write nothing: the tests look at `requests`."""
+    def log_message(self, *args) -> None: ...
 
 
 def _entry(path: str, content: bytes) -> dict:
@@ -261,6 +244,6 @@ def _entry(path: str, content: bytes) -> dict:
     oid = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
     entry = {"type": "file", "path": path, "size": len(content), "oid": oid}
     if path.endswith(LFS_SUFFIXES):
-        sha256 = hashlib.sha256(content).hexdigest()
-        entry["lfs"] = {"oid": sha256, "size": len(content), "pointerSize": 134}
+        entry["lfs"] = {"size": len(content), "pointerSize": 134}
+        entry["lfs"]["oid"] = hashlib.sha256(content).hexdigest()
     return entry
