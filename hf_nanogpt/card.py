@@ -1,5 +1,6 @@
 """The model card: written from what happened, a section only where there is something to say."""
 
+import json
 import shlex
 from pathlib import Path
 from typing import Any
@@ -127,15 +128,16 @@ def _summarize(config: PreTrainedConfig, metrics: dict[str, Any], native: str | 
 
 def _show_use(metrics: dict[str, Any], name: str, revision: str | None, native: str | None) -> str:
     prompt = metrics.get("prompt") or "Once upon a time"
-    options = ["" if native else ", trust_remote_code=True"]
-    options.append(f", revision={revision!r}" if revision else "")
+    options = "" if native else ", trust_remote_code=True"
+    options += f', revision="{revision}"' if revision else ""
     place = f"{name}@{revision}" if revision else name
+    start = json.dumps(prompt, ensure_ascii=False)
     lines = [
         "```python",
         "from transformers import pipeline",
         "",
-        f'generate = pipeline("text-generation", {name!r}{"".join(options)})',
-        f'print(generate({prompt!r}, max_new_tokens=50)[0]["generated_text"])',
+        f'generate = pipeline("text-generation", "{name}"{options})',
+        f'print(generate({start}, max_new_tokens=50)[0]["generated_text"])',
         "```",
     ]
     if not native:
@@ -212,14 +214,14 @@ def _show_sample(metrics: dict[str, Any]) -> str:
     if not (sample := metrics.get("sample")):
         return ""
     fence = "````" if "```" in sample else "```"
-    return f"From the prompt {metrics['prompt']!r}, as it came:\n\n{fence}text\n{sample}\n{fence}"
+    return f"From the prompt `{metrics['prompt']}`, as it came:\n\n{fence}text\n{sample}\n{fence}"
 
 
 def _admit(config: PreTrainedConfig, metrics: dict[str, Any]) -> str:
     lines = ["- It goes on from a text; it was not taught to answer or to follow instructions."]
     if tokens := metrics.get("train_tokens"):
         lines.append(
-            f"- It has seen {tokens:,} tokens, {tokens / metrics['num_parameters']:.1f} for each "
+            f"- It has seen {tokens:,} tokens, {tokens / metrics['num_parameters']:.2g} for each "
             f"parameter, of {_say_data(metrics)}: it knows nothing else, repeats what is wrong or "
             "harmful there, and what it writes looks right more often than it is."
         )
