@@ -32,9 +32,11 @@ _WHERE = {
     "evaluation": ["EvaluationResult", "evaluate"],
     "generation": ["generate_text", "stream_text"],
     "card": ["render_model_card"],
+    "explain": ["Explanation", "explain_text"],
     "hub": ["push_to_hub"],
     "hub_pull": ["pull_checkpoint"],
     "arguments": ["NanoGPTTrainingArguments", "list_recipes"],
+    "tokenized": ["tokenize_corpus"],
     "training": ["NanoGPTTrainer", "TrainingResult", "train"],
 }
 _MODULES = {name: module for module, names in _WHERE.items() for name in names}

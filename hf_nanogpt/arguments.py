@@ -14,6 +14,10 @@ from typing import Any, NoReturn
 import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.integrations.integration_utils import (
+    INTEGRATION_TO_CALLBACK,
+    get_available_reporting_integrations,
+)
 
 from .configuration_nanogpt import NanoGPTConfig
 from .data import DataArguments
@@ -47,7 +51,13 @@ class NanoGPTTrainingArguments(TrainingArguments):
     )
     sample_prompt: str | None = field(
         default=None,
-        metadata={"help": "Prompt of the sample after training; default: words held out."},
+        metadata={"help": "Prompt of the samples; default: words held out."},
+    )
+    sample_steps: float | None = field(
+        default=None,
+        metadata={
+            "help": "Steps between samples, or a share; 0: none. Default: at each evaluation."
+        },
     )
     logging_steps: float = field(default=10)
     eval_strategy: str = field(default="steps")  # type: ignore[assignment]
@@ -58,7 +68,9 @@ class NanoGPTTrainingArguments(TrainingArguments):
         default=0.2, metadata={"help": "Steps between checkpoints, or a share."}
     )
     save_total_limit: int | None = field(default=2)
+    logging_nan_inf_filter: bool = field(default=False)  # it would hide that training has failed
     include_num_input_tokens_seen: str | bool = field(default=True)
+    ddp_find_unused_parameters: bool | None = field(default=False)  # there are none
 
     def __post_init__(self):
         for name, value in vars(OPTIM_DEFAULTS[self.optim_recipe]).items():
@@ -72,7 +84,27 @@ class NanoGPTTrainingArguments(TrainingArguments):
             torch.set_num_threads(self.num_threads)
         if not torch.accelerator.is_available():
             self.dataloader_pin_memory = False
+        if self.sample_steps is not None and not (
+            0 <= self.sample_steps < 1 or self.sample_steps == int(self.sample_steps) > 0
+        ):
+            raise ValueError(
+                f"sample_steps={self.sample_steps} is not possible: give a whole number of steps, "
+                "a share of all steps below 1, or 0 for no samples."
+            )
         super().__post_init__()
+        for name in self.report_to or []:
+            _check_tracker(name)
+
+
+def _check_tracker(name: str) -> None:
+    """Raise a `ValueError` unless Trainer can report to the tool of this name, here and now."""
+    if name not in INTEGRATION_TO_CALLBACK:
+        nearest = difflib.get_close_matches(name, INTEGRATION_TO_CALLBACK, n=1, cutoff=0.5)
+        hint = f"did you mean {nearest[0]}?" if nearest else "try trackio, tensorboard or wandb."
+        raise ValueError(f"report_to={name} is unknown: {hint}")
+    if name not in get_available_reporting_integrations():
+        package = "'hf-nanogpt[track]'" if name in ("trackio", "tensorboard") else name
+        raise ValueError(f"report_to={name} needs a package: pip install {package}.")
 
 
 def _make_model_arguments() -> type:
@@ -81,9 +113,8 @@ def _make_model_arguments() -> type:
     for alias, name in NanoGPTConfig.attribute_map.items():
         aliases.setdefault(name, []).append(f"--{alias}")
     elsewhere = {"vocab_size", "bos_token_id", "eos_token_id", "pad_token_id", "use_cache"}
-    fields: list[Any] = [
-        ("preset", str, field(default="nano", metadata={"help": "A named architecture."}))
-    ]
+    preset = field(default=None, metadata={"help": "A named architecture (default: nano)."})
+    fields: list[Any] = [("preset", str | None, preset)]
     for name, kind in NanoGPTConfig.__annotations__.items():
         if name in elsewhere:
             continue
@@ -113,6 +144,13 @@ def make_parser(prog: str = "hf-nanogpt train") -> HfArgumentParser:
     return _Parser(kinds, prog=prog, allow_abbrev=False)
 
 
+def make_data_parser() -> HfArgumentParser:
+    """Return the parser of the data's settings alone."""
+    prog = "hf-nanogpt tokenize"
+    usage = f"{prog} DATA FOLDER [--SETTING VALUE ...]"
+    return _Parser([DataArguments], prog=prog, usage=usage, allow_abbrev=False)
+
+
 def parse_settings(
     recipe: str | Path, flags: Sequence[str] = (), **settings: Any
 ) -> tuple[DataArguments, dict[str, Any], NanoGPTTrainingArguments]:
@@ -131,21 +169,36 @@ def parse_settings(
     data, model, training, unknown = parser.parse_args_into_dataclasses(
         given, return_remaining_strings=True, look_for_args_file=False
     )
-    if unknown:
-        known = [option for action in parser._actions for option in action.option_strings]
-        nearest = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1, cutoff=0.5)
-        hint = f"did you mean {nearest[0]}?" if nearest else "see hf-nanogpt train --help."
-        raise ValueError(f"{unknown[0]} is no known setting: {hint}")
+    _refuse_unknown(unknown, parser)
     architecture = {name: value for name, value in vars(model).items() if value is not None}
     if "rope_parameters" in architecture:
         architecture["rope_parameters"] = _parse_json("rope_parameters", model.rope_parameters)
     return data, architecture, training
 
 
+def parse_data(flags: Sequence[str]) -> DataArguments:
+    """Return what flags say about the data, as `hf-nanogpt tokenize` takes them."""
+    parser = make_data_parser()
+    data, unknown = parser.parse_args_into_dataclasses(
+        list(flags), return_remaining_strings=True, look_for_args_file=False
+    )
+    _refuse_unknown(unknown, parser)
+    return data
+
+
+def _refuse_unknown(unknown: list[str], parser: HfArgumentParser) -> None:
+    if not unknown:
+        return
+    known = [option for action in parser._actions for option in action.option_strings]
+    nearest = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1, cutoff=0.5)
+    hint = f"did you mean {nearest[0]}?" if nearest else f"see {parser.prog} --help."
+    raise ValueError(f"{unknown[0]} is no known setting: {hint}")
+
+
 def make_config(architecture: dict[str, Any], **fields: Any) -> NanoGPTConfig:
     """Return the configuration that parsed architecture settings, with `fields` added, describe."""
     overrides = {name: value for name, value in architecture.items() if name != "preset"}
-    return load_preset(architecture["preset"], **overrides, **fields)
+    return load_preset(architecture.get("preset", "nano"), **overrides, **fields)
 
 
 def list_recipes() -> list[str]:

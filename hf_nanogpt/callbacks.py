@@ -1,16 +1,105 @@
-"""What one sees of a training run: the progress bar with its figures, and the plot of the loss."""
+"""What one sees of a training run: the progress bar with its figures, samples, the loss plot."""
 
+import io
+import json
+import math
+import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from tqdm.auto import tqdm
-from transformers import TrainerCallback
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerState,
+)
+from transformers.utils import logging
+
+from .configuration_nanogpt import NanoGPTConfig
+from .generation import generate_text
+from .throughput import count_flops, find_peak
+
+logger = logging.get_logger(__name__)
 
 BLUE, ORANGE, GREY = "#2563eb", "#ea580c", "#6b7280"
 
 
+class SpeedCallback(TrainerCallback):
+    """Count tokens and the time of training steps, without evaluation, checkpoints and samples.
+
+    `context_length` is the length of the training blocks, by default the model's. MFU (model FLOPs
+    utilisation) is the share of the device's peak that the model's own FLOPs use, see
+    `count_flops` and `find_peak`; where one of them is not known there is none.
+    """
+
+    def __init__(self, *, context_length: int | None = None):
+        self.context_length = context_length
+        self.share: float | None = None
+        self._restart(0)
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.share = _share_per_token(args, model, self.context_length)
+        self._restart(state.num_input_tokens_seen)
+
+    def _restart(self, tokens: int) -> None:
+        self.start, self.seconds, self.mark = tokens, 0.0, time.perf_counter()
+        self.last_read = tokens, 0.0
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._count()
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self.mark = time.perf_counter()
+
+    def on_save(self, args, state, control, **kwargs):
+        self.mark = time.perf_counter()
+
+    def _count(self) -> None:
+        now = time.perf_counter()
+        self.seconds, self.mark = self.seconds + now - self.mark, now
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out what runs in the block."""
+        self._count()
+        yield
+        self.mark = time.perf_counter()
+
+    def read(self, state: TrainerState) -> dict[str, float]:
+        """Return `tokens_per_second` and `mfu` since the last reading."""
+        self._count()
+        since, self.last_read = self.last_read, (state.num_input_tokens_seen, self.seconds)
+        return self._figures(*since, state)
+
+    def summarize(self, state: TrainerState) -> dict[str, float]:
+        """Return `tokens_per_second` and `mfu` since training was started or resumed."""
+        return self._figures(self.start, 0.0, state)
+
+    def _figures(self, tokens: int, seconds: float, state: TrainerState) -> dict[str, float]:
+        if not state.num_input_tokens_seen:  # include_num_input_tokens_seen="no"
+            return {}
+        speed = (state.num_input_tokens_seen - tokens) / max(self.seconds - seconds, 1e-9)
+        mfu = {} if self.share is None else {"mfu": round(speed * self.share, 4)}
+        return {"tokens_per_second": round(speed, 1), **mfu}
+
+
+def _share_per_token(args, model: PreTrainedModel, context_length: int | None) -> float | None:
+    """Return the FLOPs of training on one token over the peak FLOP/s of all devices."""
+    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+    is_ours = getattr(getattr(model, "config", None), "model_type", "") == NanoGPTConfig.model_type
+    peak = find_peak(args.device, dtype) if is_ours else None
+    if peak is None:
+        return None
+    devices = args.world_size * max(1, args.n_gpu)
+    return 3 * count_flops(model, context_length=context_length) / (peak * devices)
+
+
 class ProgressCallback(TrainerCallback):
-    """Show one bar with the running loss, and one line for each evaluation."""
+    """Show one bar with the running loss and speed, and one line for each evaluation."""
 
     def __init__(self):
         self.bar = None
@@ -21,9 +110,10 @@ class ProgressCallback(TrainerCallback):
                 total=state.max_steps,
                 initial=state.global_step,
                 desc="Training",
+                delay=0,  # shown from the start, whatever the command line has set
                 dynamic_ncols=True,
             )
-            self.started, self.tokens_before = time.perf_counter(), state.num_input_tokens_seen
+            self.started = time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.bar is not None:
@@ -32,18 +122,20 @@ class ProgressCallback(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.bar is None or not logs:
             return
-        seconds = time.perf_counter() - self.started
-        tokens = state.num_input_tokens_seen
-        speed = (tokens - self.tokens_before) / seconds
         if "loss" in logs:
-            self.bar.set_postfix_str(f"loss {logs['loss']:.3f}, {speed:,.0f} tokens/s")
+            figures = [f"loss {logs['loss']:.3f}"]
+            if "tokens_per_second" in logs:
+                figures.append(f"{logs['tokens_per_second']:,.0f} tokens/s")
+            if "mfu" in logs:
+                figures.append(f"MFU {logs['mfu']:.0%}")
+            self.bar.set_postfix_str(", ".join(figures))
         if "eval_loss" in logs:
             bits = logs.get("eval_bits_per_byte")
             self.bar.write(
-                f"step {state.global_step:>6,} | {_count(tokens):>7} tokens | "
+                f"step {state.global_step:>6,} | {_count(state.num_input_tokens_seen):>7} tokens | "
                 f"validation loss {logs['eval_loss']:.4f}"
                 + (f" | {bits:.4f} bits per byte" if bits is not None else "")
-                + f" | {seconds:,.0f} s"
+                + f" | {time.perf_counter() - self.started:,.0f} s"
             )
 
     def on_train_end(self, args, state, control, **kwargs):
@@ -59,8 +151,114 @@ def _count(number: float) -> str:
     return f"{number:.0f}"
 
 
+class SampleCallback(TrainerCallback):
+    """Show how the model goes on from a prompt, as it learns, and collect it in samples.jsonl.
+
+    At each evaluation, or every `args.sample_steps`. Training is the same to the bit with it and
+    without. It must not be used where weights are sharded: one process alone could not gather them.
+    """
+
+    def __init__(self, prompt: str, speed: SpeedCallback):
+        self.prompt, self.speed = prompt, speed
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.path = Path(args.output_dir) / "samples.jsonl"
+        self.active = state.is_world_process_zero
+        every = args.sample_steps
+        self.every = math.ceil(every * state.max_steps) if every and every < 1 else every
+        # Of an earlier run, keep what the checkpoint that goes on had seen.
+        rows = self.path.read_text().splitlines(keepends=True) if self.path.is_file() else []
+        self.rows = [row for row in rows if json.loads(row)["step"] <= state.global_step]
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        if self.every is None:
+            self._show(args, state, **kwargs)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.every and state.global_step % self.every == 0:
+            self._show(args, state, **kwargs)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.active = False
+
+    def _show(self, args, state, *, model, processing_class, **kwargs) -> None:
+        if not self.active:
+            return
+        with self.speed.paused():
+            text = draw_sample(
+                model, processing_class, self.prompt, max_new_tokens=40, seed=args.seed
+            )
+            self.active = bool(text)  # what did not work once will not later
+            if not text:
+                return
+            self.rows.append(json.dumps({"step": state.global_step, "text": text}) + "\n")
+            _replace_file(self.path, "".join(self.rows).encode())
+            if not args.disable_tqdm:
+                lines = [line for line in text.splitlines() if line.strip()]
+                tqdm.write("\n".join(f"  | {line}" for line in lines[:3]))
+
+
+def draw_sample(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    *,
+    max_new_tokens: int,
+    seed: int,
+) -> str:
+    """Return the prompt with what the model makes of it, in fewer tokens where room is short.
+
+    Where it cannot be done, because the prompt fills the context or the weights have become NaN, a
+    warning says why and the result is empty: no training fails for it. No random number generator
+    moves.
+    """
+    was_training, devices = model.training, [] if model.device.type == "cpu" else [model.device]
+    try:
+        room = model.config.max_position_embeddings - max(1, len(tokenizer(prompt)["input_ids"]))
+        with torch.random.fork_rng(devices, device_type=model.device.type):
+            torch.manual_seed(seed)
+            [text] = generate_text(
+                model.eval(),
+                tokenizer,
+                prompt,
+                max_new_tokens=max(1, min(max_new_tokens, room)),
+                temperature=0.7,
+            )
+        return text
+    except (ValueError, RuntimeError) as error:
+        logger.warning_once(f"There is no sample of what the model writes: {error}")
+        return ""
+    finally:
+        model.train(was_training)
+
+
+class PlotCallback(TrainerCallback):
+    """Keep loss.png in the output folder up to date, for at most 2 % of the time."""
+
+    def __init__(self, speed: SpeedCallback):
+        self.speed = speed
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.cost = 0.6  # seconds; the first time matplotlib has to be imported too
+        self.drawn = time.perf_counter()
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        start = time.perf_counter()
+        due = start - self.drawn > 50 * self.cost
+        if not (due and state.is_world_process_zero and "loss" in (logs or {})):
+            return
+        with self.speed.paused():
+            folder = Path(args.output_dir)
+            plot_losses(state.log_history, folder / "loss.png", title=f"{folder.name}: loss")
+        self.drawn = time.perf_counter()
+        self.cost = self.drawn - start
+
+
 def plot_losses(log_history: list[dict], path: str | Path, *, title: str = "") -> None:
-    """Draw training and validation loss against tokens seen, from `TrainerState.log_history`."""
+    """Draw training and validation loss against tokens seen, from `TrainerState.log_history`.
+
+    `path` is replaced at once: a reader never sees half a picture.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
@@ -71,11 +269,12 @@ def plot_losses(log_history: list[dict], path: str | Path, *, title: str = "") -
         return tokens, [row[key] for row in rows]
 
     figure = Figure(figsize=(7.2, 4.2), dpi=144, layout="constrained")
-    FigureCanvasAgg(figure)
+    canvas = FigureCanvasAgg(figure)
     axes = figure.subplots()
-    train, validation = series("loss"), series("eval_loss")
+    train, validation, bits = map(series, ("loss", "eval_loss", "eval_bits_per_byte"))
     axes.plot(*train, color=BLUE, alpha=0.55, linewidth=1.3, label="training")
-    axes.plot(*validation, color=ORANGE, linewidth=2, marker="o", markersize=4, label="validation")
+    label = f"validation, at last {bits[1][-1]:.3f} bits per byte" if bits[1] else "validation"
+    axes.plot(*validation, color=ORANGE, linewidth=2, marker="o", markersize=4, label=label)
     if validation[1]:
         axes.annotate(
             f"{validation[1][-1]:.3f}",
@@ -91,5 +290,14 @@ def plot_losses(log_history: list[dict], path: str | Path, *, title: str = "") -
     axes.margins(x=0.04)
     axes.grid(color=GREY, alpha=0.2)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    figure.savefig(path)
+    axes.legend(frameon=False, loc="upper right")
+    picture = io.BytesIO()
+    canvas.print_png(picture)
+    _replace_file(Path(path), picture.getvalue())
+
+
+def _replace_file(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part")
+    part.write_bytes(content)
+    os.replace(part, path)

@@ -117,9 +117,9 @@ def _summarize(config: PreTrainedConfig, metrics: dict[str, Any], native: str | 
     size = metrics["num_parameters"]
     words = f"A GPT of {size:,} parameters"
     if "train_tokens" in metrics:
-        words += (
-            f", trained from nothing on {metrics['train_tokens']:,} tokens of {_say_data(metrics)}"
-        )
+        start = metrics.get("start_from")
+        how = f"trained on from {start} with" if start else "trained from nothing on"
+        words += f", {how} {metrics['train_tokens']:,} tokens of {_say_data(metrics)}"
     words += f" with hf_nanogpt; it reads {config.max_position_embeddings:,} tokens at a time."
     if native:
         words += f" This is its native form: a `{native}` model, which needs no code of its own."

@@ -1,12 +1,15 @@
 """The checkpoint folder: found and loaded with clear errors, written whole or not at all."""
 
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -20,6 +23,9 @@ from .hub_errors import explain_hub_error
 # Written last: a folder with this file is complete, one without it cannot be taken for a model.
 _MARKER = "config.json"
 _STEPS = "checkpoint-[0-9]*"
+_STAGED = ".staged-"
+# Where the `trainer_state.json` of a step keeps what `InterruptibleTrainer` adds.
+RECORD = "InterruptibleTrainer"
 ARTIFACTS = (
     _MARKER,
     "README.md",
@@ -27,17 +33,22 @@ ARTIFACTS = (
     "configuration_nanogpt.py",
     "generation_config.json",
     "loss.png",
+    "loss.png.part",
     "metrics.json",
     "model.safetensors",
     "model-*-of-*.safetensors",
     "model.safetensors.index.json",
     "modeling_nanogpt.py",
+    "samples.jsonl",
+    "samples.jsonl.part",
     "special_tokens_map.json",
+    "tensorboard",
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
     "training_args.bin",
     _STEPS,
+    f"{_STAGED}*",
 )
 
 
@@ -47,8 +58,8 @@ def check_checkpoint(checkpoint: str | Path) -> str:
     if (path / _MARKER).is_file():
         return str(path)
     if path.is_dir():
-        steps = sorted(path.glob(_STEPS), key=lambda p: p.stat().st_mtime)
-        hint = f" It holds unfinished training: try {steps[-1]}." if steps else ""
+        last = find_last_checkpoint(path)
+        hint = f" It holds unfinished training: try {last}." if last else ""
         raise ValueError(f"{path} is no checkpoint folder: it has no {_MARKER}.{hint}")
     if path.exists():
         raise ValueError(f"{path} is a file; give the folder of a checkpoint, or a Hub id.")
@@ -88,6 +99,12 @@ def load_checkpoint(checkpoint: str | Path) -> tuple[PreTrainedModel, PreTrained
     except Exception as error:  # of several libraries, which share no base class
         if isinstance(error, OSError) and not Path(name).is_dir():
             raise ValueError(unreachable(str(checkpoint), "checkpoint folder", error)) from error
+        words = ("tokenizer.json", "tokenizer.model", "vocab.json")
+        if Path(name).is_dir() and not any((Path(name) / file).is_file() for file in words):
+            raise ValueError(
+                f"{name} has no tokenizer: put the tokenizer.json that the model was trained with "
+                "into it."
+            ) from error
         why = " ".join(str(error).split())
         raise ValueError(f"{name} cannot be loaded: {why}") from error
     if missing := sorted(report["missing_keys"]):
@@ -106,24 +123,27 @@ def check_output_dir(
 ) -> None:
     """Raise a `ValueError` unless a checkpoint can be written to `output_dir`; change nothing.
 
-    A folder with something in it is taken with `resume`, which needs a `checkpoint-*` inside, or
-    with `overwrite`, which needs everything inside to be a checkpoint's own.
+    A folder with something in it is taken with `resume`, which needs a whole `checkpoint-*` inside
+    or no more than a training leaves that was killed before its first, or with `overwrite`, which
+    needs everything inside to be a checkpoint's own.
     """
     path = Path(output_dir)
     check_writable(path, name="output_dir")
     content = {p.name for p in path.iterdir()} if path.is_dir() else set()
-    if resume and not any(path.glob(_STEPS)):
+    known = {p.name for pattern in ARTIFACTS for p in path.glob(pattern)}
+    if not content or (resume and find_last_checkpoint(path)):
+        return
+    if resume and (_MARKER in content or content - known):
         raise ValueError(
-            f"output_dir={path} has no checkpoint-* to resume from; leave out --resume."
+            f"output_dir={path} has no whole checkpoint-* to resume from; leave out --resume."
         )
-    if not content or resume:
+    if resume:
         return
     if not overwrite:
         raise ValueError(
             f"output_dir={path} exists and is not empty: choose another folder, or give --resume "
             "to go on from its last checkpoint, or --overwrite to train it anew."
         )
-    known = {p.name for pattern in ARTIFACTS for p in path.glob(pattern)}
     if foreign := sorted(content - known):
         raise ValueError(
             f"output_dir={path} holds files that no training wrote ({', '.join(foreign[:3])}), "
@@ -143,8 +163,62 @@ def clear_output_dir(output_dir: str | Path) -> None:
     """Delete what an earlier training left in `output_dir`, and nothing else."""
     for pattern in ARTIFACTS:
         for path in Path(output_dir).glob(pattern):
-            real_folder = path.is_dir() and not path.is_symlink()
-            shutil.rmtree(path) if real_folder else path.unlink()
+            _delete(path)
+
+
+def _delete(path: Path) -> None:
+    real_folder = path.is_dir() and not path.is_symlink()
+    shutil.rmtree(path) if real_folder else path.unlink()
+
+
+def find_last_checkpoint(output_dir: str | Path) -> str | None:
+    """Return the `checkpoint-N` of most steps in `output_dir` that is whole, or None."""
+    return next((str(p) for p in reversed(_list_steps(output_dir)) if _is_whole(p)), None)
+
+
+def clear_unfinished(output_dir: str | Path) -> None:
+    """Delete what a killed training has left half written, after its last whole checkpoint."""
+    steps, last = _list_steps(output_dir), find_last_checkpoint(output_dir)
+    later = steps[steps.index(Path(last)) + 1 :] if last else steps
+    for path in (*later, *Path(output_dir).glob(f"{_STAGED}*")):
+        _delete(path)
+
+
+def _list_steps(output_dir: str | Path) -> list[Path]:
+    steps = {p.name.removeprefix("checkpoint-"): p for p in Path(output_dir).glob(_STEPS)}
+    return [steps[n] for n in sorted(filter(str.isdecimal, steps), key=int)]
+
+
+def _is_whole(step: Path) -> bool:
+    # trainer_state.json is written last, and says how long the other files are.
+    try:
+        sizes = read_record(step).get("sizes", {})
+        return all((step / name).stat().st_size >= size for name, size in sizes.items())
+    except (OSError, ValueError):  # not there, or cut
+        return False
+
+
+def read_record(step: str | Path) -> dict[str, Any]:
+    """Return what `InterruptibleTrainer` has written in a `checkpoint-N`; of others, nothing."""
+    state = json.loads((Path(step) / "trainer_state.json").read_text(encoding="utf-8"))
+    return state.get("stateful_callbacks", {}).get(RECORD, {})
+
+
+@contextmanager
+def explain_write_errors(folder: Path, *, run: str | Path) -> Iterator[None]:
+    """Raise a `ValueError` where `folder` cannot be written, and delete what is half written.
+
+    `run` is the `output_dir` in which checkpoints are.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError: of torch.save
+        clear_unfinished(run)
+        why = " ".join(str(error).split())
+        raise ValueError(
+            f"{folder} could not be written, and what was saved before it is untouched; make room "
+            f"and go on with --resume: {why}"
+        ) from error
 
 
 @contextmanager
@@ -156,7 +230,8 @@ def staged_folder(destination: str | Path) -> Iterator[Path]:
     """
     destination = Path(destination)
     destination.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".staged-", dir=destination) as staged:
+    with tempfile.TemporaryDirectory(prefix=_STAGED, dir=destination) as staged:
         yield Path(staged)
+        (destination / _MARKER).unlink(missing_ok=True)  # of an earlier one, never to be mixed
         for path in sorted(Path(staged).iterdir(), key=lambda p: p.name == _MARKER):
             os.replace(path, destination / path.name)

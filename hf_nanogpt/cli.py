@@ -1,64 +1,57 @@
 """The command line: each verb parses its flags, calls one function of the library and prints."""
 
 import argparse
-import difflib
 import os
 import shlex
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any
+
+from .cli_hub import pull, push
+from .cli_parser import Parser as _Parser
+from .cli_parser import find_nearest as _nearest
+from .cli_parser import quiet_libraries as _quiet_libraries
 
 VERBS: dict[str, str] = {
     "train": "train a tokenizer and a GPT from nothing, on your text or on Python's own source",
+    "tokenize": "turn a text into tokens once, in a folder to train from",
     "generate": "go on from a prompt, printed as it is produced",
+    "explain": "show what a model expected at each token of a text, and where its heads look",
     "eval": "measure loss, perplexity and bits per byte on a text",
     "convert": "turn a GPT-1, GPT-2, GPT-Neo, Llama, Qwen3, nanochat or nanoGPT model into ours",
     "export": "turn a model of ours into one of those, for tools without hf_nanogpt",
     "push": "share a checkpoint on the Hub: model, tokenizer, code and card in one commit",
     "pull": "download a checkpoint from the Hub to a folder, whole or not at all",
     "info": "describe a checkpoint or a preset: sizes, memory, FLOPs",
+    "bench": "measure the speed of training on this machine, beside other implementations",
 }
 
 
-class _Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are exceptions of one sentence."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(
-            message[0].upper() + message[1:].rstrip(".") + f": see {self.prog} --help."
-        )
-
-    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
-        args, unknown = self.parse_known_args(argv)
-        if unknown:
-            options = [option for action in self._actions for option in action.option_strings]
-            self.error(f"{unknown[0]} is no known argument{_nearest(unknown[0], options)}")
-        return args
-
-
-def _nearest(name: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name.split("=")[0], known, n=1, cutoff=0.5)
-    return f", did you mean {near[0]}?" if near else ""
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `hf-nanogpt`; return 0, 2 for bad input (one sentence on stderr), or 130 for Ctrl-C."""
+    """Run `hf-nanogpt`; return 0, 2 for bad input (one sentence on stderr), or 130 for Ctrl-C.
+
+    A training that a signal has stopped exits with 128 and the signal's number.
+    """
     # Threads of torch wait for each other by spinning, and so take the core from the one they wait
     # for as soon as another program runs: small steps then take ten times as long or more. A short
     # spin costs nothing on a quiet machine. (libgomp reads this once, when torch is imported.)
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    # Work that is done within this many seconds shows no bar. (tqdm reads it when imported, too.)
+    os.environ.setdefault("TQDM_DELAY", "2")
     argv = list(sys.argv[1:] if argv is None else argv)
     verbs: dict[str, Callable[[list[str]], None]] = {
         "train": _train,
+        "tokenize": _tokenize,
         "generate": _generate,
+        "explain": _explain,
         "eval": _eval,
         "convert": _convert,
         "export": _export,
-        "push": _push,
-        "pull": _pull,
+        "push": push,
+        "pull": pull,
         "info": _info,
+        "bench": _bench,
     }
     try:
         if not argv or argv[0] in ("-h", "--help"):
@@ -108,17 +101,11 @@ def _overview() -> str:
     )
 
 
-def _quiet_libraries() -> None:
-    """Keep the progress bars of single files off the terminal; ours are enough."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-
-
 # train
 
 
 def _train(argv: list[str]) -> None:
+    given = [word for word in argv if word not in ("--resume", "--overwrite")]
     recipe = argv.pop(0) if argv and not argv[0].startswith("-") else "quickstart"
     own = _Parser(
         prog="hf-nanogpt train",
@@ -127,7 +114,13 @@ def _train(argv: list[str]) -> None:
         allow_abbrev=False,
     )
     own.add_argument("--recipe", help="instead of the first word")
-    own.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    own.add_argument(
+        "--from",
+        dest="start_from",
+        metavar="CHECKPOINT",
+        help="go on with this model, do not begin",
+    )
+    own.add_argument("--resume", action="store_true", help="go on where it was stopped")
     own.add_argument("--overwrite", action="store_true", help="train an existing folder anew")
     own.add_argument("-h", "--help", action="store_true")
     args, flags = own.parse_known_args(argv)
@@ -138,10 +131,41 @@ def _train(argv: list[str]) -> None:
         raise ValueError("--resume and --overwrite exclude each other: give one of them.")
 
     _quiet_libraries()
+    from .interruption import TrainingInterrupted
     from .training import train
 
-    result = train(args.recipe or recipe, flags, resume=args.resume, overwrite=args.overwrite)
-    print(_summary(result))
+    try:
+        result = train(
+            args.recipe or recipe,
+            flags,
+            start_from=args.start_from,
+            resume=args.resume,
+            overwrite=args.overwrite,
+        )
+    except TrainingInterrupted as interruption:
+        if os.environ.get("RANK", "0") == "0":
+            where = interruption.checkpoint or "the start, as no checkpoint was saved"
+            print(
+                f"\nInterrupted. To go on from {where}:\n  {_resume_command(given)}",
+                file=sys.stderr,
+            )
+        sys.exit(128 + interruption.signum)
+    if os.environ.get("RANK", "0") == "0":
+        print(_summary(result))
+
+
+def _own_name() -> str:
+    """Return the words by which this program is called."""
+    if shutil.which("hf-nanogpt"):
+        return "hf-nanogpt"
+    return "python -m hf_nanogpt" if sys.argv[0].endswith("__main__.py") else sys.argv[0]
+
+
+def _resume_command(given: list[str]) -> str:
+    name = _own_name()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        name = f"torchrun --nproc_per_node={os.environ['LOCAL_WORLD_SIZE']} -m hf_nanogpt"
+    return f"{name} train {shlex.join([*given, '--resume'])}"
 
 
 def _print_train_help(own: argparse.ArgumentParser) -> None:
@@ -158,25 +182,51 @@ def _summary(result: Any) -> str:
         "parameters": f"{m['num_parameters']:,}",
         "tokens": f"{m['train_tokens']:,}",
         "time": f"{m['train_seconds']:,.0f} s",
-        "tokens/s": f"{m['tokens_per_second']:,.0f}",
+        "tokens/s": f"{m['tokens_per_second']:,.0f}"
+        + (f" (MFU {m['mfu']:.0%})" if "mfu" in m else ""),
         "validation loss": f"{m['eval_loss']:.4f} nats per token",
         "perplexity": f"{m['perplexity']:.2f}",
         "bits per byte": f"{m['bits_per_byte']:.4f}",
     }
     table = "\n".join(f"  {name:<16} {value}" for name, value in rows.items())
-    sample = "\n".join(f"  | {line}" for line in result.sample.splitlines())
-    me = "hf-nanogpt" if shutil.which("hf-nanogpt") else sys.argv[0]  # as it was called
+    lines = "\n".join(f"  | {line}" for line in result.sample.splitlines())
+    sample = f"A sample:\n{lines}\n\n" if lines else ""
+    me = _own_name()
     return f"""
 {folder} is ready:
 {table}
 
-A sample:
-{sample}
-
-Next:
+{sample}Next:
   {me} generate {folder} {shlex.quote(result.prompt)}
   {me} eval {folder} --data YOUR_TEXT
   {me} info {folder}"""
+
+
+# tokenize
+
+
+def _tokenize(argv: list[str]) -> None:
+    if {"-h", "--help"} & set(argv):
+        from .arguments import make_data_parser
+
+        print(make_data_parser().format_help())
+        return
+    if len(argv) < 2 or argv[0].startswith("-") or argv[1].startswith("-"):
+        raise ValueError(
+            "Give the text and then the folder to make: hf-nanogpt tokenize DATA FOLDER."
+        )
+    data, folder, *flags = argv
+
+    _quiet_libraries()
+    from .arguments import parse_data
+    from .tokenized import tokenize_corpus
+
+    result = tokenize_corpus(parse_data([*flags, f"--data={data}"]), folder, show_progress=True)
+    print(f"{folder} is ready, {result['vocab_size']:,} tokens in its vocabulary:")
+    for name, part in result["splits"].items():
+        documents, tokens, size = (f"{part[k]:,}" for k in ("documents", "tokens", "bytes"))
+        print(f"  {name:<10} {documents} documents, {tokens} tokens of {size} bytes")
+    print(f"\nNext:\n  hf-nanogpt train --data {shlex.quote(folder)}")
 
 
 # generate
@@ -186,7 +236,7 @@ def _generate(argv: list[str]) -> None:
     parser = _Parser(prog="hf-nanogpt generate", description=VERBS["generate"], allow_abbrev=False)
     parser.add_argument("checkpoint", help="folder or Hub id")
     parser.add_argument("prompt", nargs="?", default="", help="text to go on from; '-' reads stdin")
-    parser.add_argument("--max_new_tokens", type=int, default=100)
+    parser.add_argument("--max_new_tokens", type=int, help="default 100, or what there is room for")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default 0.8)")
     parser.add_argument("--greedy", action="store_true", help="same as --temperature 0")
     parser.add_argument("--top_k", type=int, help="sample from the likeliest TOP_K tokens")
@@ -197,6 +247,9 @@ def _generate(argv: list[str]) -> None:
         "--min_p", type=float, help="least probability relative to the likeliest token"
     )
     parser.add_argument("--repetition_penalty", type=float, help="above 1 discourages repeats")
+    parser.add_argument(
+        "--stop", action="append", metavar="TEXT", help="end after this text; may be given again"
+    )
     parser.add_argument("--seed", type=int, help="make sampling repeatable")
     parser.add_argument("--num_samples", type=int, default=1)
     parser.add_argument(
@@ -223,6 +276,7 @@ def _generate(argv: list[str]) -> None:
             top_p=args.top_p,
             min_p=args.min_p,
             repetition_penalty=args.repetition_penalty,
+            stop_strings=args.stop or (),
             stop_at_eos=not args.ignore_eos,
             seed=None if args.seed is None else args.seed + i,
         )
@@ -232,6 +286,34 @@ def _generate(argv: list[str]) -> None:
         for piece in pieces:
             print(piece, end="", flush=True)
         print()
+
+
+# explain
+
+
+def _explain(argv: list[str]) -> None:
+    parser = _Parser(prog="hf-nanogpt explain", description=VERBS["explain"], allow_abbrev=False)
+    parser.add_argument("checkpoint", help="folder or Hub id")
+    parser.add_argument("text", help="to be read by the model; '-' reads stdin")
+    parser.add_argument(
+        "--html", metavar="FILE", help="also write a page with each head's attention map"
+    )
+    args = parser.parse(argv)
+    text = sys.stdin.read() if args.text == "-" else args.text
+
+    _quiet_libraries()
+    from .explain import check_page, explain_text, render_table, write_page
+
+    page = None if args.html is None else check_page(args.html)
+    from .checkpoint import load_checkpoint
+
+    model, tokenizer = load_checkpoint(args.checkpoint)
+    explanation = explain_text(model, tokenizer, text, with_attention=page is not None)
+    color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    print(render_table(explanation, color=color, width=shutil.get_terminal_size().columns))
+    if page:
+        write_page(explanation, page, title=args.checkpoint)
+        print(f"{page} is ready: open it in a browser.")
 
 
 # convert and export
@@ -303,70 +385,6 @@ def _print_conversion(result: Any, how: str) -> None:
     )
 
 
-# push and pull
-
-
-def _push(argv: list[str]) -> None:
-    parser = _Parser(prog="hf-nanogpt push", description=VERBS["push"], allow_abbrev=False)
-    parser.add_argument("checkpoint", help="folder")
-    parser.add_argument("repo_id", metavar="USER/NAME", help="Hub id, made if need be")
-    parser.add_argument("--private", action="store_true", help="for a repository made by this push")
-    parser.add_argument("--tag", help="of this release (default on main: a checksum of it)")
-    parser.add_argument("--branch", help="instead of main; takes the training's state along")
-    parser.add_argument(
-        "--native", action="store_true", help="as a native model, which needs no code of its own"
-    )
-    parser.add_argument("--license", help="for the card, such as apache-2.0")
-    parser.add_argument(
-        "--language", nargs="+", metavar="CODE", help="for the card, such as en or code"
-    )
-    parser.add_argument("--dry_run", action="store_true", help="write the folder, send nothing")
-    args = parser.parse(argv)
-
-    _quiet_libraries()
-    from .hub import push_to_hub, stage_release
-
-    options = {
-        name: getattr(args, name) for name in ("tag", "branch", "native", "license", "language")
-    }
-    if args.dry_run:
-        folder = tempfile.mkdtemp(prefix="hf_nanogpt-push-")
-        try:
-            release = stage_release(args.checkpoint, folder, repo_id=args.repo_id, **options)
-        except BaseException:
-            shutil.rmtree(folder)
-            raise
-        print((release.folder / "README.md").read_text(encoding="utf-8"))
-        for name, size in release.files.items():
-            print(f"{size:>15,}  {name}")
-        print(f"\n{folder} has these files; nothing was sent to {args.repo_id}.")
-        return
-    release = push_to_hub(args.checkpoint, args.repo_id, private=args.private, **options)
-    how = "has the" if release.is_new else "had this content already: no new"
-    print(f"{release.repo_id} {how} commit {release.commit}, on {release.branch}, and every file")
-    print(f"of it is what it is here. To load just this: revision={release.revision!r}")
-    print(f"\n  {release.url}")
-
-
-def _pull(argv: list[str]) -> None:
-    parser = _Parser(prog="hf-nanogpt pull", description=VERBS["pull"], allow_abbrev=False)
-    parser.add_argument("checkpoint", metavar="USER/NAME[@REVISION]", help="Hub id")
-    parser.add_argument("destination", nargs="?", help="folder to make (default: NAME)")
-    parser.add_argument("--verify", action="store_true", help="compare checksums with the Hub's")
-    args = parser.parse(argv)
-
-    _quiet_libraries()
-    from .hub_pull import pull_checkpoint
-
-    folder = pull_checkpoint(args.checkpoint, args.destination, verify=args.verify)
-    print(f"{folder} is ready" + (", and every checksum fits." if args.verify else "."))
-    print("\nNext:")
-    if folder.name.startswith("checkpoint-"):
-        print(f"  hf-nanogpt train RECIPE --resume --output_dir {shlex.quote(str(folder.parent))}")
-    else:
-        print(f"  hf-nanogpt generate {shlex.quote(str(folder))} 'Once upon a time'")
-
-
 # eval and info
 
 
@@ -419,6 +437,55 @@ def _info(argv: list[str]) -> None:
 
     for name, value in describe(args.model).items():
         print(f"{name:<28} {value}")
+
+
+# bench
+
+
+def _bench(argv: list[str]) -> None:
+    benchmarks = {"train": _bench_train}
+    what = argv[0] if argv else "--help"
+    if what in ("-h", "--help"):
+        print(f"usage: hf-nanogpt bench {{{','.join(benchmarks)}}} ...\n\n{VERBS['bench']}")
+    elif what in benchmarks:
+        benchmarks[what](argv[1:])
+    else:
+        raise ValueError(f"{what!r} is no benchmark: choose one of {', '.join(benchmarks)}.")
+
+
+def _bench_train(argv: list[str]) -> None:
+    parser = _Parser(
+        prog="hf-nanogpt bench train",
+        description="Time steps of training: ours and transformers' models of the same shape, and "
+        "a GPT-2 in plain torch, in turns. Takes a minute or two with the sizes of quickstart.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "model", nargs="?", help="take the sizes of this preset, folder or Hub id instead"
+    )
+    for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size"):
+        parser.add_argument(f"--{name}", type=int)
+    parser.add_argument("--batch_size", type=int, default=8, help="blocks in a step (default 8)")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each (default 5)")
+    parser.add_argument("--steps", type=int, default=4, help="steps in a turn (default 4)")
+    parser.add_argument("--num_threads", type=int, help="CPU threads (default: cores)")
+    parser.add_argument("--bf16", action="store_true", help="compute in bfloat16")
+    parser.add_argument(
+        "--compile", action="store_true", help="each by torch.compile too; takes minutes more"
+    )
+    parser.add_argument("--output", help="folder for bench_train.json and bench_train.png")
+    args = vars(parser.parse(argv))
+
+    _quiet_libraries()
+    from .benchmark import benchmark_training, format_report, prepare_output, save_report
+
+    if output := args.pop("output"):
+        prepare_output(output, name="train")
+    given = {name: value for name, value in args.items() if value is not None}
+    report = benchmark_training(show_progress=True, **given)
+    print(format_report(report))
+    if output:
+        print("\nWritten:", *save_report(report, output))
 
 
 if __name__ == "__main__":

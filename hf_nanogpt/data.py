@@ -9,7 +9,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
-from datasets import Dataset, Features, IterableDataset, NamedSplit, Value, load_dataset
+from datasets import (
+    Dataset,
+    DownloadManager,
+    Features,
+    IterableDataset,
+    NamedSplit,
+    Value,
+    load_dataset,
+)
 from datasets.fingerprint import Hasher
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -20,6 +28,8 @@ from .tokenization import TokenizerKind, train_tokenizer
 logger = logging.get_logger(__name__)
 
 STDLIB = "python-stdlib"
+TOKENIZED = "tokenized.json"  # describes the folder that it is in, which `hf-nanogpt tokenize` made
+TOKENIZERS = ("bpe", "char", "byte")
 _TABLES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 _PIECE = 100_000  # characters of a long text that are handled at a time
 _TOKENIZER_BYTES = 64_000_000  # more text than this does not change a small vocabulary
@@ -35,9 +45,10 @@ class DataArguments:
     data: str = field(
         default=STDLIB,
         metadata={
-            "help": "Text to train on: a file, folder or glob of UTF-8 text, or of .jsonl, .csv "
-            "or .parquet tables, a Hub dataset id, or "
-            f"{STDLIB} (the source code of Python's standard library)."
+            "help": "Text to train on: a file, folder, glob or URL of UTF-8 text, or a file, "
+            "folder or glob of .jsonl, .csv or .parquet tables, a Hub dataset id, "
+            f"{STDLIB} (the source code of Python's standard library), or tokens: a folder that "
+            "hf-nanogpt tokenize made, or one with nanoGPT's train.bin and val.bin."
         },
     )
     validation_data: str | None = field(
@@ -61,7 +72,11 @@ class DataArguments:
         default=200, metadata={"help": "Documents to hold out of a stream."}
     )
     tokenizer: str = field(
-        default="bpe", metadata={"help": "bpe, char, byte, or the folder or Hub id of a tokenizer."}
+        default="bpe",
+        metadata={
+            "help": "bpe, char, byte, or the folder or Hub id of a tokenizer; a tokenised folder "
+            "brings its own."
+        },
     )
     vocab_size: int = field(
         default=2048, metadata={"help": "Size of the vocabulary for tokenizer=bpe."}
@@ -77,6 +92,8 @@ class DataArguments:
                 f"validation_fraction={self.validation_fraction} must be between 0 and 1, "
                 "for example 0.1."
             )
+        if self.num_proc is not None and self.num_proc < 1:
+            raise ValueError(f"num_proc={self.num_proc} is not possible: give 1 or more.")
 
 
 def load_documents(args: DataArguments) -> tuple[Documents, Documents]:
@@ -111,7 +128,7 @@ def _is_empty(documents: Documents) -> bool:
 
 
 def _read(data: str, args: DataArguments, fraction: float) -> tuple[Documents, Documents]:
-    files = _find_files(data)
+    files = find_files(data)
     if files and files[0].suffix not in _TABLES:
         return _read_texts(data, files, fraction)
     return _read_table(data, files, args, fraction)
@@ -120,8 +137,10 @@ def _read(data: str, args: DataArguments, fraction: float) -> tuple[Documents, D
 # Text files
 
 
-def _find_files(data: str) -> list[Path]:
+def find_files(data: str) -> list[Path]:
     """List the files that `data` names; none means that it can only be a Hub id."""
+    if data.startswith(("https://", "http://")):
+        return [_download(data)]
     path = Path(data).expanduser()
     if not data.strip():
         raise ValueError(f"data={data!r} names nothing: give a file, a folder or a Hub id.")
@@ -129,6 +148,10 @@ def _find_files(data: str) -> list[Path]:
         root = Path(sysconfig.get_paths()["stdlib"])
         skip = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
         files = [p for p in root.rglob("*.py") if not skip & set(p.relative_to(root).parts)]
+    elif (path / TOKENIZED).is_file():
+        raise ValueError(
+            f"data={data} holds tokens, and text is needed here: name what they were made from."
+        )
     elif path.is_dir():
         files = [
             p for p in path.rglob("*") if not any(x[0] == "." for x in p.relative_to(path).parts)
@@ -153,6 +176,17 @@ def _find_files(data: str) -> list[Path]:
     if skipped := len(files) - len(texts) - len(tables):
         logger.warning(f"{skipped} of the files in {data} are no UTF-8 text and are left out.")
     return tables or texts
+
+
+def _download(url: str) -> Path:
+    """Fetch a text file of the web into the cache of `datasets`, unless it is there."""
+    try:
+        return Path(DownloadManager().download(url))
+    except (OSError, ConnectionError) as error:
+        why = " ".join(str(error).split())
+        raise ValueError(
+            f"data={url} could not be downloaded ({why}): give the path of a file instead."
+        ) from error
 
 
 def _may_be_hub_id(data: str) -> bool:
@@ -326,7 +360,7 @@ def _is_not_below(row: dict, threshold: int) -> bool:
 
 def load_tokenizer(args: DataArguments, documents: Documents) -> PreTrainedTokenizerBase:
     """Train the tokenizer that `args` names on `documents`, or load it from a folder or the Hub."""
-    if args.tokenizer in ("bpe", "char", "byte"):
+    if args.tokenizer in TOKENIZERS:
         texts = (row["text"] for row in documents)
         return train_tokenizer(
             _limit(texts), kind=cast(TokenizerKind, args.tokenizer), vocab_size=args.vocab_size

@@ -13,12 +13,15 @@ import torch
 from . import __version__
 from .arguments import NanoGPTTrainingArguments
 from .data import DataArguments
+from .token_files import find_token_files
+from .tokenized import TOKENIZED
 
 
 def collect_facts(
     recipe: str,
     flags: Sequence[str],
     *,
+    start_from: str | Path | None = None,
     data_args: DataArguments,
     args: NanoGPTTrainingArguments,
     context_length: int,
@@ -28,12 +31,14 @@ def collect_facts(
     They are made to be published: a path shows its last part only where it is absolute, and what
     concerns the Hub, a token above all, is left out.
     """
+    start = ["--from", _publish(str(start_from))] if start_from else []
     batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     return {
         "recipe": Path(recipe).name,
         "data": _publish(data_args.data),
         "datasets": [data_args.data] if _is_hub_dataset(data_args.data) else [],
-        "command": ["hf-nanogpt", "train", _publish(recipe), *_publish_flags(flags)],
+        "start_from": start_from and _publish(str(start_from)),
+        "command": ["hf-nanogpt", "train", _publish(recipe), *start, *_publish_flags(flags)],
         "eval_command": _repeat_evaluation(data_args),
         "settings": {
             "Tokenizer": _publish(data_args.tokenizer),
@@ -74,7 +79,9 @@ def _is_hub_dataset(data: str) -> bool:
 
 def _repeat_evaluation(data_args: DataArguments) -> list[str] | None:
     """Return the arguments of `hf-nanogpt eval` that measure on the same text, where it can."""
-    default = DataArguments()
+    default, folder = DataArguments(), Path(data_args.data)
+    if (folder / TOKENIZED).is_file() or find_token_files(folder):
+        return None
     if data_args.streaming or data_args.dataset_config or data_args.dataset_split != "train":
         return None
     words = ["--data", _publish(data_args.validation_data or data_args.data)]

@@ -10,6 +10,7 @@ from .configuration_nanogpt import NanoGPTConfig
 from .convert import find_native_twin
 from .modeling_nanogpt import NanoGPTForCausalLM
 from .presets import PRESETS, describe_source, load_preset
+from .throughput import count_flops
 
 
 def describe(model: str) -> dict[str, str]:
@@ -18,22 +19,14 @@ def describe(model: str) -> dict[str, str]:
     Raises:
         ValueError: it is none of them, or a checkpoint of another architecture.
     """
-    config = _load_config(model)
+    config = load_config(model)
     source = {"from": describe_source(model)} if model in PRESETS else {}
     with torch.device("meta"):
         lm = NanoGPTForCausalLM(config)
     total = lm.num_parameters()
     tables = [lm.model.embed_tokens, lm.model.embed_positions]
     embedding = sum(table.weight.numel() for table in tables if table is not None)
-    context, inner = config.max_position_embeddings, config.num_attention_heads * config.head_dim
-    # 2 FLOPs per weight that is multiplied, and 4 per position and layer for scores and weighted
-    # sum; training costs three times that (Kaplan et al. 2020, arXiv:2001.08361, section 2.1).
-    multiplied = total - embedding + config.tie_word_embeddings * lm.lm_head.weight.numel()
-    seen = [
-        min(context, config.sliding_window) if kind == "sliding_attention" else context
-        for kind in config.layer_types
-    ]
-    flops = 2 * multiplied + 4 * inner * sum(seen)
+    context, flops = config.max_position_embeddings, count_flops(lm)
     cached = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     return {
         "layers": f"{config.num_hidden_layers:,}",
@@ -59,7 +52,8 @@ def describe(model: str) -> dict[str, str]:
     }
 
 
-def _load_config(model: str) -> NanoGPTConfig:
+def load_config(model: str) -> NanoGPTConfig:
+    """Return the configuration of a preset, a folder or a Hub id; raise as `describe` does."""
     if model in PRESETS:
         return load_preset(model)
     try:

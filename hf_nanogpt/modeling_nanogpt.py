@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
@@ -36,8 +37,40 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_nanogpt import NanoGPTConfig
 
 
+def _is_eager_training(x: torch.Tensor) -> bool:
+    """Say whether autograd would run each small operation by itself, as on a CPU in float32."""
+    cpu = x.device.type == "cpu" and x.dtype == torch.float32
+    return cpu and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+class _RMSNormFunction(torch.autograd.Function):
+    """Weighted root-mean-square norm in fewer passes over memory than autograd takes."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
+        scale = square.div_(x.shape[-1]).add_(eps).rsqrt_()
+        normed = x * scale
+        ctx.save_for_backward(normed, scale, weight)
+        return normed * weight
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        normed, scale, weight = ctx.saved_tensors
+        rows = (grad * normed).flatten(0, -2)
+        along = (rows @ weight).view_as(scale)
+        grad = torch.addcmul(grad * weight, normed, along, value=-1 / weight.numel())
+        return grad.mul_(scale), rows.sum(dim=0), None
+
+
 class NanoGPTRMSNorm(nn.RMSNorm):
     """Root-mean-square norm, weighted or not; transformers' init looks for this name."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.weight is not None and _is_eager_training(x):
+            return _RMSNormFunction.apply(x, self.weight, self.eps)
+        return super().forward(x)
 
 
 class NanoGPTLayerNorm(nn.LayerNorm):
@@ -94,9 +127,33 @@ def rotate_half(x: torch.Tensor) -> torch.Tensor:
     return torch.cat((-b, a), dim=-1)
 
 
+class _RotaryFunction(torch.autograd.Function):
+    """x * cos + rotate_half(x) * sin, whose gradient is the rotation back."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return _rotate(x, cos, sin, 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return _rotate(grad, *ctx.saved_tensors, -1), None, None
+
+
+def _rotate(x, cos, sin, sign):
+    half = x.shape[-1] // 2
+    rotated = x * cos
+    rotated[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-sign)
+    rotated[..., half:].addcmul_(x[..., :half], sin[..., half:], value=sign)
+    return rotated
+
+
 def apply_rotary_pos_emb(q, k, cos, sin):
     """Rotate q (B, H, T, D) and k (B, G, T, D) by their positions' cos and sin (B, T, D)."""
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    if _is_eager_training(q):
+        return _RotaryFunction.apply(q, cos, sin), _RotaryFunction.apply(k, cos, sin)
     return q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
 
 
@@ -189,7 +246,9 @@ class NanoGPTMLP(nn.Module):
         self.up_proj = nn.Linear(width, inner, bias=bias)
         self.down_proj = nn.Linear(inner, width, bias=bias)
         self.down_proj.is_residual_proj = True
-        self.act_fn = ACT2FN[config.hidden_act]
+        # GPT-2's GELU written out takes eight passes over memory, torch's kernel for it one.
+        fused = {"gelu_new": "gelu_pytorch_tanh"}
+        self.act_fn = ACT2FN[fused.get(config.hidden_act, config.hidden_act)]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.gate_proj is None:
@@ -256,6 +315,10 @@ class NanoGPTPreTrainedModel(PreTrainedModel):
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """Save as transformers does, and make the folder load through every Auto class."""
+        kind = type(self)
+        if kind.__name__.startswith("FSDP"):  # `fully_shard` made it of ours, in a file of torch's
+            ours = kind.__bases__[-1]
+            kind.__name__, kind.__module__ = ours.__name__, ours.__module__
         self.config.auto_map = {"AutoConfig": "configuration_nanogpt.NanoGPTConfig"} | {
             auto_class: f"modeling_nanogpt.{name}" for name, auto_class in _AUTO_CLASSES.items()
         }
@@ -335,7 +398,8 @@ class NanoGPTModel(NanoGPTPreTrainedModel):
         else:
             position_embeddings = self.rotary_emb(hidden_states, position_ids)
         hidden_states = self.dropout(self.embed_norm(hidden_states))
-        for layer, layer_type in zip(self.layers, self.config.layer_types, strict=True):
+        depth = self.config.num_hidden_layers  # assisted decoding lowers it to draft by early exit
+        for layer, layer_type in zip(self.layers[:depth], self.config.layer_types, strict=False):
             hidden_states = layer(
                 hidden_states,
                 attention_mask=masks[layer_type],

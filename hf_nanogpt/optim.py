@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor, Shard
 from torch.optim.adamw import adamw
 
 OptimRecipe = Literal["muon", "adamw"]
@@ -29,7 +30,7 @@ class OptimDefaults:
 
 
 OPTIM_DEFAULTS: dict[str, OptimDefaults] = {
-    "muon": OptimDefaults(0.02, 0.8, 0.95, 0.0, 0.0),
+    "muon": OptimDefaults(0.03, 0.8, 0.95, 0.0, 0.0),
     "adamw": OptimDefaults(1e-3, 0.9, 0.95, 0.1, 1.0),
 }
 
@@ -49,17 +50,40 @@ def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
     """Return about the closest orthogonal matrix to each of `matrices` (..., rows, columns).
 
     Singular values come out around 1. Computed in float32 on a CPU, where bfloat16 is slow, and in
-    bfloat16 elsewhere.
+    bfloat16 elsewhere. Sharded matrices (at least 3 dimensions) come back in the same shards.
     """
+    if isinstance(matrices, DTensor):
+        return _orthogonalize_sharded(matrices)
     x = matrices.float() if matrices.device.type == "cpu" else matrices.bfloat16()
+    x = x.reshape(-1, *x.shape[-2:])
     tall = x.size(-2) > x.size(-1)
     if tall:
         x = x.mT
     x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.01 + 1e-7)
     for a, b, c in _POLAR_EXPRESS:
         square = x @ x.mT
-        x = a * x + (b * square + c * square @ square) @ x
-    return (x.mT if tall else x).to(matrices.dtype)
+        polynomial = torch.baddbmm(square, square, square, beta=b, alpha=c)
+        polynomial.diagonal(dim1=-2, dim2=-1).add_(a)
+        x = polynomial @ x
+    return (x.mT if tall else x).to(matrices.dtype).view_as(matrices)
+
+
+def _orthogonalize_sharded(matrices: DTensor) -> DTensor:
+    """Deal whole matrices out to the processes, and the results back in shards.
+
+    These are two exchanges; products of sharded matrices would each need their own.
+    """
+    dealt = [place if place.is_replicate() else Shard(0) for place in matrices.placements]
+    own = matrices.redistribute(placements=dealt)
+    results = DTensor.from_local(
+        orthogonalize(own.to_local()),
+        own.device_mesh,
+        dealt,
+        run_check=False,
+        shape=own.shape,
+        stride=own.stride(),
+    )
+    return results.redistribute(placements=matrices.placements)
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -67,7 +91,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
     Both decay weights apart from the gradient. Matrices of one shape are orthogonalised together in
     one batched product. `"muon"` groups use `momentum` (Nesterov), `"adamw"` groups `betas` and
-    `eps`.
+    `eps`. Parameters may be sharded (`DTensor`), as FSDP2 and tensor parallelism do it.
     """
 
     def __init__(
@@ -91,8 +115,10 @@ class MuonAdamW(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
-            if params:
-                (self._muon if group["algorithm"] == "muon" else self._adamw)(params, group)
+            for sharded in (False, True):  # tensor parallelism has both, and no call takes both
+                same = [p for p in params if isinstance(p, DTensor) is sharded]
+                if same:
+                    (self._muon if group["algorithm"] == "muon" else self._adamw)(same, group)
         return loss
 
     def _muon(self, params: list[torch.Tensor], group: dict[str, Any]) -> None:

@@ -5,18 +5,109 @@ Packed, a corpus reads `<eos> document <eos> document ... <eos>`, cut into block
 predict the tokens after the first of a block, every token is predicted exactly once.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import count
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from datasets import Dataset, Features, IterableDataset, List, NamedSplit, Value
+from datasets import Dataset, Features, IterableDataset, List, Value
 from datasets.fingerprint import Hasher
+from torch.utils import data as torch_data
 from transformers import PreTrainedTokenizerBase
 
 from .data import Documents
+from .encoding import DocumentEncoder
 
-_VERSION = 1  # of the blocks; a new one leaves those in the cache of `datasets` behind
+_VERSION = 2  # of the tokens; a new one leaves those in the cache of `datasets` behind
+_SHUFFLED = 10_000  # documents of a stream among which the next one is drawn
+
+Pieces: TypeAlias = Callable[[], list[np.ndarray]]
+"""Opens a corpus: its token ids in arrays, one after the other, as a rule memory-mapped."""
+
+
+class PackedBlocks(torch_data.Dataset):
+    """Rows with `input_ids` of `context_length` tokens, cut out of a corpus when asked for.
+
+    The corpus stays on disk and may be larger than memory; another process opens it anew.
+    """
+
+    def __init__(self, pieces: Pieces, *, context_length: int):
+        self.open_pieces = pieces
+        self.context_length = context_length
+        self.pieces = [piece for piece in pieces() if len(piece)]
+        self.ends = np.cumsum([len(piece) for piece in self.pieces], dtype=np.int64)
+
+    def __reduce__(self):
+        return partial(type(self), context_length=self.context_length), (self.open_pieces,)
+
+    def __len__(self) -> int:
+        tokens = int(self.ends[-1]) if self.pieces else 0
+        return max(1, -(-(tokens - 1) // (self.context_length - 1)))
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"There are {len(self)} blocks, and none of number {index}.")
+        start = (index % len(self)) * (self.context_length - 1)
+        return {"input_ids": self._slice(start, start + self.context_length)}
+
+    def _slice(self, start: int, end: int) -> np.ndarray:
+        number, parts = int(np.searchsorted(self.ends, start, side="right")), []
+        while start < end and number < len(self.pieces):
+            first = int(self.ends[number]) - len(self.pieces[number])
+            parts.append(self.pieces[number][start - first : end - first])
+            start, number = int(self.ends[number]), number + 1
+        return np.concatenate(parts) if len(parts) > 1 else parts[0]
+
+
+class PackedStream(torch_data.IterableDataset):
+    """The same rows, cut out of a stream of documents as it is read.
+
+    With a `seed` the stream never ends: it is read again and again, shuffled anew each time, in an
+    order that depends on the seed alone. Where several processes train, the first reads for all, as
+    Accelerate does by default, so that no document is read twice.
+    """
+
+    def __init__(
+        self,
+        tokens: IterableDataset,
+        *,
+        context_length: int,
+        eos_token_id: int | None,
+        seed: int | None = None,
+    ):
+        self.tokens = tokens
+        self.context_length = context_length
+        self.eos = np.array([] if eos_token_id is None else [eos_token_id], dtype=np.int64)
+        self.seed = seed
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        rest, step = self.eos[:0], self.context_length - 1
+        for row in self._rows():
+            rest = np.concatenate((rest, row["input_ids"]))
+            whole = max(0, len(rest) - 1) // step * step
+            for start in range(0, whole, step):
+                yield {"input_ids": rest[start : start + step + 1]}
+            rest = rest[whole:]
+        yield {"input_ids": np.concatenate((rest, self.eos))}
+
+    def _rows(self) -> Iterator[dict[str, Any]]:
+        if self.seed is None:
+            yield from self.tokens
+            return
+        shuffled = self.tokens.shuffle(seed=self.seed, buffer_size=_SHUFFLED)
+        for epoch in count():
+            shuffled.set_epoch(epoch)
+            row = None
+            for row in shuffled:
+                yield row
+            if row is None:  # nothing is left for this worker of a DataLoader
+                return
+
+
+Tokens: TypeAlias = Pieces | IterableDataset
 
 
 def pack_documents(
@@ -25,82 +116,55 @@ def pack_documents(
     *,
     context_length: int,
     num_proc: int | None = None,
-) -> Documents:
+) -> PackedBlocks | PackedStream:
     """Tokenise documents and pack them into rows with `input_ids` of `context_length` tokens.
 
-    The last block may be shorter; `PackedCollator` pads it. A `Dataset` is memory-mapped from Arrow
-    files in the cache of `datasets`, so the corpus may be larger than memory; an `IterableDataset`
-    is packed as it streams.
+    The last block may be shorter; `PackedCollator` pads it. The tokens of a `Dataset` are memory-
+    mapped from Arrow files in the cache of `datasets`, so the corpus may be larger than memory; an
+    `IterableDataset` is tokenised and packed as it streams.
     """
-    eos = tokenizer.eos_token_id
-    kind = "uint16" if len(tokenizer) <= 2**16 else "int32"
-    features = Features({"input_ids": List(Value(kind))})
-    settings = {"context_length": context_length, "eos_token_id": eos}
-    encode = _Encoder(tokenizer)
+    tokens = tokenize_documents(documents, tokenizer, num_proc=num_proc)
+    return cut_blocks(tokens, context_length=context_length, eos_token_id=tokenizer.eos_token_id)
+
+
+def tokenize_documents(
+    documents: Documents, tokenizer: PreTrainedTokenizerBase, *, num_proc: int | None = None
+) -> Tokens:
+    """Return the tokens of all documents, each behind an eos, one more of which ends them."""
+    encode = DocumentEncoder(tokenizer)
+    features = Features({"input_ids": List(Value(encode.kind))})
+    columns = documents.column_names or ["text"]
     if isinstance(documents, IterableDataset):
-        tokens = documents.map(
-            encode, batched=True, remove_columns=list(documents.features or ["text"])
-        )
-        return IterableDataset.from_generator(
-            _generate_blocks, gen_kwargs={"tokens": tokens, **settings}, features=features
-        )
+        return documents.map(encode, batched=True, batch_size=64, remove_columns=columns)
+    eos = tokenizer.eos_token_id
     words = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer
-    key = Hasher.hash((_VERSION, documents._fingerprint, words, eos))
     tokens = documents.map(
         encode,
         batched=True,
         batch_size=64,
-        remove_columns=documents.column_names,
+        remove_columns=columns,
         features=features,
         num_proc=num_proc,
-        new_fingerprint=key,
+        new_fingerprint=Hasher.hash((_VERSION, documents._fingerprint, words, eos)),
         desc="Tokenising",
     )
-    blocks = Dataset.from_generator(
-        _generate_blocks,
-        gen_kwargs={"tokens": tokens, **settings},
-        features=features,
-        fingerprint=Hasher.hash((key, settings)),
-        split=NamedSplit("blocks"),
-    )
-    return blocks.with_format("numpy")
+    return partial(_open_arrow, tokens, np.array([] if eos is None else [eos], dtype=encode.kind))
 
 
-class _Encoder:
-    """Turn a batch of texts into token ids, eos first where a document starts."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        self.tokenizer = tokenizer
-
-    def __call__(self, batch: dict) -> dict:
-        starts = batch.get("starts") or [True] * len(batch["text"])
-        # "<|endoftext|>" inside a text is text, not the end of a document.
-        encoded = self.tokenizer(
-            batch["text"],
-            add_special_tokens=False,
-            split_special_tokens=True,
-            return_attention_mask=False,
-            verbose=False,
-        )["input_ids"]
-        eos = [self.tokenizer.eos_token_id]
-        return {
-            "input_ids": [
-                eos + ids if new else ids for new, ids in zip(starts, encoded, strict=True)
-            ]
-        }
+def _open_arrow(tokens: Dataset, end: np.ndarray) -> list[np.ndarray]:
+    chunks = tokens.data.column("input_ids").chunks if len(tokens) else []
+    return [*(chunk.flatten().to_numpy() for chunk in chunks), end]
 
 
-def _generate_blocks(tokens: Documents, context_length: int, eos_token_id: int) -> Iterator[dict]:
-    """Cut the stream of all tokens, closed by eos, into blocks that overlap by one token."""
-    rest = np.empty(0, dtype=np.int64)
-    for row in tokens.with_format("numpy"):
-        stream = np.concatenate((rest, row["input_ids"]))
-        count = max(0, (len(stream) - 1) // (context_length - 1))
-        for i in range(count):
-            start = i * (context_length - 1)
-            yield {"input_ids": stream[start : start + context_length]}
-        rest = stream[count * (context_length - 1) :]
-    yield {"input_ids": np.append(rest, eos_token_id)}
+def cut_blocks(
+    tokens: Tokens, *, context_length: int, eos_token_id: int | None, seed: int | None = None
+) -> PackedBlocks | PackedStream:
+    """Return the blocks of a corpus of tokens, read only when asked for; `seed` is a stream's."""
+    if isinstance(tokens, IterableDataset):
+        return PackedStream(
+            tokens, context_length=context_length, eos_token_id=eos_token_id, seed=seed
+        )
+    return PackedBlocks(tokens, context_length=context_length)
 
 
 @dataclass
@@ -109,17 +173,23 @@ class PackedCollator:
 
     Positions start again at every eos, which keeps packed documents from seeing each other, and the
     labels equal the inputs (models shift them). A short block is filled with eos, labelled -100.
+    Where `eos_token_id` is `None`, no document ends, and a short block is filled with 0.
     """
 
-    eos_token_id: int
+    eos_token_id: int | None
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         length = max(len(row["input_ids"]) for row in rows)
-        input_ids = torch.full((len(rows), length), self.eos_token_id)
-        labels = torch.full_like(input_ids, -100)
+        input_ids = np.full((len(rows), length), self.eos_token_id or 0)
+        labels = np.full_like(input_ids, -100)
         for i, row in enumerate(rows):
-            ids = torch.as_tensor(np.asarray(row["input_ids"], dtype=np.int64))
-            input_ids[i, : len(ids)] = labels[i, : len(ids)] = ids
-        index = torch.arange(length).expand_as(input_ids)
-        starts = torch.where(input_ids == self.eos_token_id, index, 0).cummax(dim=1).values
-        return {"input_ids": input_ids, "labels": labels, "position_ids": index - starts}
+            count = len(row["input_ids"])
+            input_ids[i, :count] = labels[i, :count] = row["input_ids"]
+        index = np.arange(length)
+        if self.eos_token_id is None:
+            starts = np.zeros_like(input_ids)
+        else:
+            starts = np.where(input_ids == self.eos_token_id, index, 0)
+        positions = index - np.maximum.accumulate(starts, axis=1)
+        batch = {"input_ids": input_ids, "labels": labels, "position_ids": positions}
+        return {name: torch.from_numpy(array) for name, array in batch.items()}

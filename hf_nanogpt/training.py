@@ -1,56 +1,62 @@
 """Training: transformers' Trainer with our optimizer, packed batches and exact metrics."""
 
 import json
-import shlex
+import os
 import time
 from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import IterableDataset
-from huggingface_hub.errors import HTTPError
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, Trainer, set_seed
+from accelerate import FullyShardedDataParallelPlugin
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_callback import ProgressCallback as StockProgressCallback
-from transformers.trainer_utils import HubStrategy, get_last_checkpoint
 from transformers.utils import logging
 
 from .arguments import NanoGPTTrainingArguments, as_flags, make_config, parse_settings
-from .callbacks import ProgressCallback, plot_losses
-from .card import render_model_card
-from .checkpoint import check_output_dir, clear_output_dir, staged_folder
-from .data import (
-    STDLIB,
-    DataArguments,
-    Documents,
-    load_documents,
-    load_tokenizer,
+from .callbacks import (
+    PlotCallback,
+    ProgressCallback,
+    SampleCallback,
+    SpeedCallback,
+    draw_sample,
+    plot_losses,
 )
+from .card import render_model_card
+from .checkpoint import (
+    check_output_dir,
+    clear_output_dir,
+    clear_unfinished,
+    explain_write_errors,
+    find_last_checkpoint,
+    load_checkpoint,
+    staged_folder,
+)
+from .data import STDLIB, DataArguments
 from .evaluation import check_context_length, sum_losses, summarize_losses
 from .facts import collect_facts
-from .generation import generate_text
-from .hub import Release, push_to_hub, write_card
-from .hub_errors import explain_hub_error
-from .hub_queue import PushQueue
+from .hub import write_card
+from .hub_trainer import HubTrainer
+from .interruption import check_settings, describe_settings, stop_on_signals
 from .modeling_nanogpt import NanoGPTForCausalLM
 from .optim import build_optimizer
-from .packing import PackedCollator, pack_documents
+from .packing import PackedBlocks, PackedCollator, PackedStream, cut_blocks
 from .tokenization import token_byte_counts
+from .tokenized import load_tokens
 
 logger = logging.get_logger(__name__)
 
 
-class NanoGPTTrainer(Trainer):
+class NanoGPTTrainer(HubTrainer):
     """Train on packed blocks by the optimizer of `args.optim_recipe`.
 
     Takes all that `Trainer` takes. With a `processing_class` (the tokenizer) it collates blocks by
     `PackedCollator` and evaluates `eval_loss`, `eval_perplexity` and `eval_bits_per_byte` as exact
     sums over tokens, whatever the batch size; a `data_collator` or `compute_metrics` of one's own
-    wins.
+    wins. The log tells tokens per second and MFU, see `SpeedCallback`.
     """
 
     args: NanoGPTTrainingArguments
@@ -66,9 +72,22 @@ class NanoGPTTrainer(Trainer):
                 kwargs["compute_metrics"] = _compute_metrics
                 self.byte_counts = token_byte_counts(tokenizer)
         super().__init__(model, args, **kwargs)
+        if self.is_fsdp_enabled:
+            _prepare_fsdp(self.accelerator.state.fsdp_plugin)
         self.remove_callback(PrinterCallback)
         if self.pop_callback(StockProgressCallback) is not None:
             self.add_callback(ProgressCallback)
+        self.speed = SpeedCallback()
+        self.add_callback(self.speed)
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+                callback.logging_dir = os.path.join(self.args.output_dir, "tensorboard")
+
+    def log(self, logs, start_time=None):
+        """Log as `Trainer` does, with `tokens_per_second` and `mfu` beside the training loss."""
+        if "loss" in logs:
+            logs.update(self.speed.read(self.state))
+        super().log(logs, start_time)
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -83,6 +102,14 @@ class NanoGPTTrainer(Trainer):
             )
         return self.optimizer
 
+    def get_eval_dataloader(self, eval_dataset=None):
+        """Give every block to the evaluation, which would not be exact without the last batch."""
+        kept, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.args.dataloader_drop_last = kept
+
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Hand the sums of each row to Trainer's loop as "logits", which it gathers."""
         if self.byte_counts is None:
@@ -91,84 +118,17 @@ class NanoGPTTrainer(Trainer):
             sums = sum_losses(model, self._prepare_inputs(inputs), self.byte_counts)
         return None, sums, sums
 
-    # The Hub: what hub.py pushes, in place of all files of the folder and a card of blanks.
 
-    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        self.pushes = PushQueue()
-        name = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
-        try:
-            super().init_hf_repo(token, private)
-        except HTTPError as error:
-            raise ValueError(
-                f"hub_model_id={name} is no place to push to: {explain_hub_error(error)}."
-            ) from error
-
-    def create_model_card(self, *args, **kwargs) -> None:
-        """Write the card into `output_dir`, where a person's own edits stay."""
-        if self.is_world_process_zero():
-            folder = Path(self.args.output_dir)
-            facts = {"num_parameters": self.model.num_parameters()}
-            card = render_model_card(self.model.config, facts, name=folder.absolute().name)
-            write_card(card, folder / "README.md")
-
-    def push_to_hub(
-        self,
-        commit_message: str | None = "End of training",
-        blocking: bool = True,
-        token: str | None = None,
-        revision: str | None = None,
-        private: bool | None = None,
-        **kwargs,
-    ) -> Release | None:
-        """Save to `output_dir` and push that as `hub.push_to_hub` does; always waits for the end.
-
-        Raises:
-            ValueError: the Hub refused; what was trained is safe in `output_dir`.
-        """
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        if self.hub_model_id is None:
-            self.init_hf_repo(token=token, private=private)
-        self.save_model(_internal_call=True)
-        if not self.is_world_process_zero():
-            return None
-        self._finish_current_push()
-        return push_to_hub(
-            self.args.output_dir,
-            self.hub_model_id,
-            branch=revision or self.args.hub_revision,
-            private=private or bool(self.args.hub_private_repo),
-            message=commit_message,
-            token=token or self.args.hub_token,
+def _prepare_fsdp(plugin: FullyShardedDataParallelPlugin) -> None:
+    """Keep losses and the sums of gradients in float32, where weights are used in bfloat16."""
+    if plugin.fsdp_version == 1:
+        raise ValueError(
+            "fsdp_version=1 flattens the matrices that Muon needs: set fsdp_version to 2, as "
+            "examples/accelerate/fsdp2.yaml does."
         )
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        args, strategy = self.args, self.args.hub_strategy
-        if not self.is_world_process_zero() or strategy == HubStrategy.END:
-            return
-        self.callback_handler.on_push_begin(args, self.state, self.control)
-        branches = [args.hub_revision or "main"]
-        if strategy == HubStrategy.CHECKPOINT:
-            branches.append("last-checkpoint")
-        elif strategy == HubStrategy.ALL_CHECKPOINTS:
-            branches.append(Path(checkpoint_folder).name)
-        self.pushes.add(
-            checkpoint_folder,
-            self.hub_model_id,
-            branches=branches,
-            num_parameters=self.model.num_parameters(),
-            message=f"Training in progress, step {self.state.global_step}",
-            skip_waiting=not (args.hub_always_push or strategy == HubStrategy.ALL_CHECKPOINTS),
-            token=args.hub_token,
-        )
-
-    def _finish_current_push(self) -> None:
-        if self.hub_model_id is None:
-            return
-        for error in self.pushes.finish():
-            logger.error(
-                f"A push during training failed: {error} To push what was trained: hf-nanogpt push "
-                f"{shlex.quote(self.args.output_dir)} {self.hub_model_id}"
-            )
+    if policy := plugin.mixed_precision_policy:
+        policy = replace(policy, reduce_dtype=torch.float32, output_dtype=None)
+        plugin.mixed_precision_policy = policy
 
 
 def _compute_metrics(prediction) -> dict[str, float]:
@@ -196,83 +156,117 @@ def train(
     recipe: str | Path = "quickstart",
     flags: Sequence[str] = (),
     *,
+    start_from: str | Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
     **settings: Any,
 ) -> TrainingResult:
-    """Train a tokenizer and a model from nothing, and write the checkpoint folder.
+    """Train a tokenizer and a model, and write the checkpoint folder.
 
     Args:
         recipe: the name of one of ours, or the path of a YAML file.
         flags: settings as on the command line; they win.
-        resume: go on from the last `checkpoint-*` in `output_dir`.
+        start_from: folder or Hub id of a checkpoint whose model and tokenizer to go on with; by
+            default both are made from nothing.
+        resume: go on from the last whole `checkpoint-*` in `output_dir`, exact to the bit, or from
+            the beginning if there is none yet.
         overwrite: delete what an earlier training left in `output_dir`.
         settings: those of `DataArguments`, `NanoGPTConfig` (also by nanoGPT's names), `preset`, and
             `NanoGPTTrainingArguments`, for example `max_steps=100, n_layer=6`.
 
     Raises:
-        ValueError: a setting, the data or the output folder is not usable. Nothing was written.
+        ValueError: a setting, the data or the output folder is not usable, and nothing was written;
+            or the loss is no longer finite, or a checkpoint could not be written.
+        TrainingInterrupted: a `KeyboardInterrupt`; Ctrl-C or SIGTERM came while it trained, and a
+            checkpoint was saved first.
     """
     data_args, architecture, args = parse_settings(recipe, flags, **settings)
+    words = [*as_flags(settings), *flags]  # as on the command line
     check_output_dir(args.output_dir, overwrite=overwrite, resume=resume)
+    model, own = _load_start(start_from, architecture)
     # Refuse an impossible architecture now, not after minutes of preparing data for it.
-    config = make_config(architecture, vocab_size=data_args.vocab_size)
+    config = model.config if model else make_config(architecture, vocab_size=data_args.vocab_size)
     check_context_length(config, data_args.context_length)
-    last_checkpoint = get_last_checkpoint(args.output_dir) if resume else None
+    last_checkpoint = find_last_checkpoint(args.output_dir) if resume else None
+    if resume and not last_checkpoint and args.should_save:
+        logger.warning(f"{args.output_dir} has no checkpoint yet: training begins at the start.")
 
     with args.main_process_first(desc="preparing the data"):
-        documents, held_out = load_documents(data_args)
         if last_checkpoint:
-            tokenizer = AutoTokenizer.from_pretrained(last_checkpoint)
-            config = AutoConfig.from_pretrained(last_checkpoint)
-        else:
-            tokenizer = load_tokenizer(data_args, documents)
+            own = AutoTokenizer.from_pretrained(last_checkpoint)
+        tokenizer, tokens, held_out = load_tokens(data_args, own)
+        if model is None:
             config = make_config(architecture, **_vocabulary(tokenizer))
         length = check_context_length(config, data_args.context_length)
         tokenizer.model_max_length = config.max_position_embeddings
-        pack = partial(
-            pack_documents,
-            tokenizer=tokenizer,
-            context_length=length,
-            num_proc=data_args.num_proc,
-        )
-        blocks, validation = pack(documents), pack(held_out)
+        cut: dict[str, Any] = {"context_length": length, "eos_token_id": tokenizer.eos_token_id}
+        seed = args.seed if args.data_seed is None else args.data_seed
+        blocks, validation = cut_blocks(tokens, seed=seed, **cut), cut_blocks(held_out, **cut)
     _check_blocks(blocks, length, args)
+    settings = describe_settings(args, data_args, config, blocks=blocks, validation=validation)
+    if last_checkpoint:
+        check_settings(last_checkpoint, settings)
 
     set_seed(args.seed)
     trainer = NanoGPTTrainer(
-        NanoGPTForCausalLM(config),
+        model or NanoGPTForCausalLM(config),
         args,
         train_dataset=blocks,
         eval_dataset=validation,
         processing_class=tokenizer,
     )
-    if overwrite and args.should_save:
-        clear_output_dir(args.output_dir)
-    started, tokens_before = time.perf_counter(), _tokens_seen(last_checkpoint)
-    trainer.train(resume_from_checkpoint=last_checkpoint)
-    seconds = time.perf_counter() - started
-    metrics = _collect_metrics(trainer, seconds, tokens_before)
-    words = [*as_flags(settings), *flags]
+    trainer.settings = settings
+    trainer.speed.context_length = length
+    first = tokenizer.decode(next(iter(validation))["input_ids"], skip_special_tokens=True)
+    prompt = _choose_prompt(args, data_args, first, length)
+    if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        trainer.add_callback(SampleCallback(prompt, trainer.speed))
+    trainer.add_callback(PlotCallback(trainer.speed))
+    if args.should_save and (overwrite or resume):
+        (clear_output_dir if overwrite else clear_unfinished)(args.output_dir)
+    with stop_on_signals(trainer):
+        trainer.train(resume_from_checkpoint=last_checkpoint)
+    metrics = _collect_metrics(trainer, time.perf_counter() - trainer.started)
     metrics |= collect_facts(
-        str(recipe), words, data_args=data_args, args=args, context_length=length
+        str(recipe),
+        words,
+        start_from=start_from,
+        data_args=data_args,
+        args=args,
+        context_length=length,
     )
-    prompt = _choose_prompt(args, data_args, held_out)
     result = _write_artifacts(trainer, metrics, prompt=prompt)
     if args.push_to_hub:
         trainer.push_to_hub()
     return result
 
 
+def _load_start(
+    start_from: str | Path | None, architecture: dict[str, Any]
+) -> tuple[PreTrainedModel | None, PreTrainedTokenizerBase | None]:
+    """Load what training goes on with, in float32, as the optimizer needs it."""
+    if start_from is None:
+        return None, None
+    if architecture:
+        raise ValueError(
+            f"The architecture is that of {start_from}, and {', '.join(architecture)} cannot be "
+            "chosen as well: leave it out, and take a recipe without it, such as finetune."
+        )
+    model, tokenizer = load_checkpoint(start_from)
+    if tokenizer is None or tokenizer.eos_token_id is None:
+        raise ValueError(f"{start_from} has no tokenizer with an eos_token, to end documents with.")
+    return model.float().train(), tokenizer
+
+
 def _choose_prompt(
-    args: NanoGPTTrainingArguments, data_args: DataArguments, held_out: Documents
+    args: NanoGPTTrainingArguments, data_args: DataArguments, held_out: str, length: int
 ) -> str:
     """Return the prompt of the sample: the user's, or one that suits the text."""
     if args.sample_prompt is not None:
         return args.sample_prompt
     if data_args.data == STDLIB:
         return "def main("
-    return " ".join(next(iter(held_out))["text"].split()[:3])[:40]
+    return " ".join(held_out.split()[:3])[: min(40, length // 2)]
 
 
 def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -282,8 +276,10 @@ def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     return {"vocab_size": len(tokenizer), **ids}
 
 
-def _check_blocks(blocks: Documents, length: int, args: NanoGPTTrainingArguments) -> None:
-    if isinstance(blocks, IterableDataset):
+def _check_blocks(
+    blocks: PackedBlocks | PackedStream, length: int, args: NanoGPTTrainingArguments
+) -> None:
+    if isinstance(blocks, PackedStream):
         if args.max_steps <= 0:
             raise ValueError(f"max_steps={args.max_steps}: a stream has no end, so give max_steps.")
     elif len(blocks) == 1 and (tokens := len(blocks[0]["input_ids"])) < length:
@@ -293,19 +289,11 @@ def _check_blocks(blocks: Documents, length: int, args: NanoGPTTrainingArguments
         )
 
 
-def _tokens_seen(checkpoint: str | None) -> int:
-    if checkpoint is None:
-        return 0
-    state = json.loads((Path(checkpoint) / "trainer_state.json").read_text())
-    return state["num_input_tokens_seen"]
-
-
-def _collect_metrics(trainer: NanoGPTTrainer, seconds: float, tokens_before: int) -> dict[str, Any]:
+def _collect_metrics(trainer: NanoGPTTrainer, seconds: float) -> dict[str, Any]:
     state = trainer.state
     history = [row for row in state.log_history if "eval_loss" in row]
     fresh = history and history[-1]["step"] == state.global_step
     last = history[-1] if fresh and not trainer.args.load_best_model_at_end else trainer.evaluate()
-    tokens = state.num_input_tokens_seen
     return {
         "eval_loss": last["eval_loss"],
         "perplexity": last["eval_perplexity"],
@@ -314,33 +302,35 @@ def _collect_metrics(trainer: NanoGPTTrainer, seconds: float, tokens_before: int
         "eval_bytes": last["eval_bytes"],
         "num_parameters": trainer.model.num_parameters(),
         "train_steps": state.global_step,
-        "train_tokens": tokens,
+        "train_tokens": state.num_input_tokens_seen,
         "train_seconds": round(seconds, 2),
-        "tokens_per_second": round((tokens - tokens_before) / seconds, 1),
+        **trainer.speed.summarize(state),
     }
+
+
+def _gather_model(trainer: NanoGPTTrainer) -> NanoGPTForCausalLM:
+    """Return the trained model, put together from its shards on the process that saves."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if not trainer.is_fsdp_enabled:
+        return model
+    state_dict = trainer.accelerator.get_state_dict(trainer.model)  # every process takes part
+    if not trainer.args.should_save:
+        return model
+    return NanoGPTForCausalLM.from_pretrained(None, config=model.config, state_dict=state_dict)
 
 
 def _write_artifacts(
     trainer: NanoGPTTrainer, metrics: dict[str, Any], *, prompt: str
 ) -> TrainingResult:
     args, tokenizer = trainer.args, trainer.processing_class
-    model = trainer.accelerator.unwrap_model(trainer.model)
+    model = _gather_model(trainer)
     output_dir, sample = Path(args.output_dir), ""
     if not args.should_save:
         return TrainingResult(output_dir, metrics, prompt, sample)
-    room = model.config.max_position_embeddings - len(tokenizer(prompt)["input_ids"]) - 1
-    with suppress(ValueError):  # a prompt longer than the context leaves no room for a sample
-        [sample] = generate_text(
-            model.eval(),
-            tokenizer,
-            prompt,
-            max_new_tokens=min(120, room),
-            temperature=0.7,
-            seed=args.seed,
-        )
+    sample = draw_sample(model, tokenizer, prompt, max_new_tokens=120, seed=args.seed)
     metrics |= {"prompt": prompt, "sample": sample}
     card = render_model_card(model.config, metrics, name=output_dir.name)
-    with staged_folder(output_dir) as folder:
+    with explain_write_errors(output_dir, run=output_dir), staged_folder(output_dir) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")

@@ -75,9 +75,10 @@ def test_a_folder_without_a_config_is_refused_with_a_hint_at_its_steps(folder):
     (folder / "config.json").unlink()
     with pytest.raises(ValueError, match=rf"{folder} is no checkpoint folder: .*no config.json\.$"):
         load_checkpoint(folder)
-    for step, time in (("checkpoint-9", 1), ("checkpoint-10", 2)):
+    for step in ("checkpoint-9", "checkpoint-10"):
         fill(folder, f"{step}/")
-        os.utime(folder / step, (time, time))
+        (folder / step / "trainer_state.json").write_text("{}")
+    fill(folder, "checkpoint-11/")  # not whole
     with pytest.raises(ValueError, match=r"unfinished training: try .*checkpoint-10"):
         load_checkpoint(folder)
 
@@ -140,7 +141,7 @@ def test_a_folder_with_something_in_it_is_refused(folder):
 def test_overwriting_deletes_a_training_and_nothing_else(folder):
     fill(folder, "README.md", "metrics.json", "loss.png", "training_args.bin")
     fill(folder, "model-00001-of-00002.safetensors", "model.safetensors.index.json")
-    fill(folder, "checkpoint-20/", "checkpoint-100/")
+    fill(folder, "checkpoint-20/", "checkpoint-100/", ".staged-x/")
     check_output_dir(folder, overwrite=True)
     fill(folder, "notes.txt", "thesis/")  # came since
     clear_output_dir(folder)
@@ -174,15 +175,17 @@ def test_clearing_takes_a_link_away_and_not_what_it_leads_to(folder, tmp_path):
     assert (elsewhere / "weights.bin").is_file()
 
 
-def test_resuming_needs_a_step_to_resume_from(folder):
-    refused = f"output_dir={folder} has no checkpoint-.*leave out --resume"
-    for name in (None, "checkpoint-notes.txt"):
-        fill(folder, *([name] if name else []))
-        with pytest.raises(ValueError, match=refused):
-            check_output_dir(folder, resume=True)
-    with pytest.raises(ValueError, match="has no checkpoint-"):
-        check_output_dir(folder / "missing", resume=True)
-    check_output_dir(fill(folder, "checkpoint-20/"), resume=True)
+def test_resuming_needs_a_whole_step_or_no_more_than_a_killed_training_leaves(folder):
+    refused = rf"output_dir={folder} has no whole checkpoint-.*leave out --resume"
+    with pytest.raises(ValueError, match=refused):  # but the checkpoint of a finished one
+        check_output_dir(fill(folder, "checkpoint-20/"), resume=True)
+    (folder / "checkpoint-20" / "trainer_state.json").write_text("{}")
+    check_output_dir(folder, resume=True)
+    killed = fill(folder / "killed", "checkpoint-5/", ".staged-x/")
+    for place in (folder / "missing", killed):
+        check_output_dir(place, resume=True)
+    with pytest.raises(ValueError, match="has no whole checkpoint-"):
+        check_output_dir(fill(killed, "checkpoint-notes.txt"), resume=True)
 
 
 def test_a_place_under_a_file_is_refused(folder):

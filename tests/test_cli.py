@@ -199,7 +199,7 @@ def _bad_inputs(tmp: Path) -> dict[str, tuple[list, list[str]]]:
         "tiny vocabulary": ([*good, "--vocab_size=100"], ["vocab_size=100", "257"]),
         "long context": ([*good, *SIZE, "--context_length=32"], ["context_length=32", "16"]),
         "folder under a file": ([*good, "--output_dir", tmp / "good.txt" / "x"], ["output_dir"]),
-        "no folder to resume": ([*good, "--resume"], ["checkpoint-*", "--resume"]),
+        "no folder to resume": ([*good, "--resume", "--output_dir", tmp], ["checkpoint-*"]),
         "offline Hub id": (["--data", "user/corpus"], ["user/corpus", "HF_HUB_OFFLINE"]),
         "tokenizer": ([*good, "--tokenizer=bpee"], ["bpee", "bpe, char, byte"]),
         "threads": ([*good, "--num_threads=0"], ["num_threads=0"]),

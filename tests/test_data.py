@@ -1,5 +1,6 @@
 """Sources of text: what is read, which documents are held out, and what is refused."""
 
+import ast
 import json
 import math
 import os
@@ -71,7 +72,8 @@ def test_a_file_longer_than_one_piece_is_still_one_document(tmp_path, monkeypatc
         assert "".join(texts(many)) == texts(one)[0]
         assert [row["starts"] for row in many] == [True] + [False] * (len(many) - 1)
         packed = [pack_documents(side, TOKENIZER, context_length=32) for side in (one, many)]
-        assert all((a == b).all() for a, b in zip(*(p["input_ids"] for p in packed), strict=True))
+        rows = zip(*packed, strict=True)
+        assert all((a["input_ids"] == b["input_ids"]).all() for a, b in rows)
 
 
 def test_a_folder_is_read_without_its_hidden_empty_and_binary_files(tmp_path):
@@ -316,3 +318,18 @@ def test_at_least_one_document_is_held_out(tmp_path):
 def test_an_unknown_tokenizer_is_refused(name):
     with pytest.raises(ValueError, match=f"tokenizer='{name}' .*bpe, char, byte"):
         load_tokenizer(DataArguments(tokenizer=name), [])
+
+
+def test_a_text_of_the_web_is_read_like_a_file(tmp_path):
+    text = "".join(ROWS)
+    script = (
+        "import sys; from hf_nanogpt import load_text\n"
+        "print(repr(''.join(row['text'] for row in load_text(sys.argv[1]))))"
+    )
+    with serve_datasets({"user/texts": {"plays.txt": text.encode()}}) as hub:
+        url = f"{hub.url}/datasets/user/texts/resolve/main/plays.txt"
+        assert ast.literal_eval(call_with_hub(hub, script, url, home=tmp_path)) == text
+        wrong = "import sys; from hf_nanogpt.cli import main; sys.exit(main(sys.argv[1:]))"
+        with pytest.raises(AssertionError, match="could not be downloaded"):
+            flags = ["train", "--data", url + "x", "--output_dir", str(tmp_path / "run")]
+            call_with_hub(hub, wrong, *flags, home=tmp_path)

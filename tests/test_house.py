@@ -15,16 +15,21 @@ ORDER = [
     ["configuration_nanogpt"],
     ["modeling_nanogpt"],
     ["auto", "hub_errors"],
-    ["presets", "tokenization", "optim", "checkpoint"],
-    ["data"],
+    ["presets", "tokenization", "optim", "checkpoint", "throughput"],
+    ["data", "encoding"],
     ["packing"],
     ["card_edits", "convert", "evaluation", "generation"],
-    ["card"],
-    ["hub", "info"],
+    ["card", "token_files"],
+    ["hub", "tokenized"],
+    ["info", "explain"],
     ["callbacks"],
     ["arguments", "hub_pull", "hub_queue"],
-    ["facts"],
+    ["facts", "interruption"],
+    ["hub_trainer"],
     ["training"],
+    ["benchmark"],
+    ["cli_parser"],
+    ["cli_hub"],
     ["cli"],
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
@@ -73,6 +78,7 @@ def test_public_names_are_these():
     assert hf_nanogpt.__all__ == [
         "DataArguments",
         "EvaluationResult",
+        "Explanation",
         "MuonAdamW",
         "NanoGPTConfig",
         "NanoGPTForCausalLM",
@@ -88,6 +94,7 @@ def test_public_names_are_these():
         "build_optimizer",
         "convert_checkpoint",
         "evaluate",
+        "explain_text",
         "export_checkpoint",
         "generate_text",
         "list_presets",
@@ -102,6 +109,7 @@ def test_public_names_are_these():
         "render_model_card",
         "stream_text",
         "token_byte_counts",
+        "tokenize_corpus",
         "train",
         "train_tokenizer",
     ]
@@ -113,7 +121,7 @@ def test_public_names_are_these():
 def test_files_stay_readable():
     for path in PACKAGE.rglob("*.py"):
         lines = len(path.read_text(encoding="utf-8").splitlines())
-        assert lines < (500 if path.stem == "modeling_nanogpt" else 460), f"{path.name}: {lines}"
+        assert lines < (540 if path.stem == "modeling_nanogpt" else 460), f"{path.name}: {lines}"
 
 
 def test_version_has_a_changelog_entry():

@@ -6,11 +6,11 @@ from itertools import pairwise
 import pytest
 import torch
 from conftest import tiny_model
-from datasets import Dataset, IterableDataset
-from torch.utils.data import DataLoader
+from datasets import Dataset
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import ByT5Tokenizer
 
-from hf_nanogpt import PackedCollator, pack_documents, train_tokenizer
+from hf_nanogpt import PackedCollator, load_text, pack_documents, train_tokenizer
 
 ROWS = [f"Document {i}: naïve 東京 🦊,\r\nwith {'many ' * (i % 7)}words.\n" for i in range(60)]
 TOKENIZER = train_tokenizer([], kind="byte")
@@ -57,13 +57,14 @@ def test_two_processes_pack_the_same_blocks_as_one():
     assert blocks_of(alone, 32) == blocks_of(both, 32, num_proc=2)
 
 
-def test_blocks_are_mapped_from_disk_and_packed_only_once():
-    documents = Dataset.from_dict({"text": ROWS})
-    first, again = (pack_documents(documents, TOKENIZER, context_length=48) for _ in range(2))
-    assert first.cache_files and first.cache_files == again.cache_files
-    assert first.features["input_ids"].feature.dtype == "uint16"
-    other = pack_documents(documents, TOKENIZER, context_length=49)
-    assert other.cache_files != first.cache_files
+def test_tokens_are_mapped_from_disk_and_made_only_once_for_all_lengths(tmp_path):
+    (tmp_path / "a.txt").write_text("".join(ROWS), encoding="utf-8")
+    documents = load_text(str(tmp_path / "a.txt"))
+    first, other = (pack_documents(documents, TOKENIZER, context_length=n) for n in (48, 49))
+    [files, again] = (blocks.open_pieces.args[0].cache_files for blocks in (first, other))
+    assert files and files == again
+    assert first[0]["input_ids"].dtype == "uint16"
+    assert not first[0]["input_ids"].flags.owndata  # a view of the file, not a copy
 
 
 def test_a_tokenizer_written_in_python_packs_too():

@@ -102,6 +102,7 @@ def test_folder_has_every_artifact_and_no_leftover(checkpoint):
         "metrics.json",
         "model.safetensors",
         "modeling_nanogpt.py",
+        "samples.jsonl",
         "tokenizer.json",
         "tokenizer_config.json",
     }
@@ -241,3 +242,33 @@ def test_two_processes_see_different_data_and_agree(text_file, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     metrics = json.loads((tmp_path / "two" / "metrics.json").read_text())
     assert metrics["train_tokens"] == 2 * 3 * 4 * 32
+
+
+def test_training_goes_on_from_a_checkpoint(checkpoint, text_file, tmp_path):
+    settings = {name: SMALL[name] for name in ("disable_tqdm", "logging_steps", "num_threads")}
+    settings |= {"data": str(text_file), "max_steps": 3, "learning_rate": 1e-9}
+    result = train("finetune", start_from=checkpoint, output_dir=str(tmp_path / "a"), **settings)
+    before, after = (AutoModelForCausalLM.from_pretrained(f) for f in (checkpoint, tmp_path / "a"))
+    for name, tensor in before.state_dict().items():
+        torch.testing.assert_close(after.state_dict()[name], tensor, atol=1e-6, rtol=0)
+    assert (tmp_path / "a/tokenizer.json").read_text() == (
+        checkpoint / "tokenizer.json"
+    ).read_text()
+    assert result.metrics["train_steps"] == 3
+    with pytest.raises(ValueError, match=r"n_layer|num_hidden_layers"):
+        train("finetune", start_from=checkpoint, output_dir=str(tmp_path / "b"), n_layer=3)
+    with pytest.raises(ValueError, match="no-such-folder"):
+        train("finetune", start_from="./no-such-folder", output_dir=str(tmp_path / "b"))
+    assert not (tmp_path / "b").exists()
+
+
+def test_evaluation_is_whole_when_training_drops_its_last_batch(text_file, tmp_path):
+    result = train(
+        data=str(text_file),
+        output_dir=str(tmp_path / "run"),
+        max_steps=1,
+        dataloader_drop_last=True,
+        per_device_eval_batch_size=64,  # more than there are blocks to validate on
+        **SMALL,
+    )
+    assert result.metrics["eval_bytes"] > 0

@@ -1,0 +1,72 @@
+"""How fast a device could train a model: the model's FLOPs and the device's peak."""
+
+import time
+
+import torch
+from transformers import PreTrainedModel
+
+# Dense products of 16-bit floats, FLOP/s, from the vendors' data sheets (which print twice as much
+# "with sparsity"), by the name that the driver gives; T4 and V100 have no bf16, so theirs is fp16.
+_PEAKS = {
+    65e12: ["Tesla T4"],
+    71e12: ["NVIDIA GeForce RTX 3090"],
+    121e12: ["NVIDIA L4"],
+    125e12: ["NVIDIA A10", "Tesla V100-SXM2-16GB", "Tesla V100-SXM2-32GB"],
+    165e12: ["NVIDIA GeForce RTX 4090"],
+    312e12: [
+        "NVIDIA A100-PCIE-40GB",
+        "NVIDIA A100-SXM4-40GB",
+        "NVIDIA A100-SXM4-80GB",
+        "NVIDIA A100 80GB PCIe",
+    ],
+    362e12: ["NVIDIA L40S"],
+    756e12: ["NVIDIA H100 PCIe"],
+    989e12: ["NVIDIA H100 80GB HBM3", "NVIDIA H200"],
+    1307e12: ["AMD Instinct MI300X"],
+}
+GPU_PEAKS: dict[str, float] = {name: peak for peak, names in _PEAKS.items() for name in names}
+
+
+def count_flops(model: PreTrainedModel, *, context_length: int | None = None) -> int:
+    """Return the FLOPs per token of a forward pass of a `NanoGPT...` model; training costs 3 times.
+
+    2 per weight of a matrix that is multiplied, and 4 per head dimension, layer and position for
+    scores and weighted sum, at full context, as if causality saved nothing: one third of 6N +
+    12LHQT in Chowdhery et al. 2022 (PaLM, arXiv:2204.02311), appendix B, after Kaplan et al. 2020
+    (arXiv:2001.08361), section 2.1. Works on the meta device.
+    """
+    config = model.config
+    context = context_length or config.max_position_embeddings
+    trunk, head = model.base_model, model.get_output_embeddings()
+    tables = [trunk.embed_tokens, trunk.embed_positions]
+    looked_up = sum(table.weight.numel() for table in tables if table is not None)
+    multiplied = sum(p.numel() for p in model.parameters() if p.ndim == 2) - looked_up
+    if head is not None and config.tie_word_embeddings:
+        multiplied += head.weight.numel()
+    seen = [
+        min(context, config.sliding_window) if kind == "sliding_attention" else context
+        for kind in config.layer_types
+    ]
+    return 2 * multiplied + 4 * config.num_attention_heads * config.head_dim * sum(seen)
+
+
+def find_peak(device: torch.device, dtype: torch.dtype = torch.float32) -> float | None:
+    """Return how many FLOP/s of matrix products a device can do, or `None` where that is unknown.
+
+    On a CPU it is measured, with the present threads and `dtype`, in about 0.3 s. For a GPU it is
+    the data sheet's figure for 16-bit floats, whatever `dtype` is, as MFU is commonly given.
+    """
+    if device.type == "cpu":
+        return max(_measure_product(size, dtype) for size in (512, 1024))
+    return GPU_PEAKS.get(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+
+
+def _measure_product(size: int, dtype: torch.dtype, seconds: float = 0.12) -> float:
+    # Ones: no random numbers are drawn, and a CPU multiplies them no faster than others.
+    a, b = (torch.ones(size, size, dtype=dtype) for _ in range(2))
+    out = a @ b
+    best, end = float("inf"), time.perf_counter() + seconds
+    while (start := time.perf_counter()) < end or best == float("inf"):
+        torch.mm(a, b, out=out)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best

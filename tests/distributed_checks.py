@@ -1,0 +1,117 @@
+"""What test_distributed.py runs in two processes; the first of them writes the figures as JSON."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.fsdp import fully_shard
+
+from hf_nanogpt import NanoGPTConfig, NanoGPTForCausalLM, build_optimizer, train
+
+BATCHES = torch.randint(1, 61, (4, 4, 16), generator=torch.Generator().manual_seed(1))
+RECIPES = ("muon", "adamw")
+
+
+def train_steps(model: NanoGPTForCausalLM, recipe: str, *, own: slice = slice(None)) -> list[float]:
+    """Train on the rows `own` of each of `BATCHES`, and return the losses over all processes."""
+    optimizer = build_optimizer(model, recipe=recipe)
+    losses = torch.empty(len(BATCHES))
+    for i, batch in enumerate(BATCHES):
+        loss = model(input_ids=batch[own], labels=batch[own]).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses[i] = loss.detach()
+    if dist.is_initialized():
+        dist.all_reduce(losses)
+        losses /= dist.get_world_size()
+    return losses.tolist()
+
+
+def shard_model(config: NanoGPTConfig) -> NanoGPTForCausalLM:
+    """Build on the meta device, shard each layer and the rest, and only then make the weights."""
+    with torch.device("meta"):
+        model = NanoGPTForCausalLM(config)
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    model.to_empty(device="cpu")
+    model.init_weights()
+    return model
+
+
+def check_fsdp(folder: Path, recipe: str) -> list[float]:
+    whole = NanoGPTForCausalLM.from_pretrained(folder)
+    model = shard_model(whole.config)
+    options = StateDictOptions(full_state_dict=True)
+    set_model_state_dict(model, whole.state_dict(), options=options)
+    return train_steps(model, recipe, own=slice(dist.get_rank(), None, 2))
+
+
+def check_first_loss() -> float:
+    config = NanoGPTConfig(vocab_size=61, n_layer=1, n_embd=32, n_head=2, block_size=16)
+    batch = BATCHES[0]
+    return shard_model(config)(input_ids=batch, labels=batch).loss.item()
+
+
+def load_in_parallel(folder: Path) -> NanoGPTForCausalLM:
+    return NanoGPTForCausalLM.from_pretrained(folder, tp_plan="auto")
+
+
+@torch.no_grad()
+def check_logits(folder: Path) -> list:
+    return load_in_parallel(folder)(input_ids=BATCHES[0]).logits.tolist()
+
+
+def check_all(folder: Path, settings: dict) -> dict:
+    """Train by DDP, and take the models in `folder` apart in both other ways."""
+    train(output_dir=str(folder / "ddp"), **settings)
+    models = {path.name: path for path in (folder / "models").iterdir()}
+    trained = {name: models[name] for name in ("nano", "gpt2")}
+    return {
+        "processes": dist.get_world_size(),
+        "fully_sharded": {
+            name: {recipe: check_fsdp(path, recipe) for recipe in RECIPES}
+            for name, path in trained.items()
+        },
+        "first_loss": check_first_loss(),
+        "logits": {name: check_logits(path) for name, path in models.items()},
+        "tensor_parallel": {
+            name: {recipe: train_steps(load_in_parallel(path), recipe) for recipe in RECIPES}
+            for name, path in trained.items()
+        },
+    }
+
+
+def train_by_fsdp(folder: Path, settings: dict) -> dict:
+    """Train through Trainer and FSDP2, and once more from the checkpoint in the middle."""
+    output_dir = folder / "fsdp"
+    settings |= {
+        "output_dir": str(output_dir),
+        "accelerator_config": {"use_configured_state": True},
+    }
+    # accelerate shards on accelerators only and would use DDP here: the name is all it looks at.
+    PartialState(cpu=True)
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    train(**settings)
+    if dist.get_rank() == 0:
+        shutil.copytree(output_dir, folder / "uninterrupted")
+        shutil.rmtree(output_dir / f"checkpoint-{settings['max_steps']}")
+    dist.barrier()
+    train(resume=True, **settings)
+    return {"processes": dist.get_world_size()}
+
+
+if __name__ == "__main__":
+    check, where = sys.argv[1:]
+    arguments = json.loads((Path(where) / f"{check}.json").read_text(encoding="utf-8"))
+    figures = globals()[check](Path(where), arguments)
+    if dist.get_rank() == 0:
+        (Path(where) / "figures.json").write_text(json.dumps(figures), encoding="utf-8")
+    dist.destroy_process_group()

@@ -1,0 +1,230 @@
+"""What one sees of training: speed, samples and the plot, none of which may change the training."""
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_model
+from safetensors.torch import load_file
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import TrainerControl, TrainerState
+from transformers.testing_utils import CaptureLogger
+
+from hf_nanogpt import NanoGPTTrainingArguments, train, train_tokenizer
+from hf_nanogpt import callbacks as callbacks_module
+from hf_nanogpt.callbacks import PlotCallback, SpeedCallback, draw_sample, plot_losses
+from hf_nanogpt.checkpoint import check_output_dir
+from hf_nanogpt.throughput import GPU_PEAKS, count_flops, find_peak
+
+ROOT = Path(__file__).parent.parent
+SMALL = {
+    "data": callbacks_module.__file__,
+    "tokenizer": "char",
+    "n_layer": 1,
+    "n_embd": 16,
+    "n_head": 2,
+    "block_size": 32,
+    "dropout": 0.1,  # draws random numbers in each step
+    "per_device_train_batch_size": 4,
+    "logging_steps": 1,
+    "eval_steps": 6,
+    "save_steps": 4,
+    "save_total_limit": 5,
+    "max_steps": 12,
+    "sample_prompt": "def ",
+    "disable_tqdm": True,
+    "num_threads": 1,
+}
+
+
+def _steps(folder: Path) -> list[int]:
+    rows = map(json.loads, (folder / "samples.jsonl").read_text(encoding="utf-8").splitlines())
+    return [row["step"] for row in rows if row["text"].startswith("def ")]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "sampled"
+    train(output_dir=str(folder), sample_steps=2, **SMALL)
+    return folder
+
+
+def test_training_is_the_same_to_the_bit_with_samples_and_without(run, tmp_path):
+    train(output_dir=str(tmp_path / "silent"), sample_steps=0, **SMALL)
+    ours, theirs = (load_file(f / "model.safetensors") for f in (run, tmp_path / "silent"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert _steps(run) == [2, 4, 6, 8, 10, 12]
+    assert not (tmp_path / "silent" / "samples.jsonl").exists()
+
+
+def test_samples_come_at_each_evaluation_or_at_a_share_of_the_steps(tmp_path):
+    train(output_dir=str(tmp_path / "a"), **SMALL)
+    assert _steps(tmp_path / "a") == [6, 12]
+    train(output_dir=str(tmp_path / "b"), sample_steps=0.3, **SMALL)
+    assert _steps(tmp_path / "b") == [4, 8, 12]
+
+
+def test_resumed_run_continues_the_samples(run, tmp_path):
+    folder = tmp_path / "stopped"
+    train(output_dir=str(folder), sample_steps=2, **SMALL)
+    expected = (folder / "samples.jsonl").read_text(encoding="utf-8")
+    for name in ("checkpoint-8", "checkpoint-12"):  # as if it had been killed after step 4
+        for path in (folder / name).iterdir():
+            path.unlink()
+        (folder / name).rmdir()
+    train(output_dir=str(folder), sample_steps=2, resume=True, **SMALL)
+    assert (folder / "samples.jsonl").read_text(encoding="utf-8") == expected
+
+
+def test_metrics_and_log_have_speed_and_mfu(run):
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["tokens_per_second"] > 0 and 0 < metrics["mfu"] < 1
+    history = json.loads((run / "checkpoint-12/trainer_state.json").read_text())["log_history"]
+    rows = [row for row in history if "loss" in row]
+    assert all(row["tokens_per_second"] > 0 and row["mfu"] >= 0 for row in rows)
+
+
+def test_speed_leaves_out_what_is_not_training():
+    speed, state = SpeedCallback(), TrainerState(num_input_tokens_seen=10_000)
+    with speed.paused():
+        speed.mark -= 1000  # as if this had taken so many seconds
+    speed.mark -= 1000
+    speed.on_evaluate(None, state, None)
+    speed.mark -= 1000
+    speed.on_save(None, state, None)
+    assert speed.seconds < 500
+    speed.mark -= 1000
+    assert speed.read(state)["tokens_per_second"] == pytest.approx(10, rel=0.02)
+    state.num_input_tokens_seen += 500_000
+    speed.mark -= 1000
+    assert speed.read(state)["tokens_per_second"] == pytest.approx(500, rel=0.02)
+    assert speed.summarize(state)["tokens_per_second"] == pytest.approx(255, rel=0.02)
+
+
+def test_flops_are_those_that_torch_counts(family):
+    model = tiny_model(family, attn_implementation="eager", sliding_window=None, layer_types=None)
+    ids = torch.ones(1, 64, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter:
+        model(ids, use_cache=False)
+    assert count_flops(model) * 64 == pytest.approx(counter.get_total_flops(), rel=0.005)
+    shorter = count_flops(model, context_length=32)
+    config = model.config
+    inner = config.num_attention_heads * config.head_dim
+    assert count_flops(model) - shorter == 4 * inner * 32 * config.num_hidden_layers
+
+
+def test_sliding_layers_count_their_window():
+    full, sliding = (tiny_model("gpt3", sliding_window=w) for w in (64, 5))
+    assert count_flops(full) - count_flops(sliding) == 4 * 32 * (64 - 5)  # one of 3 layers slides
+
+
+def test_peak_is_measured_on_a_cpu_and_not_guessed_elsewhere():
+    assert find_peak(torch.device("cpu")) > 1e8
+    assert find_peak(torch.device("cpu"), torch.bfloat16) > 1e7
+    assert find_peak(torch.device("meta")) is None
+    assert GPU_PEAKS["NVIDIA A100-SXM4-80GB"] == 312e12
+    assert len(GPU_PEAKS) == len(set(GPU_PEAKS)) and min(GPU_PEAKS.values()) > 1e13
+
+
+def test_sample_takes_the_room_there_is_and_says_where_there_is_none():
+    model, tokenizer = tiny_model("nano", vocab_size=257).train(), train_tokenizer([], kind="byte")
+    before = torch.get_rng_state()
+    text = draw_sample(model, tokenizer, "x" * 60, max_new_tokens=40, seed=0)
+    assert text.startswith("x" * 60) and model.training
+    with CaptureLogger(callbacks_module.logger) as log:
+        assert draw_sample(model, tokenizer, "x" * 64, max_new_tokens=40, seed=0) == ""
+    assert "no sample" in log.out and "64 tokens" in log.out
+    with torch.no_grad():
+        model.lm_head.weight.fill_(float("nan"))
+    with CaptureLogger(callbacks_module.logger) as log:
+        assert draw_sample(model, tokenizer, "x", max_new_tokens=4, seed=0) == ""
+    assert "nan" in log.out
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_plot_appears_while_training_runs_and_costs_little(tmp_path):
+    args = NanoGPTTrainingArguments(output_dir=str(tmp_path / "run"))
+    plot, control = PlotCallback(SpeedCallback()), TrainerControl()
+    rows = [{"loss": 5 / step, "step": step, "num_input_tokens_seen": step} for step in (1, 2)]
+    state = TrainerState(log_history=rows)
+    plot.on_train_begin(args, state, control)
+    plot.on_log(args, state, control, logs={"loss": 1.0})
+    assert not (tmp_path / "run").exists()  # not in the first seconds
+    plot.drawn -= 50 * plot.cost
+    plot.on_log(args, state, control, logs={"loss": 1.0})
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["loss.png"]
+    (tmp_path / "run" / "loss.png").unlink()
+    plot.on_log(args, state, control, logs={"loss": 1.0})  # too soon after the last
+    assert not list((tmp_path / "run").iterdir())
+
+
+def test_plot_is_drawn_of_any_history(tmp_path):
+    evaluation = {"eval_loss": 2.0, "step": 3, "eval_bits_per_byte": 1.0}
+    for rows in ([], [{"loss": 1.0, "step": 1}], [evaluation], [{"loss": float("nan"), "step": 1}]):
+        plot_losses(rows, tmp_path / "loss.png")
+        assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_folder_of_a_run_that_was_stopped_early_can_be_trained_anew(tmp_path):
+    for name in ("loss.png", "loss.png.part", "samples.jsonl"):
+        (tmp_path / name).touch()
+    check_output_dir(tmp_path, overwrite=True)
+    check_output_dir(tmp_path, resume=True)
+
+
+def test_bad_settings_are_refused_before_the_data_is_read(tmp_path):
+    bad = {
+        ("sample_steps", -1.0): "sample_steps=-1",
+        ("sample_steps", 2.5): "sample_steps=2.5",
+        ("report_to", "tracio"): "did you mean trackio",
+        ("report_to", "paper"): "trackio, tensorboard or wandb",
+    }
+    for name, extra in (("trackio", "'hf-nanogpt[track]'"), ("wandb", "wandb")):
+        if importlib.util.find_spec(name) is None:
+            bad["report_to", name] = f"pip install {extra}"
+    for (name, value), words in bad.items():
+        with pytest.raises(ValueError, match=re.escape(words)):
+            train(data="none.txt", output_dir=str(tmp_path / "run"), **{name: value})
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("trackio") is None, reason="needs trackio: hf-nanogpt[track]"
+)
+def test_trackio_dashboard_shows_the_run(tmp_path):
+    env = os.environ | {"TRACKIO_DIR": str(tmp_path / "store"), "PYTHONUNBUFFERED": "1"}
+    flags = [f"--{name}={value}" for name, value in SMALL.items()]
+    command = [sys.executable, "-m", "hf_nanogpt", "train", *flags, "--report_to=trackio"]
+    command += ["--project=ours", f"--output_dir={tmp_path / 'run'}"]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT, timeout=120)
+    assert done.returncode == 0, done.stderr
+    command = [sys.executable, "-m", "trackio.cli", "show", "--project=ours"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env) as server:
+        try:
+            lines = iter(server.stdout.readline, "")
+            url = next(m[1] for line in lines if (m := re.search(r"(http://[^/]+:\d+)", line)))
+            assert "Trackio" in urllib.request.urlopen(url).read().decode()
+            [run] = _ask(url, "get_runs_for_project", project="ours")
+            rows = _ask(
+                url, "get_metric_values", project="ours", run=run["name"], metric_name="train/mfu"
+            )
+            assert len(rows) == SMALL["max_steps"]
+        finally:
+            server.terminate()
+
+
+def _ask(url: str, api: str, **arguments) -> list:
+    request = urllib.request.Request(
+        f"{url}/api/{api}",
+        data=json.dumps(arguments).encode(),
+        headers={"content-type": "application/json"},
+    )
+    with urllib.request.urlopen(request) as answer:
+        return json.load(answer)["data"]

@@ -1,0 +1,234 @@
+"""Several processes on CPUs give the losses and weights of one, however the work is split."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import FullyShardedDataParallelPlugin
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
+from accelerate.utils import DistributedType
+from conftest import FAMILIES, ROOT, tiny_model
+from distributed_checks import BATCHES, RECIPES, train_steps
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from hf_nanogpt import NanoGPTForCausalLM, train
+from hf_nanogpt import training as training_module
+
+EXAMPLES = ROOT / "examples" / "accelerate"
+STEPS = 7  # into the second epoch of 5
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory) -> dict:
+    """A run on a little real text: 40 blocks, one of them short, so that it has padding.
+
+    Where 8 do not divide the blocks, processes fill up the last batch of an epoch with others.
+    """
+    path = tmp_path_factory.mktemp("corpus") / "text.txt"
+    path.write_text((ROOT / "LICENSE").read_text(encoding="utf-8")[:1260])
+    return {
+        "data": str(path),
+        "tokenizer": "char",
+        "n_layer": 2,
+        "n_embd": 32,
+        "n_head": 2,
+        "block_size": 32,
+        "max_steps": STEPS,
+        "per_device_train_batch_size": 8,
+        "logging_steps": 1,
+        "eval_steps": STEPS,
+        "save_steps": 4,
+        "disable_tqdm": True,
+        "num_threads": 1,
+        "use_cpu": True,
+    }
+
+
+@pytest.fixture(scope="module")
+def alone(settings, tmp_path_factory) -> dict[str, Path]:
+    """One process, for each recipe of the optimizer."""
+    folders = {recipe: tmp_path_factory.mktemp("alone") / recipe for recipe in RECIPES}
+    for recipe, folder in folders.items():
+        train(output_dir=str(folder), optim_recipe=recipe, **settings)
+    return folders
+
+
+def _losses(folder: Path) -> list[float]:
+    state = json.loads((folder / f"checkpoint-{STEPS}" / "trainer_state.json").read_text())
+    return [row.get("loss", row.get("eval_loss")) for row in state["log_history"]]
+
+
+def _assert_same_run(folder: Path, expected: Path) -> None:
+    state = json.loads((folder / f"checkpoint-{STEPS}" / "trainer_state.json").read_text())
+    assert state["epoch"] == STEPS / 5
+    assert _losses(folder) == pytest.approx(_losses(expected), abs=1e-5)
+    ours, theirs = (load_file(path / "model.safetensors") for path in (folder, expected))
+    assert ours.keys() == theirs.keys()
+    for name, weight in theirs.items():
+        # AdamW scales small gradients up, and their rounding with them.
+        torch.testing.assert_close(ours[name], weight, rtol=0, atol=1e-4)
+    for name in ("eval_tokens", "eval_bytes", "train_tokens"):
+        metrics = [
+            json.loads((path / "metrics.json").read_text())[name] for path in (folder, expected)
+        ]
+        assert metrics[0] == metrics[1], name
+
+
+def _launch(*command: str) -> None:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", *command],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        cwd=ROOT,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "match nothing" not in done.stderr
+
+
+def _check(name: str, folder: Path, arguments: dict, *flags: str) -> dict:
+    """Run a function of distributed_checks.py by `accelerate launch`, and return its figures."""
+    (folder / f"{name}.json").write_text(json.dumps(arguments))
+    script = str(ROOT / "tests" / "distributed_checks.py")
+    launch = ["accelerate.commands.launch", "--main_process_port", "0", *flags]
+    _launch(*launch, script, name, str(folder))
+    return json.loads((folder / "figures.json").read_text())
+
+
+def test_two_processes_give_the_losses_and_weights_of_one(settings, alone, tmp_path):
+    flags = [f"--{name}={value}" for name, value in settings.items()]
+    flags += ["--per_device_train_batch_size=4", f"--output_dir={tmp_path / 'two'}"]
+    launch = ["torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    _launch(*launch, "-m", "hf_nanogpt", "train", *flags)
+    _assert_same_run(tmp_path / "two", alone["muon"])
+
+
+@pytest.fixture(scope="module")
+def checked(settings, tmp_path_factory) -> tuple[Path, dict]:
+    folder = tmp_path_factory.mktemp("ddp")
+    for family in FAMILIES:
+        tiny_model(family).save_pretrained(folder / "models" / family)
+    quarters = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    arguments = settings | quarters | {"optim_recipe": "adamw"}
+    config = str(EXAMPLES / "ddp_cpu.yaml")
+    return folder, _check("check_all", folder, arguments, "--config_file", config)
+
+
+def test_accelerate_launch_gives_the_losses_and_weights_of_one_process(checked, alone):
+    folder, figures = checked
+    assert figures["processes"] == 2
+    _assert_same_run(folder / "ddp", alone["adamw"])
+
+
+def test_model_initialised_in_shards_starts_at_the_entropy_of_the_vocabulary(checked):
+    assert checked[1]["first_loss"] == pytest.approx(math.log(61), abs=1e-5)
+
+
+def test_tensor_parallel_model_gives_the_logits_of_the_whole_one(checked, family):
+    with torch.no_grad():
+        expected = tiny_model(family)(input_ids=BATCHES[0]).logits
+    logits = torch.tensor(checked[1]["logits"][family])
+    torch.testing.assert_close(logits, expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", ["fully_sharded", "tensor_parallel"])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_sharded_model_trains_like_the_whole_one(checked, kind, recipe):
+    for family, losses in checked[1][kind].items():
+        expected = train_steps(tiny_model(family), recipe)
+        assert losses[recipe] == pytest.approx(expected, abs=1e-5), family
+
+
+def test_fsdp_through_the_trainer_saves_and_resumes_whole_checkpoints(settings, alone, tmp_path):
+    flags = ["--config_file", str(EXAMPLES / "fsdp2.yaml"), "--num_processes", "2"]
+    halves = settings | {"per_device_train_batch_size": 4}
+    flags += ["--mixed_precision", "no"]
+    assert _check("train_by_fsdp", tmp_path, halves, *flags)["processes"] == 2
+    _assert_same_run(tmp_path / "uninterrupted", alone["muon"])
+    _assert_same_run(tmp_path / "fsdp", alone["muon"])
+    for folder in (tmp_path / "fsdp", tmp_path / "fsdp" / f"checkpoint-{STEPS}"):
+        assert (folder / "modeling_nanogpt.py").exists()
+        assert not list(folder.glob("_fsdp*"))
+        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+        assert model.config.auto_map["AutoModelForCausalLM"].endswith(".NanoGPTForCausalLM")
+
+
+def test_first_version_of_fsdp_is_refused_by_name_of_the_second():
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=1)
+    with pytest.raises(ValueError, match=r"fsdp_version=1 .* set fsdp_version to 2"):
+        training_module._prepare_fsdp(plugin)
+
+
+def test_fsdp_in_bf16_keeps_losses_and_sums_of_gradients_in_float32():
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
+    plugin.set_mixed_precision("bf16")
+    training_module._prepare_fsdp(plugin)
+    policy = plugin.mixed_precision_policy
+    assert policy.param_dtype == torch.bfloat16
+    assert policy.reduce_dtype == torch.float32
+    assert policy.output_dtype is None
+
+
+def test_accumulated_gradients_equal_the_large_batch(settings, alone, tmp_path):
+    parts = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    train(output_dir=str(tmp_path / "parts"), **(settings | parts))
+    _assert_same_run(tmp_path / "parts", alone["muon"])
+
+
+def test_gradient_checkpointing_changes_no_loss(settings, alone, tmp_path):
+    train(output_dir=str(tmp_path / "run"), gradient_checkpointing=True, **settings)
+    assert _losses(tmp_path / "run") == pytest.approx(_losses(alone["muon"]), abs=1e-6)
+
+
+def test_compiled_model_is_compiled_once_and_gives_the_same_losses(settings, alone, tmp_path):
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        train(
+            output_dir=str(tmp_path / "run"),
+            torch_compile=True,
+            torch_compile_backend="aot_eager",
+            **settings,
+        )
+    assert _losses(tmp_path / "run") == pytest.approx(_losses(alone["muon"]), abs=1e-5)
+
+
+def test_bf16_is_close_to_float32_and_keeps_float32_weights(settings, alone, tmp_path):
+    train(output_dir=str(tmp_path / "run"), bf16=True, **settings)
+    losses = _losses(tmp_path / "run")
+    assert losses != _losses(alone["muon"])
+    assert losses == pytest.approx(_losses(alone["muon"]), abs=0.02)
+    weights = load_file(tmp_path / "run" / "model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_bfloat16_weights_learn(recipe):
+    model = tiny_model(initializer_range=None).bfloat16()
+    first, _, last = (sum(train_steps(model, recipe)) for _ in range(3))
+    assert last < first - 0.02
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_launch_configuration_has_only_keys_that_accelerate_knows(path):
+    config = load_config_from_file(str(path))  # raises on an unknown key
+    parser = launch_command_parser()
+    known = {action.dest for action in parser._actions}
+    assert set(config.fsdp_config) <= known
+    assert config.num_processes >= 2
+    assert f"examples/accelerate/{path.name} " in path.read_text(encoding="utf-8")
+
+
+def test_fsdp_configuration_wraps_our_layers_by_version_2():
+    config = load_config_from_file(str(EXAMPLES / "fsdp2.yaml"))
+    assert config.distributed_type == DistributedType.FSDP
+    assert config.fsdp_config["fsdp_version"] == 2
+    wrapped = config.fsdp_config["fsdp_transformer_layer_cls_to_wrap"]
+    assert [wrapped] == NanoGPTForCausalLM._no_split_modules

@@ -1,0 +1,461 @@
+"""A training killed, interrupted or failed at any moment goes on as if nothing had happened.
+
+Children of a process that has imported everything run the real command and really get the signal;
+only the moment is arranged, by a function of the library that is made to send it to itself.
+"""
+
+import json
+import multiprocessing
+import os
+import resource
+import shutil
+import signal
+import socket
+import sys
+import threading
+import zlib
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_config
+from safetensors.torch import load_file
+from transformers import TrainerState
+
+from hf_nanogpt import NanoGPTForCausalLM, NanoGPTTrainer, NanoGPTTrainingArguments
+from hf_nanogpt.checkpoint import clear_unfinished, find_last_checkpoint
+from hf_nanogpt.cli import main
+from hf_nanogpt.interruption import stop_on_signals
+
+# Batches of 4 of some 30 blocks make several epochs, dropout makes random numbers count, and no two
+# of logging, evaluating and saving go in step.
+SETTINGS = {
+    "tokenizer": "char",
+    "validation_fraction": 0.2,
+    "n_layer": 1,
+    "n_embd": 32,
+    "n_head": 2,
+    "block_size": 32,
+    "dropout": 0.1,
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 2,
+    "per_device_eval_batch_size": 2,
+    "logging_steps": 3,
+    "eval_steps": 4,
+    "save_steps": 5,
+    "save_total_limit": 1,
+    "max_steps": 17,
+    "disable_tqdm": True,
+    "num_threads": 1,
+    "use_cpu": True,
+}
+KILLED = -signal.SIGKILL
+# What gets the signal, and of its calls those that count.
+MOMENTS = {
+    "batch": (NanoGPTTrainer, "training_step", ""),
+    "evaluation": (NanoGPTTrainer, "prediction_step", ""),
+    "saved": (torch, "save", "checkpoint-"),  # once each for arguments, optimizer, schedule, rng
+    "state": (TrainerState, "save_to_json", "checkpoint-"),
+    "rotation": (shutil, "rmtree", "checkpoint-"),
+    "artifacts": (os, "replace", ".staged-"),
+    "data": (NanoGPTTrainer, "__init__", ""),
+    "checkpoint": (NanoGPTTrainer, "_save_checkpoint", ""),
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Callable:
+    text = tmp_path_factory.mktemp("corpus") / "text.txt"
+    text.write_text(Path(__file__).read_text(encoding="utf-8")[:1300], encoding="utf-8")
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["hf_nanogpt.training"])
+
+    def run(
+        folder: Path, *flags: str, moment: tuple | None = None, ranks: int = 1, **settings
+    ) -> tuple[int, str]:
+        """Train in other processes; return the exit code and what was printed, both of rank 0.
+
+        The moment comes in the process of the last rank.
+        """
+        values = SETTINGS | {"data": text, "output_dir": folder} | settings
+        argv = ["train", *(f"--{name}={value}" for name, value in values.items()), *flags]
+        port = _find_port()
+        children = [
+            processes.Process(target=_train, args=(argv, folder, moment, rank, ranks, port))
+            for rank in range(ranks)
+        ]
+        for child in children:
+            child.start()
+        for child in children:
+            child.join(60)
+        assert len({child.exitcode for child in children}) == 1
+        return children[0].exitcode, folder.with_suffix(".log").read_text(encoding="utf-8")
+
+    return run
+
+
+def _find_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def _train(
+    argv: list[str], folder: Path, moment: tuple | None, rank: int, ranks: int, port: int
+) -> None:
+    with folder.with_suffix(f".{rank}.log" if rank else ".log").open("w") as log:
+        for descriptor in (1, 2):
+            os.dup2(log.fileno(), descriptor)
+    if ranks > 1:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    _note_batches(folder.with_suffix(".batches"))
+    if moment and rank == ranks - 1:
+        _arrange(*moment)
+    sys.exit(main(argv))
+
+
+def _note_batches(path: Path) -> None:
+    """Write down which tokens each step is trained on."""
+    training_step = NanoGPTTrainer.training_step
+
+    def noting(self, model, inputs, *args, **kwargs):
+        with path.open("a", encoding="utf-8") as file:
+            tokens = zlib.crc32(inputs["input_ids"].numpy())
+            file.write(f"{self.state.global_step} {os.getpid()} {tokens}\n")
+        return training_step(self, model, inputs, *args, **kwargs)
+
+    NanoGPTTrainer.training_step = noting
+
+
+def _arrange(name: str, count: int, *faults: signal.Signals | str) -> None:
+    """Send signals at call number `count` of a moment; if it writes a file, half is written.
+
+    A fault in digits is the size of a file from which on the disk is full.
+    """
+    owner, method, where = MOMENTS[name]
+    original, calls = getattr(owner, method), []
+
+    def signalling(*args, **kwargs):
+        if where in " ".join(map(str, args[:2])):
+            calls.append(args)
+        if len(calls) == count:
+            if name in ("saved", "state"):
+                original(*args, **kwargs)
+                os.truncate(args[1], os.path.getsize(args[1]) // 2)
+            elif name == "rotation":
+                (Path(args[0]) / "optimizer.pt").unlink()
+            for fault in faults:
+                if isinstance(fault, str):
+                    resource.setrlimit(resource.RLIMIT_FSIZE, (int(fault), -1))
+                else:
+                    os.kill(os.getpid(), fault)
+        return original(*args, **kwargs)
+
+    setattr(owner, method, signalling)
+
+
+@pytest.fixture(scope="module")
+def whole(run, tmp_path_factory) -> Path:
+    """The run that nothing happens to."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    code, printed = run(folder)
+    assert code == 0, printed
+    return folder
+
+
+def _history(folder: Path) -> list[dict]:
+    """Return all that was logged, but for what tells time."""
+    state = json.loads((folder / "checkpoint-17" / "trainer_state.json").read_text())
+    odd = ("_runtime", "_per_second")
+    return [{k: v for k, v in row.items() if not k.endswith(odd)} for row in state["log_history"]]
+
+
+def _batches(folder: Path) -> dict[str, list[str]]:
+    """Return the batches of each step, as a process did it last."""
+    batches: dict[str, dict[str, list[str]]] = {}
+    for line in folder.with_suffix(".batches").read_text().splitlines():
+        step, process, tokens = line.split()
+        batches.setdefault(step, {}).setdefault(process, []).append(tokens)
+    return {step: list(done.values())[-1] for step, done in batches.items()}
+
+
+def _assert_same(folder: Path, whole: Path) -> None:
+    for name in ("model.safetensors", "checkpoint-17/model.safetensors", "tokenizer.json"):
+        assert (folder / name).read_bytes() == (whole / name).read_bytes(), name
+    assert _history(folder) == _history(whole)
+    assert _batches(folder) == _batches(whole)
+    assert {p.name for p in folder.iterdir()} == {p.name for p in whole.iterdir()}
+    ours, theirs = (json.loads((f / "metrics.json").read_text()) for f in (folder, whole))
+    assert ours["eval_loss"] == theirs["eval_loss"]
+
+
+# Killed
+
+
+@pytest.mark.parametrize(
+    ("moment", "last"),
+    [
+        (("batch", 5), None),
+        (("batch", 22), "checkpoint-10"),
+        (("saved", 2), None),
+        (("saved", 6), "checkpoint-5"),
+        (("state", 2), "checkpoint-5"),
+        (("rotation", 1), "checkpoint-10"),
+        (("evaluation", 6), "checkpoint-5"),
+        (("artifacts", 3), "checkpoint-17"),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else None,
+)
+def test_a_killed_and_resumed_run_equals_one_of_a_piece(run, whole, tmp_path, moment, last):
+    folder = tmp_path / "run"
+    assert run(folder, moment=(*moment, signal.SIGKILL))[0] == KILLED
+    found = find_last_checkpoint(folder)
+    assert (found and Path(found).name) == last
+    code, printed = run(folder, "--resume")
+    assert code == 0, printed
+    assert ("has no checkpoint yet" in printed) == (last is None)
+    _assert_same(folder, whole)
+
+
+def test_a_run_killed_again_and_again_equals_one_of_a_piece(run, whole, tmp_path):
+    folder = tmp_path / "run"
+    for count in (16, 15, 13):
+        assert run(folder, "--resume", moment=("batch", count, signal.SIGKILL))[0] == KILLED
+    assert run(folder, "--resume")[0] == 0
+    _assert_same(folder, whole)
+
+
+def test_resuming_a_finished_run_does_no_step_and_changes_nothing(run, whole, tmp_path):
+    folder = shutil.copytree(whole, tmp_path / "run")
+    shutil.copy(whole.with_suffix(".batches"), folder.with_suffix(".batches"))
+    code, printed = run(folder, "--resume")
+    assert code == 0 and "All steps of this training are done" in printed
+    _assert_same(folder, whole)
+
+
+def test_a_stream_resumed_in_its_second_pass_goes_on_there(run, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    texts = [f"row {i}: " + "what is read as a stream " * 2 for i in range(40)]
+    rows.write_text("\n".join(json.dumps({"text": text}) for text in texts), encoding="utf-8")
+    stream = {"data": rows, "streaming": True, "validation_documents": 4, "eval_steps": 0.25}
+    folders = tmp_path / "whole", tmp_path / "run"
+    assert run(folders[0], **stream)[0] == 0
+    assert run(folders[1], moment=("batch", 33, signal.SIGKILL), **stream)[0] == KILLED
+    code, printed = run(folders[1], "--resume", **stream)
+    assert code == 0 and "do not match" not in printed
+    _assert_same(folders[1], folders[0])
+
+
+# Interrupted
+
+
+@pytest.mark.parametrize(
+    ("moment", "signum", "last"),
+    [
+        (("batch", 13), signal.SIGINT, "checkpoint-7"),
+        (("batch", 13), signal.SIGTERM, "checkpoint-7"),
+        (("batch", 33), signal.SIGINT, "checkpoint-17"),
+        (("evaluation", 7), signal.SIGINT, "checkpoint-8"),
+        (("saved", 2), signal.SIGTERM, "checkpoint-6"),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else None,
+)
+def test_an_interrupted_run_saves_tells_how_to_go_on_and_does(
+    run, whole, tmp_path, moment, signum, last
+):
+    folder = tmp_path / "run"
+    code, printed = run(folder, moment=(*moment, signum))
+    assert code == 128 + signum, printed
+    assert {path.name for path in folder.iterdir()} == {last}
+    assert f"To go on from {folder / last}:" in printed
+    assert printed.rstrip().endswith("--resume") and f"--output_dir={folder}" in printed
+    assert run(folder, "--resume")[0] == 0
+    _assert_same(folder, whole)
+
+
+def test_a_second_signal_stops_at_once(run, tmp_path):
+    twice = ("batch", 13, signal.SIGINT, signal.SIGINT)
+    code, printed = run(tmp_path / "run", moment=twice)
+    assert code == 130 and "checkpoint-5" in printed
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoint-5"]
+
+
+def test_a_signal_before_the_training_ends_it_plainly(run, tmp_path):
+    code, printed = run(tmp_path / "run", moment=("data", 1, signal.SIGINT))
+    assert code == 130 and printed.strip() == "Interrupted."
+    assert not (tmp_path / "run").exists()
+
+
+def test_several_processes_stop_after_the_same_step_and_resume_exactly(run, tmp_path):
+    folders = tmp_path / "whole", tmp_path / "run"
+    two = {"ranks": 2, "gradient_accumulation_steps": 1}
+    assert run(folders[0], **two)[0] == 0
+    code, printed = run(folders[1], moment=("batch", 7, signal.SIGTERM), **two)
+    assert code == 143 and f"To go on from {folders[1] / 'checkpoint-7'}" in printed
+    assert "To go on" not in folders[1].with_suffix(".1.log").read_text()
+    assert run(folders[1], "--resume", **two)[0] == 0
+    for name in ("model.safetensors", "checkpoint-17/optimizer.pt"):
+        assert (folders[1] / name).read_bytes() == (folders[0] / name).read_bytes()
+    assert _history(folders[1]) == _history(folders[0])
+
+
+# In Python
+
+
+def _make_trainer(folder: Path, **settings) -> NanoGPTTrainer:
+    settings = {"max_steps": 6, "logging_steps": 1, "eval_strategy": "no"} | settings
+    args = NanoGPTTrainingArguments(
+        output_dir=str(folder), num_threads=1, use_cpu=True, disable_tqdm=True, **settings
+    )
+    rows = [{"input_ids": row, "labels": row} for row in torch.arange(32 * 60).view(-1, 32) % 61]
+    model = NanoGPTForCausalLM(tiny_config("nano", n_layer=1))
+    return NanoGPTTrainer(model, args, train_dataset=rows, eval_dataset=rows[:8])
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_in_python_an_interruption_is_raised_and_handlers_are_as_before(tmp_path, signum):
+    trainer, handlers = _make_trainer(tmp_path / "run"), list(map(signal.getsignal, (2, 15)))
+    with pytest.raises(KeyboardInterrupt) as caught, stop_on_signals(trainer):
+        signal.raise_signal(signum)
+        trainer.train()
+    assert caught.value.signum == signum
+    assert caught.value.checkpoint == str(tmp_path / "run" / "checkpoint-1")
+    assert list(map(signal.getsignal, (2, 15))) == handlers
+
+
+def test_an_ignored_signal_stays_ignored_and_another_thread_leaves_signals_alone(tmp_path):
+    def use() -> None:
+        with stop_on_signals(trainer):
+            found.append((signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)))
+
+    trainer, found = _make_trainer(tmp_path), []
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        use()
+        thread = threading.Thread(target=use)
+        thread.start()
+        thread.join()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert [interrupt for interrupt, _ in found] == [signal.SIG_IGN] * 2
+    assert callable(found[0][1]) and found[1][1] == signal.SIG_DFL
+
+
+# Other settings than before
+
+
+@pytest.fixture(scope="module")
+def part(run, tmp_path_factory) -> Path:
+    """A run that was interrupted after 7 steps."""
+    folder = tmp_path_factory.mktemp("runs") / "part"
+    assert run(folder, moment=("batch", 13, signal.SIGINT))[0] == 130
+    return folder
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"learning_rate": 0.5, "seed": 7},
+        {"per_device_train_batch_size": 4},
+        {"n_layer": 2},
+        {"tokenizer": "byte"},
+        {"data": __file__},
+        {"validation_fraction": 0.3},
+    ],
+    ids=lambda settings: " ".join(settings),
+)
+def test_other_settings_are_refused_by_name(run, part, tmp_path, settings):
+    folder = shutil.copytree(part, tmp_path / "run")
+    code, printed = run(folder, "--resume", **settings)
+    assert code == 2 and "was trained with other settings" in printed
+    names = {
+        "n_layer": "num_hidden_layers=2 (was 1)",
+        "per_device_train_batch_size": "total batch size=8 (was 4)",
+        "validation_fraction": "data=",
+        "seed": "seed=7 (was 42)",
+    }
+    for name in settings:
+        assert names.get(name, f"{name}=") in printed
+    assert "Traceback" not in printed
+    assert [path.name for path in folder.iterdir()] == ["checkpoint-7"]
+
+
+def test_more_steps_and_other_groups_of_the_same_batch_are_allowed_with_a_warning(
+    run, part, tmp_path
+):
+    folder = shutil.copytree(part, tmp_path / "run")
+    other = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
+    code, printed = run(folder, "--resume", max_steps=19, save_steps=4, **other)
+    assert code == 0
+    assert "max_steps=19 (was 17): the learning rate follows the new schedule" in printed
+    assert "gradient_accumulation_steps=1 (was 2): equal up to rounding" in printed
+    assert (folder / "checkpoint-19").is_dir()
+
+
+def test_fewer_steps_than_are_done_are_refused(run, part, tmp_path):
+    folder = shutil.copytree(part, tmp_path / "run")
+    code, printed = run(folder, "--resume", max_steps=5)
+    assert code == 2 and "max_steps=5 is not possible" in printed and "7 steps" in printed
+
+
+def test_a_checkpoint_without_what_resuming_needs_is_refused(run, tmp_path):
+    folder = tmp_path / "run"
+    assert run(folder, save_only_model=True, save_steps=10)[0] == 0
+    code, printed = run(folder, "--resume")
+    assert code == 2 and "checkpoint-17 cannot be resumed exactly: it was saved with" in printed
+
+
+# Failures
+
+
+def test_a_loss_that_is_not_finite_stops_training_and_is_not_saved(run, tmp_path):
+    folder = tmp_path / "run"
+    code, printed = run(folder, learning_rate=1e30, save_steps=1, logging_steps=50)
+    assert code == 2 and "The loss is nan at step" in printed
+    assert "the last good checkpoint is" in printed and "lower than 1e+30" in printed
+    for path in folder.glob("*/model.safetensors"):
+        assert all(weight.isfinite().all() for weight in load_file(path).values())
+
+
+def test_weights_that_are_not_finite_are_neither_saved_nor_evaluated(tmp_path):
+    trainer = _make_trainer(tmp_path / "run", learning_rate=0.25)
+    trainer._tr_loss = torch.zeros(())
+    trainer.model.model.norm.weight.data[3] = torch.inf
+    for act in (partial(trainer._save_checkpoint, None, None), trainer.evaluate):
+        with pytest.raises(ValueError, match=r"is nan at step 0.*no checkpoint yet.*0.25.*0.08"):
+            act()
+    assert not list(tmp_path.rglob("checkpoint-*"))
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.pt", "trainer_state.json"])
+def test_a_full_disk_is_told_in_a_sentence_and_what_was_saved_stays(run, whole, tmp_path, file):
+    folder = tmp_path / "run"
+    size = (whole / "checkpoint-17" / file).stat().st_size
+    code, printed = run(folder, moment=("checkpoint", 2, str(size // 2)), save_total_limit=2)
+    assert code == 2 and "checkpoint-10 could not be written" in printed, printed
+    assert len(printed.splitlines()) == 1
+    assert [path.name for path in folder.iterdir()] == ["checkpoint-5"]
+    assert run(folder, "--resume")[0] == 0
+    _assert_same(folder, whole)
+
+
+# Finding
+
+
+def test_only_whole_checkpoints_are_found_and_only_later_halves_are_deleted(part, tmp_path):
+    folder = tmp_path / "run"
+    for step in (5, 9, 10, 30):
+        shutil.copytree(part / "checkpoint-7", folder / f"checkpoint-{step}")
+    (folder / "checkpoint-5" / "rng_state.pth").unlink()  # by a rotation cut short
+    weights = folder / "checkpoint-10" / "model.safetensors"
+    os.truncate(weights, weights.stat().st_size - 1)
+    (folder / "checkpoint-30" / "trainer_state.json").write_text("{")
+    for name in (".staged-x", "checkpoint-12-mine", "thesis"):
+        (folder / name).mkdir()
+    assert find_last_checkpoint(folder) == str(folder / "checkpoint-9")
+    clear_unfinished(folder)
+    left = {"checkpoint-5", "checkpoint-9", "checkpoint-12-mine", "thesis"}
+    assert {path.name for path in folder.iterdir()} == left

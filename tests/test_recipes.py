@@ -1,0 +1,43 @@
+"""The recipes that come with the package: each is readable, complete and does what it says."""
+
+import pytest
+from conftest import ROOT
+
+from hf_nanogpt import NanoGPTForCausalLM, build_optimizer, list_recipes
+from hf_nanogpt.arguments import make_config, parse_settings
+
+RECIPES = ROOT / "hf_nanogpt" / "recipes"
+
+
+@pytest.mark.parametrize("name", list_recipes())
+def test_each_recipe_parses_and_says_what_it_costs(name, tmp_path):
+    data, architecture, args = parse_settings(name, output_dir=str(tmp_path), use_cpu=True)
+    make_config(architecture, vocab_size=data.vocab_size)
+    header = (RECIPES / f"{name}.yaml").read_text(encoding="utf-8").split("data:")[0]
+    lines = header.splitlines()
+    assert len(lines) >= 2 and all(line.startswith("# ") for line in lines)
+    assert args.num_train_epochs == 1 or args.max_steps > 0
+
+
+def test_the_peer_is_nanogpts_configuration():
+    _, architecture, args = parse_settings("nanogpt_char")
+    config = make_config(architecture, vocab_size=65)
+    model = NanoGPTForCausalLM(config)
+    # nanoGPT counts 0.80 M at 65 characters: 4 x 12 x 128^2, the tables, and norms.
+    norms = sum(p.numel() for name, p in model.named_parameters() if "norm" in name)
+    assert norms == 2 * 9 * 128
+    assert model.num_parameters() - norms == 4 * 12 * 128**2 + (65 + 64) * 128
+    biases = [n for n, _ in model.named_parameters() if n.endswith("bias") and "norm" not in n]
+    assert not biases and config.tie_word_embeddings and config.hidden_act == "gelu"
+    [matrices, vectors] = build_optimizer(
+        model, recipe="adamw", learning_rate=args.learning_rate, weight_decay=args.weight_decay
+    ).param_groups
+    assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.1, 0.0)
+    assert (args.adam_beta1, args.adam_beta2, args.max_grad_norm) == (0.9, 0.99, 1.0)
+    assert args.max_steps * args.per_device_train_batch_size * 64 == 1_536_000
+
+
+def test_our_recipe_for_shakespeare_takes_an_eighth_of_the_peers_tokens():
+    ours, peer = (parse_settings(name)[2] for name in ("shakespeare_char", "nanogpt_char"))
+    assert ours.per_device_train_batch_size == peer.per_device_train_batch_size
+    assert 8 * ours.max_steps <= peer.max_steps
