@@ -48,11 +48,11 @@ ABLATIONS = {
 }
 
 
-def run_training(recipe: str, text: Path, *, seed: int, threads: int = 2, **settings) -> dict:
+def run_training(recipe: str, text: str | Path, *, seed: int, threads: int = 2, **settings) -> dict:
     """Train in a fresh process and return its metrics, with `wall_seconds` of the whole process."""
     with tempfile.TemporaryDirectory() as folder:
         run = {"output_dir": f"{folder}/run", "seed": seed, "num_threads": threads}
-        quiet = {"eval_strategy": "no", "save_strategy": "no"}
+        quiet = {"eval_strategy": "no", "save_strategy": "no", "sample_steps": 0}
         flags = [f"--{name}={value}" for name, value in (run | quiet | settings).items()]
         command = [sys.executable, "-m", "hf_nanogpt", "train", recipe, f"--data={text}", *flags]
         started = time.perf_counter()
@@ -61,8 +61,10 @@ def run_training(recipe: str, text: Path, *, seed: int, threads: int = 2, **sett
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)}\n{done.stderr[-2000:]}")
         metrics = json.loads((Path(folder) / "run" / "metrics.json").read_text())
-    kept = ("eval_loss", "num_parameters", "train_steps", "train_tokens", "train_seconds")
-    return {name: metrics[name] for name in kept} | {"wall_seconds": round(seconds, 2)}
+    kept = ("eval_loss", "bits_per_byte", "num_parameters", "train_steps", "train_tokens")
+    stepping = metrics["train_tokens"] / metrics["tokens_per_second"]
+    times = {"step_seconds": round(stepping, 2), "wall_seconds": round(seconds, 2)}
+    return {name: metrics[name] for name in kept} | times
 
 
 def race(text: Path) -> dict[str, list[dict]]:
