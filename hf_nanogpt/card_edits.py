@@ -7,6 +7,7 @@ sections that we wrote, so that one that a person took out stays out.
 
 import hashlib
 import re
+from collections.abc import Collection
 from typing import Any
 
 import yaml
@@ -18,10 +19,13 @@ _WROTE = re.compile(r"<!-- hf-nanogpt wrote: (.*) -->\n?")
 _OURS = ("model-index", "widget")
 
 
-def merge_card(ours: str, theirs: str, *, where: str = "README.md") -> str:
+def merge_card(
+    ours: str, theirs: str, *, where: str = "README.md", insist: Collection[str] = ()
+) -> str:
     """Return the card `ours` with what a person wrote into `theirs`, an earlier state of it.
 
-    Of the front matter, lists are united, and other values of a person stay, but for the measured.
+    Of the front matter, lists are united, and other values of a person stay, but for the measured
+    and those of the names to `insist` on.
 
     Raises:
         ValueError: the front matter of `theirs`, which the message calls `where`, is no YAML, or a
@@ -47,7 +51,7 @@ def merge_card(ours: str, theirs: str, *, where: str = "README.md") -> str:
     new = {name: s for name, s in fresh.items() if name not in [*merged, *taken_out]}
     merged = _insert(merged, new, fresh)
     names = list(dict.fromkeys([*_names(our_text), *taken_out]))
-    return _join(_merge_data(our_data, data), merged, names)
+    return _join(_merge_data(our_data, data, {*_OURS, *insist}), merged, names)
 
 
 def _insert(sections: dict[str, str], new: dict[str, str], order: dict[str, str]) -> dict[str, str]:
@@ -139,13 +143,14 @@ def _seal(section: str) -> str:
     return f"<!-- hf-nanogpt: {hashlib.sha256(section.strip().encode()).hexdigest()[:8]} -->"
 
 
-def _merge_data(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
+def _merge_data(
+    ours: dict[str, Any], theirs: dict[str, Any], fixed: Collection[str]
+) -> dict[str, Any]:
     merged = {name: value for name, value in theirs.items() if name not in _OURS}
     for name, value in ours.items():
-        if isinstance(value, list) and name not in _OURS:
-            old = merged.get(name) or []
-            old = old if isinstance(old, list) else [old]
-            merged[name] = old + [item for item in value if item not in old]
-        elif name in _OURS or merged.get(name) is None:
+        if name in fixed or merged.get(name) in (None, "unknown"):
             merged[name] = value
+        elif isinstance(value, list):
+            old = merged[name] if isinstance(merged[name], list) else [merged[name]]
+            merged[name] = old + [item for item in value if item not in old]
     return merged

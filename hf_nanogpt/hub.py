@@ -6,7 +6,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -39,7 +39,7 @@ logger = logging.get_logger(__name__)
 
 # Listed, not found: what else lies in the folder is private, and no pickle is ever among them.
 _RELEASED = (
-    *(name for name in ARTIFACTS if not name.startswith(("training_args", "checkpoint-"))),
+    *(name for name in ARTIFACTS if not name.startswith(("training_args", "checkpoint-", "."))),
     "LICENSE",
     "added_tokens.json",
     "merges.txt",
@@ -48,14 +48,17 @@ _RELEASED = (
 # What resuming needs besides; goes to a branch of its own only, for it has pickles.
 _STATE = ("optimizer.*", "scheduler.pt", "scaler.pt", "rng_state*.pth", "trainer_state.json")
 _CODE = ("configuration_nanogpt.py", "modeling_nanogpt.py")
-_NOT_LOADED = ("README.md", "metrics.json", "loss.png", "LICENSE")
+_NOT_LOADED = ("README.md", "metrics.json", "loss.png", "samples.jsonl", "LICENSE")
 _WAITS = (0.5, 2.0, 8.0)  # seconds before another attempt
 FAILURES = (OSError, HTTPError, RuntimeError)  # of a request; RuntimeError is of an upload
 
 
 @dataclass(frozen=True)
 class Release:
-    """A folder as it goes to the Hub: the id, the revision that pins it, and the commit, if any."""
+    """A folder as it goes to the Hub: the id, the revision that pins it, and the commit, if any.
+
+    `insist` names the front matter of its card in which a person's earlier word does not count.
+    """
 
     folder: Path
     repo_id: str
@@ -63,6 +66,7 @@ class Release:
     branch: str
     tag: str | None
     message: str | None = None
+    insist: tuple[str, ...] = ()
     commit: str | None = None
     is_new: bool = False
 
@@ -163,8 +167,9 @@ def stage_release(
             "that it was exported from, with --native."
         )
     metrics = _read_json(source / "metrics.json") | {"num_parameters": model.num_parameters()}
-    release = Release(Path(folder), repo_id, "", branch or "main", tag)
     card = {"license": license, "language": language}
+    insist = tuple(name for name, value in card.items() if value)
+    release = Release(Path(folder), repo_id, "", branch or "main", tag, insist=insist)
     return _stage(source, release, metrics, native=native, tag_content=True, card=card)
 
 
@@ -181,6 +186,7 @@ def _stage(
     to_branch = release.branch != "main" and not release.tag
     kept = (*_RELEASED, *_STATE) if to_branch and not native else _RELEASED
     known = {path.name for pattern in kept for path in source.glob(pattern) if path.is_file()}
+    known = {name for name in known if not name.endswith(".part")}
     format = None
     if native:
         format = export_checkpoint(source, folder).format
@@ -202,14 +208,17 @@ def _stage(
         native=format,
         **(card or {}),
     )
-    write_card(fresh, source / "README.md", to=folder / "README.md")
+    path = source / "README.md"
+    write_card(fresh, path, to=folder / "README.md", insist=release.insist)
     return release
 
 
-def write_card(card: str, path: Path, *, to: Path | None = None) -> None:
+def write_card(
+    card: str, path: Path, *, to: Path | None = None, insist: Collection[str] = ()
+) -> None:
     """Write a card, with what a person changed in an earlier one at `path`, there or elsewhere."""
     written = path.read_text(encoding="utf-8") if path.is_file() else ""
-    merged = merge_card(card, written, where=str(path))
+    merged = merge_card(card, written, where=str(path), insist=insist)
     (to or path).write_text(merged, encoding="utf-8")
 
 
@@ -306,7 +315,12 @@ def _commit(api: HfApi, release: Release, tagged: str | None) -> Release:
     if "README.md" in present:
         theirs = Path(api.hf_hub_download(name, "README.md", revision=head))
         where = f"README.md of {name}"
-        text = merge_card(card.read_text("utf-8"), theirs.read_text("utf-8"), where=where)
+        text = merge_card(
+            card.read_text(encoding="utf-8"),
+            theirs.read_text(encoding="utf-8"),
+            where=where,
+            insist=release.insist,
+        )
         card.write_text(text, encoding="utf-8")
     ours = {path.name: path for path in folder.iterdir()}
     stale = [

@@ -357,6 +357,13 @@ def test_private_is_refused_for_what_is_public(hub, run, capsys):
     assert hub.repos["user/gpt"].find("main") == first.commit
 
 
+def test_a_license_that_is_given_counts_and_stays(hub, run):
+    for given, said in ((None, "unknown"), ("mit", "mit"), (None, "mit"), ("gpl", "gpl")):
+        push_to_hub(run, "user/gpt", license=given, language=given and ["en"])
+        card = hub.repos["user/gpt"].files()["README.md"].decode()
+        assert f"license: {said}\n" in card and card.count("- en\n") == (said != "unknown")
+
+
 def test_offline_a_push_says_so(hub, run, capsys, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert "HF_HUB_OFFLINE is set" in refuse(capsys, "push", run, "user/gpt")
