@@ -1,13 +1,17 @@
 """The command line: each verb parses its flags, calls one function of the library and prints."""
 
 import argparse
-import difflib
 import os
 import shlex
 import shutil
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any
+
+from .cli_hub import pull, push
+from .cli_parser import Parser as _Parser
+from .cli_parser import find_nearest as _nearest
+from .cli_parser import quiet_libraries as _quiet_libraries
 
 VERBS: dict[str, str] = {
     "train": "train a tokenizer and a GPT from nothing, on your text or on Python's own source",
@@ -17,30 +21,11 @@ VERBS: dict[str, str] = {
     "eval": "measure loss, perplexity and bits per byte on a text",
     "convert": "turn a GPT-1, GPT-2, GPT-Neo, Llama, Qwen3, nanochat or nanoGPT model into ours",
     "export": "turn a model of ours into one of those, for tools without hf_nanogpt",
+    "push": "share a checkpoint on the Hub: model, tokenizer, code and card in one commit",
+    "pull": "download a checkpoint from the Hub to a folder, whole or not at all",
     "info": "describe a checkpoint or a preset: sizes, memory, FLOPs",
     "bench": "measure the speed of training on this machine, beside other implementations",
 }
-
-
-class _Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are exceptions of one sentence."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(
-            message[0].upper() + message[1:].rstrip(".") + f": see {self.prog} --help."
-        )
-
-    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
-        args, unknown = self.parse_known_args(argv)
-        if unknown:
-            options = [option for action in self._actions for option in action.option_strings]
-            self.error(f"{unknown[0]!r} is no known argument{_nearest(unknown[0], options)}")
-        return args
-
-
-def _nearest(name: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name.split("=")[0], known, n=1, cutoff=0.5)
-    return f", did you mean {near[0]}?" if near else ""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "eval": _eval,
         "convert": _convert,
         "export": _export,
+        "push": push,
+        "pull": pull,
         "info": _info,
         "bench": _bench,
     }
@@ -112,13 +99,6 @@ def _overview() -> str:
             "hf-nanogpt COMMAND --help tells more. Start with: hf-nanogpt train",
         ]
     )
-
-
-def _quiet_libraries() -> None:
-    """Keep the progress bars of single files off the terminal; ours are enough."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
 
 
 # train
@@ -419,6 +399,12 @@ def _eval(argv: list[str]) -> None:
         "--context_length", type=int, help="tokens in a block (default: the model's)"
     )
     parser.add_argument("--batch_size", type=int, default=16, help="blocks at a time")
+    parser.add_argument(
+        "--held_out",
+        type=float,
+        metavar="SHARE",
+        help="only the part that a training with validation_fraction=SHARE holds out",
+    )
     args = parser.parse(argv)
     if args.batch_size < 1:
         raise ValueError(f"batch_size={args.batch_size} is not possible: give 1 or more.")
@@ -432,6 +418,7 @@ def _eval(argv: list[str]) -> None:
         context_length=args.context_length,
         batch_size=args.batch_size,
         text_column=args.text_column,
+        held_out=args.held_out,
         show_progress=True,
     )
     print(f"loss           {result.loss:.4f} nats per token")

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .checkpoint import load_checkpoint
-from .data import Documents, load_text
+from .data import DataArguments, Documents, load_documents, load_text
 from .packing import PackedCollator, pack_documents
 from .tokenization import token_byte_counts
 
@@ -76,6 +76,7 @@ def evaluate(
     context_length: int | None = None,
     batch_size: int = 16,
     text_column: str = "text",
+    held_out: float | None = None,
     show_progress: bool = False,
 ) -> EvaluationResult:
     """Measure a model on text, in blocks of `context_length` tokens.
@@ -85,6 +86,7 @@ def evaluate(
         data: documents, or what `hf-nanogpt train --data` takes.
         context_length: by default the model's; longer ones are refused.
         batch_size: blocks at a time; changes speed, not the result.
+        held_out: measure on the part that training with `validation_fraction=held_out` holds out.
 
     Raises:
         ValueError: there is no such checkpoint or data, or `context_length` is out of range.
@@ -100,7 +102,12 @@ def evaluate(
             f"{model.config.vocab_size}: they do not belong together."
         )
     length = check_context_length(model.config, context_length)
-    documents = load_text(data, text_column=text_column) if isinstance(data, str) else data
+    documents = data
+    if isinstance(data, str) and held_out is not None:
+        split = DataArguments(data=data, text_column=text_column, validation_fraction=held_out)
+        documents = load_documents(split)[1]
+    elif isinstance(data, str):
+        documents = load_text(data, text_column=text_column)
     blocks = pack_documents(documents, tokenizer, context_length=length)
     collate = PackedCollator(tokenizer.eos_token_id)
     loader: DataLoader = DataLoader(blocks, batch_size=batch_size, collate_fn=collate)
