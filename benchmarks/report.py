@@ -71,7 +71,7 @@ def choice() -> str:
     return f"""### What was chosen, and on what
 
 Learning rates were compared on the first nine tenths of the text: trained on 81 % of it, measured
-on 9 %. Untuned, nanoGPT's recipe is far from its best, and so is any ratio to it: see the tuned row.
+on 9 %. Untuned, nanoGPT's recipe is far from its best: look at the tuned row of the race as well.
 
 {table(["recipe and learning rate", "median loss", "each seed"], rows)}
 {header(report, "python benchmarks/time_to_loss.py choose tinyshakespeare.txt")}"""

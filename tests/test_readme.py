@@ -64,6 +64,9 @@ def test_commands_work(workplace, monkeypatch, capsys):
             assert (ROOT / "hf_nanogpt/convert").is_dir() and len(flags) == 2
         elif verb == "train":  # these train for minutes: read their settings only
             recipe = "quickstart" if flags[0].startswith("-") else flags.pop(0)
+            if "--from" in flags:
+                start = flags.index("--from")
+                del flags[start : start + 2]
             parse_settings(recipe, flags)
         else:
             assert main([verb, *flags]) == 0, capsys.readouterr().err
