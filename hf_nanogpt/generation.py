@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from transformers import (
+    CompileConfig,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -50,6 +51,7 @@ def stream_text(
     min_p: float | None = None,
     repetition_penalty: float | None = None,
     stop_at_eos: bool = True,
+    compile: bool = False,
     seed: int | None = None,
 ) -> Iterator[str]:
     """Yield the text that follows `prompt` in pieces, as it is produced.
@@ -62,6 +64,8 @@ def stream_text(
         min_p: sample from tokens at least this probable, relative to the likeliest [0 to 1].
         repetition_penalty: above 1 makes tokens less likely that were there before.
         stop_at_eos: end where the model ends the document.
+        compile: decode by torch.compile with a static cache; the first text of a length waits for
+            it, a minute perhaps, and later ones are faster.
         seed: makes sampling repeatable.
 
     Raises:
@@ -77,10 +81,18 @@ def stream_text(
         eos_token_id=tokenizer.eos_token_id if stop_at_eos else None,
         pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
         **sampling,
+        **(compiled_decoding() if compile else {}),
     )
     inputs = _encode(tokenizer, prompt).to(model.device)
     _check_room(model, inputs["input_ids"].shape[1], max_new_tokens)
     return _stream(model, tokenizer, inputs, config, seed)
+
+
+def compiled_decoding() -> dict[str, Any]:
+    """Return the settings of `generate()` that compile the steps after the prompt."""
+    config = CompileConfig(mode="default")
+    config._compile_all_devices = True  # without it transformers compiles on GPUs only
+    return {"cache_implementation": "static", "compile_config": config}
 
 
 def _stream(model, tokenizer, inputs, config, seed) -> Iterator[str]:

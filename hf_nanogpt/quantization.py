@@ -6,24 +6,35 @@ from transformers import PreTrainedModel
 
 
 class Int8Linear(nn.Module):
-    """A linear layer with int8 weights, one scale for each output, by torch's quantized kernels.
+    """A linear layer with int8 weights, one scale for each output.
 
-    The input is rounded to 8 bits too, with one scale for all that is given at a time: a row's
-    result depends a little on the other rows.
+    The input is rounded to 8 bits too, with one scale for each row, so that whole numbers are
+    multiplied: LLM.int8() (arXiv:2208.07339), section 2.2, "vector-wise", without its outliers.
     """
+
+    weight: torch.Tensor
+    scale: torch.Tensor
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
         weight = linear.weight.detach()
-        scales = weight.abs().amax(dim=1).clamp(min=1e-12).double() / 127
-        zeros = torch.zeros_like(scales, dtype=torch.long)
-        rounded = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
-        self.packed = torch.ops.quantized.linear_prepack(rounded, linear.bias)
-        # Sums of two products overflow 16 bits on a CPU that has no instruction for them (VNNI).
-        self.seven_bits = not torch.cpu.get_capabilities().get("avx512_vnni", True)
+        scale = _find_scale(weight)  # (out, 1)
+        self.register_buffer("weight", (weight / scale).round().to(torch.int8))
+        self.register_buffer("scale", scale.squeeze(1))
+        self.bias = linear.bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.ops.quantized.linear_dynamic(x, self.packed, self.seven_bits)
+        scale = _find_scale(x)
+        rows = (x / scale).round_().to(torch.int8).flatten(0, -2)
+        product = torch._int_mm(rows, self.weight.t()).unflatten(0, x.shape[:-1])
+        y = product * scale * self.scale
+        return y if self.bias is None else y + self.bias
+
+
+def _find_scale(rows: torch.Tensor) -> torch.Tensor:
+    """Return what 1 stands for in 8 bits, by row; a row of zeros stays one."""
+    largest = torch.linalg.vector_norm(rows, ord=float("inf"), dim=-1, keepdim=True)
+    return largest.clamp_(min=1e-12).div_(127)
 
 
 def quantize_model(model: PreTrainedModel) -> PreTrainedModel:
