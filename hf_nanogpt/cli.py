@@ -24,7 +24,7 @@ VERBS: dict[str, str] = {
     "push": "share a checkpoint on the Hub: model, tokenizer, code and card in one commit",
     "pull": "download a checkpoint from the Hub to a folder, whole or not at all",
     "info": "describe a checkpoint or a preset: sizes, memory, FLOPs",
-    "bench": "measure the speed of training on this machine, beside other implementations",
+    "bench": "measure the speed of training or generation here, beside other implementations",
 }
 
 
@@ -255,7 +255,13 @@ def _generate(argv: list[str]) -> None:
     parser.add_argument(
         "--ignore_eos", action="store_true", help="go on after the end of a document"
     )
+    parser.add_argument("--quantize", choices=["int8"], help="round the weights: faster on a CPU")
+    parser.add_argument(
+        "--compile", action="store_true", help="by torch.compile: a minute first, then faster"
+    )
     args = parser.parse(argv)
+    if args.quantize and args.compile:
+        raise ValueError("--quantize and --compile exclude each other: give one of them.")
     if args.num_samples < 1:
         raise ValueError(f"num_samples={args.num_samples} is not possible: give 1 or more.")
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
@@ -265,6 +271,10 @@ def _generate(argv: list[str]) -> None:
     from .generation import stream_text
 
     model, tokenizer = load_checkpoint(args.checkpoint)
+    if args.quantize:
+        from .quantization import quantize_model
+
+        quantize_model(model)
     for i in range(args.num_samples):
         pieces = stream_text(
             model,
@@ -278,6 +288,7 @@ def _generate(argv: list[str]) -> None:
             repetition_penalty=args.repetition_penalty,
             stop_strings=args.stop or (),
             stop_at_eos=not args.ignore_eos,
+            compile=args.compile,
             seed=None if args.seed is None else args.seed + i,
         )
         if args.num_samples > 1:
@@ -405,16 +416,24 @@ def _eval(argv: list[str]) -> None:
         metavar="SHARE",
         help="only the part that a training with validation_fraction=SHARE holds out",
     )
+    parser.add_argument("--quantize", choices=["int8"], help="measure what rounded weights lose")
     args = parser.parse(argv)
     if args.batch_size < 1:
         raise ValueError(f"batch_size={args.batch_size} is not possible: give 1 or more.")
 
     _quiet_libraries()
+    from .checkpoint import load_checkpoint
     from .evaluation import evaluate
 
+    model, tokenizer = load_checkpoint(args.checkpoint)
+    if args.quantize:
+        from .quantization import quantize_model
+
+        quantize_model(model)
     result = evaluate(
-        args.checkpoint,
+        model,
         args.data,
+        tokenizer=tokenizer,
         context_length=args.context_length,
         batch_size=args.batch_size,
         text_column=args.text_column,
@@ -443,7 +462,7 @@ def _info(argv: list[str]) -> None:
 
 
 def _bench(argv: list[str]) -> None:
-    benchmarks = {"train": _bench_train}
+    benchmarks = {"train": _bench_train, "generate": _bench_generate}
     what = argv[0] if argv else "--help"
     if what in ("-h", "--help"):
         print(f"usage: hf-nanogpt bench {{{','.join(benchmarks)}}} ...\n\n{VERBS['bench']}")
@@ -477,7 +496,13 @@ def _bench_train(argv: list[str]) -> None:
     args = vars(parser.parse(argv))
 
     _quiet_libraries()
-    from .benchmark import benchmark_training, format_report, prepare_output, save_report
+    from .benchmark import (
+        benchmark_training,
+        format_report,
+        plot_training,
+        prepare_output,
+        save_report,
+    )
 
     if output := args.pop("output"):
         prepare_output(output, name="train")
@@ -485,7 +510,47 @@ def _bench_train(argv: list[str]) -> None:
     report = benchmark_training(show_progress=True, **given)
     print(format_report(report))
     if output:
-        print("\nWritten:", *save_report(report, output))
+        print("\nWritten:", *save_report(report, output, plot=plot_training))
+
+
+def _bench_generate(argv: list[str]) -> None:
+    parser = _Parser(
+        prog="hf-nanogpt bench generate",
+        description="Time greedy generation: ours in float32 and int8, its twin in transformers "
+        "and nanoGPT's way without a cache, in turns, at text lengths up to 1024.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "model", nargs="?", help="preset, folder or Hub id (default: a GPT-2 of 10 M parameters)"
+    )
+    for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size"):
+        parser.add_argument(f"--{name}", type=int, help="of a preset")
+    parser.add_argument("--batch_size", type=int, default=1, help="prompts at a time (default 1)")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each (default 5)")
+    parser.add_argument("--tokens", type=int, default=16, help="timed in a turn (default 16)")
+    parser.add_argument("--num_threads", type=int, help="CPU threads (default: cores)")
+    parser.add_argument(
+        "--compile", action="store_true", help="ours by torch.compile too; takes minutes more"
+    )
+    parser.add_argument("--output", help="folder for bench_generate.json and bench_generate.png")
+    args = vars(parser.parse(argv))
+
+    _quiet_libraries()
+    from .benchmark import (
+        benchmark_generation,
+        format_generation,
+        plot_generation,
+        prepare_output,
+        save_report,
+    )
+
+    if output := args.pop("output"):
+        prepare_output(output, name="generate")
+    given = {name: value for name, value in args.items() if value is not None}
+    report = benchmark_generation(show_progress=True, **given)
+    print(format_generation(report))
+    if output:
+        print("\nWritten:", *save_report(report, output, plot=plot_generation))
 
 
 if __name__ == "__main__":

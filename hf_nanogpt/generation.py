@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from transformers import (
+    CompileConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TextIteratorStreamer,
@@ -50,6 +51,7 @@ def stream_text(
     repetition_penalty: float | None = None,
     stop_strings: Sequence[str] = (),
     stop_at_eos: bool = True,
+    compile: bool = False,
     seed: int | None = None,
 ) -> Iterator[str]:
     """Yield the text that follows `prompt` in pieces, as it is produced.
@@ -66,6 +68,8 @@ def stream_text(
         repetition_penalty: above 1 makes tokens less likely that were there before.
         stop_strings: end after the first of these that appears.
         stop_at_eos: end where the model ends the document.
+        compile: decode by torch.compile with a static cache; the first text of a length waits for
+            it, a minute perhaps, and later ones are faster.
         seed: makes sampling repeatable.
 
     Raises:
@@ -93,8 +97,16 @@ def stream_text(
         "do_sample": temperature > 0,
         "eos_token_id": eos if stop_at_eos else None,
         "pad_token_id": 0,  # one row is never padded; without an id transformers warns
+        **(compiled_decoding() if compile else {}),
     }
     return _stream(model, tokenizer, settings | given, seed)
+
+
+def compiled_decoding() -> dict[str, Any]:
+    """Return the settings of `generate()` that compile the steps after the prompt."""
+    config = CompileConfig(mode="default")
+    config._compile_all_devices = True  # without it transformers compiles on GPUs only
+    return {"cache_implementation": "static", "compile_config": config}
 
 
 def encode_prompt(
