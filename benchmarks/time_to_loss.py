@@ -16,9 +16,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from machine import describe_machine
+from results_file import write_results
 
-RESULTS = Path(__file__).parent / "results"
 SEEDS = (1, 2, 3)
 RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
 CHOSEN = 4e-3  # of RATES, the best for nanoGPT's recipe: see results/choice.json
@@ -33,6 +32,7 @@ RACE = {
     "nanoGPT's recipe, AdamW 1e-3": ("nanogpt_char", {}),
     f"nanoGPT's recipe, AdamW {CHOSEN:g} (tuned)": ("nanogpt_char", peer(CHOSEN)),
     "shakespeare_char (nano, Muon)": ("shakespeare_char", {}),
+    "shakespeare_char, 450 steps": ("shakespeare_char", {"max_steps": 450}),
 }
 ABLATIONS = {
     "shakespeare_char": {},
@@ -44,15 +44,14 @@ ABLATIONS = {
     "GPT-2's initialisation": {"initializer_range": 0.02},
     "LayerNorm instead of RMSNorm": {"norm_type": "layernorm"},
     "cosine instead of linear decay": {"lr_scheduler_type": "cosine"},
-    "gradients clipped at 1": {"max_grad_norm": 1.0},
 }
 
 
-def run_training(recipe: str, text: Path, *, seed: int, threads: int = 2, **settings) -> dict:
+def run_training(recipe: str, text: str | Path, *, seed: int, threads: int = 2, **settings) -> dict:
     """Train in a fresh process and return its metrics, with `wall_seconds` of the whole process."""
     with tempfile.TemporaryDirectory() as folder:
         run = {"output_dir": f"{folder}/run", "seed": seed, "num_threads": threads}
-        quiet = {"eval_strategy": "no", "save_strategy": "no"}
+        quiet = {"eval_strategy": "no", "save_strategy": "no", "sample_steps": 0}
         flags = [f"--{name}={value}" for name, value in (run | quiet | settings).items()]
         command = [sys.executable, "-m", "hf_nanogpt", "train", recipe, f"--data={text}", *flags]
         started = time.perf_counter()
@@ -61,8 +60,10 @@ def run_training(recipe: str, text: Path, *, seed: int, threads: int = 2, **sett
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)}\n{done.stderr[-2000:]}")
         metrics = json.loads((Path(folder) / "run" / "metrics.json").read_text())
-    kept = ("eval_loss", "num_parameters", "train_steps", "train_tokens", "train_seconds")
-    return {name: metrics[name] for name in kept} | {"wall_seconds": round(seconds, 2)}
+    kept = ("eval_loss", "bits_per_byte", "num_parameters", "train_steps", "train_tokens")
+    stepping = metrics["train_tokens"] / metrics["tokens_per_second"]
+    times = {"step_seconds": round(stepping, 2), "wall_seconds": round(seconds, 2)}
+    return {name: metrics[name] for name in kept} | times
 
 
 def race(text: Path) -> dict[str, list[dict]]:
@@ -117,6 +118,4 @@ if __name__ == "__main__":
     tasks = {"choose": choose, "race": race, "ablate": ablate}
     if len(sys.argv) != 3 or sys.argv[1] not in tasks or not os.path.isfile(sys.argv[2]):
         sys.exit(f"usage: python {sys.argv[0]} {{choose,race,ablate}} TEXT_FILE")
-    report = describe_machine() | {"runs": tasks[sys.argv[1]](Path(sys.argv[2]))}
-    path = RESULTS / f"{sys.argv[1]}.json"
-    path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_results(sys.argv[1], {"runs": tasks[sys.argv[1]](Path(sys.argv[2]))})

@@ -164,7 +164,7 @@ def parse_settings(
     Raises:
         ValueError: the recipe or a name in it is unknown, or a value does not fit.
     """
-    given = [*_as_flags(_read_recipe(recipe)), *_as_flags(settings), *flags]
+    given = [*as_flags(_read_recipe(recipe)), *as_flags(settings), *flags]
     parser = make_parser()
     data, model, training, unknown = parser.parse_args_into_dataclasses(
         given, return_remaining_strings=True, look_for_args_file=False
@@ -229,7 +229,7 @@ def _read_recipe(recipe: str | Path) -> dict[str, Any]:
     return {name: value for part in sections.values() for name, value in (part or {}).items()}
 
 
-def _as_flags(settings: dict[str, Any]) -> list[str]:
+def as_flags(settings: dict[str, Any]) -> list[str]:
     flags = []
     for name, value in settings.items():
         if value is None:

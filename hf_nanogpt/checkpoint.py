@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import constants
 from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
@@ -19,6 +18,7 @@ from transformers import (
 )
 
 from . import auto  # noqa: F401 (importing it registers the Auto classes)
+from .hub_errors import explain_hub_error
 
 # Written last: a folder with this file is complete, one without it cannot be taken for a model.
 _MARKER = "config.json"
@@ -26,7 +26,7 @@ _STEPS = "checkpoint-[0-9]*"
 _STAGED = ".staged-"
 # Where the `trainer_state.json` of a step keeps what `InterruptibleTrainer` adds.
 RECORD = "InterruptibleTrainer"
-_ARTIFACTS = (
+ARTIFACTS = (
     _MARKER,
     "README.md",
     "chat_template.jinja",
@@ -64,28 +64,47 @@ def check_checkpoint(checkpoint: str | Path) -> str:
     if path.exists():
         raise ValueError(f"{path} is a file; give the folder of a checkpoint, or a Hub id.")
     looks_like_a_path = path.is_absolute() or str(checkpoint).startswith((".", "~"))
-    if looks_like_a_path or str(checkpoint).count("/") != 1 or path.parent.is_dir():
+    repo_id, _ = split_revision(checkpoint)
+    if looks_like_a_path or repo_id.count("/") != 1 or Path(repo_id).parent.is_dir():
         raise ValueError(
             f"There is no checkpoint at {path}: no such folder, and it is not a Hub id."
         )
     return str(checkpoint)
 
 
+def split_revision(checkpoint: str | Path) -> tuple[str, str]:
+    """Split `user/name@revision` at the `@`; the revision of a folder, or by default, is main."""
+    name, at, revision = str(checkpoint).partition("@")
+    if not at or Path(checkpoint).exists():
+        return str(checkpoint), "main"
+    if not name or not revision:
+        raise ValueError(f"{checkpoint} must be USER/NAME or USER/NAME@REVISION.")
+    return name, revision
+
+
 def load_checkpoint(checkpoint: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the model, ready for use (`eval` mode), and the tokenizer of a folder or Hub id.
+
+    A Hub id may name a branch, tag or commit: `user/name@revision`.
 
     Raises:
         ValueError: it is neither, or the Hub cannot be reached and has never been asked for it.
     """
-    name = check_checkpoint(checkpoint)
+    name, revision = split_revision(check_checkpoint(checkpoint))
     try:
         # False: without it transformers would ask on the terminal whether to run foreign code.
-        own = {"trust_remote_code": False}
+        own = {"trust_remote_code": False, "revision": revision}
         model, report = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **own)
         tokenizer = AutoTokenizer.from_pretrained(name, **own)
     except Exception as error:  # of several libraries, which share no base class
         if isinstance(error, OSError) and not Path(name).is_dir():
-            raise ValueError(unreachable(name, "checkpoint folder")) from error
+            raise ValueError(unreachable(str(checkpoint), "checkpoint folder", error)) from error
+        words = ("tokenizer.json", "tokenizer.model", "vocab.json")
+        if Path(name).is_dir() and not any((Path(name) / file).is_file() for file in words):
+            raise ValueError(
+                f"{name} has no tokenizer: put the tokenizer.json that the model was trained with "
+                "into it."
+            ) from error
         why = " ".join(str(error).split())
         raise ValueError(f"{name} cannot be loaded: {why}") from error
     if missing := sorted(report["missing_keys"]):
@@ -93,10 +112,9 @@ def load_checkpoint(checkpoint: str | Path) -> tuple[PreTrainedModel, PreTrained
     return model.eval(), tokenizer
 
 
-def unreachable(name: str, what: str) -> str:
-    """Say why a Hub id could not be loaded, in one sentence."""
-    offline = constants.HF_HUB_OFFLINE
-    why = "HF_HUB_OFFLINE is set" if offline else "the Hub has no such id, or cannot be reached"
+def unreachable(name: str, what: str, error: BaseException | None = None) -> str:
+    """Say in one sentence why a Hub id could not be loaded, which raised `error`."""
+    why = explain_hub_error(error)
     return f"{name!r} is no {what} here, and could not be loaded from the Hub: {why}."
 
 
@@ -112,7 +130,7 @@ def check_output_dir(
     path = Path(output_dir)
     check_writable(path, name="output_dir")
     content = {p.name for p in path.iterdir()} if path.is_dir() else set()
-    known = {p.name for pattern in _ARTIFACTS for p in path.glob(pattern)}
+    known = {p.name for pattern in ARTIFACTS for p in path.glob(pattern)}
     if not content or (resume and find_last_checkpoint(path)):
         return
     if resume and (_MARKER in content or content - known):
@@ -143,7 +161,7 @@ def check_writable(path: Path, *, name: str) -> None:
 
 def clear_output_dir(output_dir: str | Path) -> None:
     """Delete what an earlier training left in `output_dir`, and nothing else."""
-    for pattern in _ARTIFACTS:
+    for pattern in ARTIFACTS:
         for path in Path(output_dir).glob(pattern):
             _delete(path)
 

@@ -1,46 +1,32 @@
 """The command line: each verb parses its flags, calls one function of the library and prints."""
 
 import argparse
-import difflib
 import logging
 import os
 import shlex
 import shutil
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any
+
+from .cli_hub import pull, push
+from .cli_parser import Parser as _Parser
+from .cli_parser import find_nearest as _nearest
+from .cli_parser import quiet_libraries as _quiet_libraries
 
 VERBS: dict[str, str] = {
     "train": "train a tokenizer and a GPT from nothing, on your text or on Python's own source",
     "tokenize": "turn a text into tokens once, in a folder to train from",
     "generate": "go on from a prompt, printed as it is produced",
+    "explain": "show what a model expected at each token of a text, and where its heads look",
     "eval": "measure checkpoints on a text, in bits per byte, or on tasks of lm-eval",
     "convert": "turn a GPT-1, GPT-2, GPT-Neo, Llama, Qwen3, nanochat or nanoGPT model into ours",
     "export": "turn a model of ours into one of those, for tools without hf_nanogpt",
+    "push": "share a checkpoint on the Hub: model, tokenizer, code and card in one commit",
+    "pull": "download a checkpoint from the Hub to a folder, whole or not at all",
     "info": "describe a checkpoint or a preset: sizes, memory, FLOPs",
-    "bench": "measure the speed of training on this machine, beside other implementations",
+    "bench": "measure the speed of training or generation here, beside other implementations",
 }
-
-
-class _Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are exceptions of one sentence."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(
-            message[0].upper() + message[1:].rstrip(".") + f": see {self.prog} --help."
-        )
-
-    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
-        args, unknown = self.parse_known_args(argv)
-        if unknown:
-            options = [option for action in self._actions for option in action.option_strings]
-            self.error(f"{unknown[0]} is no known argument{_nearest(unknown[0], options)}")
-        return args
-
-
-def _nearest(name: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name.split("=")[0], known, n=1, cutoff=0.5)
-    return f", did you mean {near[0]}?" if near else ""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,9 +45,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "train": _train,
         "tokenize": _tokenize,
         "generate": _generate,
+        "explain": _explain,
         "eval": _eval,
         "convert": _convert,
         "export": _export,
+        "push": push,
+        "pull": pull,
         "info": _info,
         "bench": _bench,
     }
@@ -111,13 +100,6 @@ def _overview() -> str:
             "hf-nanogpt COMMAND --help tells more. Start with: hf-nanogpt train",
         ]
     )
-
-
-def _quiet_libraries() -> None:
-    """Keep the progress bars of single files off the terminal; ours are enough."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
 
 
 # train
@@ -255,7 +237,7 @@ def _generate(argv: list[str]) -> None:
     parser = _Parser(prog="hf-nanogpt generate", description=VERBS["generate"], allow_abbrev=False)
     parser.add_argument("checkpoint", help="folder or Hub id")
     parser.add_argument("prompt", nargs="?", default="", help="text to go on from; '-' reads stdin")
-    parser.add_argument("--max_new_tokens", type=int, default=100)
+    parser.add_argument("--max_new_tokens", type=int, help="default 100, or what there is room for")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default 0.8)")
     parser.add_argument("--greedy", action="store_true", help="same as --temperature 0")
     parser.add_argument("--top_k", type=int, help="sample from the likeliest TOP_K tokens")
@@ -266,12 +248,21 @@ def _generate(argv: list[str]) -> None:
         "--min_p", type=float, help="least probability relative to the likeliest token"
     )
     parser.add_argument("--repetition_penalty", type=float, help="above 1 discourages repeats")
+    parser.add_argument(
+        "--stop", action="append", metavar="TEXT", help="end after this text; may be given again"
+    )
     parser.add_argument("--seed", type=int, help="make sampling repeatable")
     parser.add_argument("--num_samples", type=int, default=1)
     parser.add_argument(
         "--ignore_eos", action="store_true", help="go on after the end of a document"
     )
+    parser.add_argument("--quantize", choices=["int8"], help="round the weights: faster on a CPU")
+    parser.add_argument(
+        "--compile", action="store_true", help="by torch.compile: a minute first, then faster"
+    )
     args = parser.parse(argv)
+    if args.quantize and args.compile:
+        raise ValueError("--quantize and --compile exclude each other: give one of them.")
     if args.num_samples < 1:
         raise ValueError(f"num_samples={args.num_samples} is not possible: give 1 or more.")
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
@@ -281,6 +272,10 @@ def _generate(argv: list[str]) -> None:
     from .generation import stream_text
 
     model, tokenizer = load_checkpoint(args.checkpoint)
+    if args.quantize:
+        from .quantization import quantize_model
+
+        quantize_model(model)
     for i in range(args.num_samples):
         pieces = stream_text(
             model,
@@ -292,7 +287,9 @@ def _generate(argv: list[str]) -> None:
             top_p=args.top_p,
             min_p=args.min_p,
             repetition_penalty=args.repetition_penalty,
+            stop_strings=args.stop or (),
             stop_at_eos=not args.ignore_eos,
+            compile=args.compile,
             seed=None if args.seed is None else args.seed + i,
         )
         if args.num_samples > 1:
@@ -301,6 +298,34 @@ def _generate(argv: list[str]) -> None:
         for piece in pieces:
             print(piece, end="", flush=True)
         print()
+
+
+# explain
+
+
+def _explain(argv: list[str]) -> None:
+    parser = _Parser(prog="hf-nanogpt explain", description=VERBS["explain"], allow_abbrev=False)
+    parser.add_argument("checkpoint", help="folder or Hub id")
+    parser.add_argument("text", help="to be read by the model; '-' reads stdin")
+    parser.add_argument(
+        "--html", metavar="FILE", help="also write a page with each head's attention map"
+    )
+    args = parser.parse(argv)
+    text = sys.stdin.read() if args.text == "-" else args.text
+
+    _quiet_libraries()
+    from .explain import check_page, explain_text, render_table, write_page
+
+    page = None if args.html is None else check_page(args.html)
+    from .checkpoint import load_checkpoint
+
+    model, tokenizer = load_checkpoint(args.checkpoint)
+    explanation = explain_text(model, tokenizer, text, with_attention=page is not None)
+    color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    print(render_table(explanation, color=color, width=shutil.get_terminal_size().columns))
+    if page:
+        write_page(explanation, page, title=args.checkpoint)
+        print(f"{page} is ready: open it in a browser.")
 
 
 # convert and export
@@ -385,11 +410,18 @@ def _eval(argv: list[str]) -> None:
     kind.add_argument("--tasks", help="of lm-eval: names or YAML files, separated by commas")
     parser.add_argument("--batch_size", type=int, default=16, help="blocks at a time")
     parser.add_argument("--plot", metavar="FILE", help="draw the comparison: .png, .svg or .pdf")
+    parser.add_argument("--quantize", choices=["int8"], help="measure what rounded weights lose")
     text = parser.add_argument_group("on a text")
     text.add_argument("--text_column", help="column of a table that holds the text")
     text.add_argument("--context_length", type=int, help="tokens in a block (default: the model's)")
     text.add_argument(
         "--stride", type=int, help="predict so many at a time, each from a full context before it"
+    )
+    text.add_argument(
+        "--held_out",
+        type=float,
+        metavar="SHARE",
+        help="only the part that a training with validation_fraction=SHARE holds out",
     )
     tasks = parser.add_argument_group("on tasks")
     tasks.add_argument("--num_fewshot", type=int, help="solved examples before each question")
@@ -413,6 +445,7 @@ def _eval(argv: list[str]) -> None:
 
     if plot := args.pop("plot", None):
         check_picture(plot)
+    args["quantize"] = "quantize" in args
     if "data" in args:
         comparison = compare_on_text(**args, show_progress=True)
     else:
@@ -445,7 +478,7 @@ def _info(argv: list[str]) -> None:
 
 
 def _bench(argv: list[str]) -> None:
-    benchmarks = {"train": _bench_train}
+    benchmarks = {"train": _bench_train, "generate": _bench_generate}
     what = argv[0] if argv else "--help"
     if what in ("-h", "--help"):
         print(f"usage: hf-nanogpt bench {{{','.join(benchmarks)}}} ...\n\n{VERBS['bench']}")
@@ -479,7 +512,13 @@ def _bench_train(argv: list[str]) -> None:
     args = vars(parser.parse(argv))
 
     _quiet_libraries()
-    from .benchmark import benchmark_training, format_report, prepare_output, save_report
+    from .benchmark import (
+        benchmark_training,
+        format_report,
+        plot_training,
+        prepare_output,
+        save_report,
+    )
 
     if output := args.pop("output"):
         prepare_output(output, name="train")
@@ -487,7 +526,47 @@ def _bench_train(argv: list[str]) -> None:
     report = benchmark_training(show_progress=True, **given)
     print(format_report(report))
     if output:
-        print("\nWritten:", *save_report(report, output))
+        print("\nWritten:", *save_report(report, output, plot=plot_training))
+
+
+def _bench_generate(argv: list[str]) -> None:
+    parser = _Parser(
+        prog="hf-nanogpt bench generate",
+        description="Time greedy generation: ours in float32 and int8, its twin in transformers "
+        "and nanoGPT's way without a cache, in turns, at text lengths up to 1024.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "model", nargs="?", help="preset, folder or Hub id (default: a GPT-2 of 10 M parameters)"
+    )
+    for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size"):
+        parser.add_argument(f"--{name}", type=int, help="of a preset")
+    parser.add_argument("--batch_size", type=int, default=1, help="prompts at a time (default 1)")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each (default 5)")
+    parser.add_argument("--tokens", type=int, default=16, help="timed in a turn (default 16)")
+    parser.add_argument("--num_threads", type=int, help="CPU threads (default: cores)")
+    parser.add_argument(
+        "--compile", action="store_true", help="ours by torch.compile too; takes minutes more"
+    )
+    parser.add_argument("--output", help="folder for bench_generate.json and bench_generate.png")
+    args = vars(parser.parse(argv))
+
+    _quiet_libraries()
+    from .benchmark import (
+        benchmark_generation,
+        format_generation,
+        plot_generation,
+        prepare_output,
+        save_report,
+    )
+
+    if output := args.pop("output"):
+        prepare_output(output, name="generate")
+    given = {name: value for name, value in args.items() if value is not None}
+    report = benchmark_generation(show_progress=True, **given)
+    print(format_generation(report))
+    if output:
+        print("\nWritten:", *save_report(report, output, plot=plot_generation))
 
 
 if __name__ == "__main__":

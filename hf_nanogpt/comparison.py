@@ -6,10 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 from .callbacks import BLUE, GREY, replace_file
-from .checkpoint import check_checkpoint
+from .checkpoint import check_checkpoint, load_checkpoint
 from .evaluation import evaluate
-from .tasks import evaluate_tasks
+from .quantization import quantize_model
+from .tasks import check_lm_eval, evaluate_tasks
 
 _PICTURES = (".png", ".svg", ".pdf")
 
@@ -22,14 +25,17 @@ class Comparison:
     figures: dict[str, dict[str, float]]
 
 
-def compare_on_text(checkpoints: Sequence[str], data: str, **settings: Any) -> Comparison:
-    """Measure each checkpoint on `data`; `settings` are those of `evaluate`."""
+def compare_on_text(
+    checkpoints: Sequence[str], data: str, *, quantize: bool = False, **settings: Any
+) -> Comparison:
+    """Measure each checkpoint on `data`, if need be with int8 weights, by settings of `evaluate`."""
     for name in checkpoints:  # before the first has taken its minutes
         check_checkpoint(name)
     rows = [["checkpoint", "loss", "perplexity", "bits per byte", "tokens", "bytes"]]
     bits = {}
     for name in checkpoints:
-        result = evaluate(name, data, **settings)
+        model, tokenizer = _load(name, quantize)
+        result = evaluate(model, data, tokenizer=tokenizer, **settings)
         losses = f"{result.loss:.4f}", f"{result.perplexity:.2f}", f"{result.bits_per_byte:.4f}"
         rows.append([name, *losses, f"{result.num_tokens:,}", f"{result.num_bytes:,}"])
         bits[name] = result.bits_per_byte
@@ -37,12 +43,16 @@ def compare_on_text(checkpoints: Sequence[str], data: str, **settings: Any) -> C
 
 
 def compare_on_tasks(
-    checkpoints: Sequence[str], tasks: Sequence[str], **settings: Any
+    checkpoints: Sequence[str], tasks: Sequence[str], *, quantize: bool = False, **settings: Any
 ) -> Comparison:
-    """Measure each checkpoint on tasks; `settings` are those of `evaluate_tasks`."""
+    """Measure each checkpoint, as `compare_on_text` does, by settings of `evaluate_tasks`."""
+    check_lm_eval()
     for name in checkpoints:
         check_checkpoint(name)
-    results = {name: evaluate_tasks(name, tasks, **settings) for name in checkpoints}
+    results = {}
+    for name in checkpoints:
+        model, tokenizer = _load(name, quantize)
+        results[name] = evaluate_tasks(model, tasks, tokenizer=tokenizer, **settings)
     rows, figures = [["task", *results]], {}
     for scores in zip(*results.values(), strict=True):  # the same ones in the same order
         name = f"{scores[0].task} {scores[0].metric}"
@@ -50,6 +60,11 @@ def compare_on_tasks(
         errors = ("" if x.stderr is None else f" ± {x.stderr:.4f}" for x in scores)
         rows.append([name, *(f"{x.value:.4f}{e}" for x, e in zip(scores, errors, strict=True))])
     return Comparison(rows, figures)
+
+
+def _load(checkpoint: str, quantize: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    model, tokenizer = load_checkpoint(checkpoint)
+    return (quantize_model(model) if quantize else model), tokenizer
 
 
 def format_table(rows: Sequence[Sequence[str]]) -> str:

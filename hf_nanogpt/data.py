@@ -22,7 +22,7 @@ from datasets.fingerprint import Hasher
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from .checkpoint import unreachable
+from .checkpoint import split_revision, unreachable
 from .tokenization import TokenizerKind, train_tokenizer
 
 logger = logging.get_logger(__name__)
@@ -309,7 +309,7 @@ def _read_table(
         first: dict = next(iter(table), {})
     except Exception as error:
         if isinstance(error, OSError) and not files:
-            raise ValueError(f"data={unreachable(data, 'file or folder')}") from error
+            raise ValueError(f"data={unreachable(data, 'file or folder', error)}") from error
         why = error.__cause__ or error  # `datasets` says only that something went wrong
         raise ValueError(f"data={data} cannot be read as a table: {why}") from error
     columns = table.column_names or list(first)
@@ -370,12 +370,13 @@ def load_tokenizer(args: DataArguments, documents: Documents) -> PreTrainedToken
             f"tokenizer={args.tokenizer!r} is none of bpe, char, byte, no folder and no Hub id."
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
+        name, revision = split_revision(args.tokenizer)
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
     except (OSError, ValueError) as error:
         if Path(args.tokenizer).is_dir():
             why = " ".join(str(error).split())
             raise ValueError(f"tokenizer={args.tokenizer} cannot be loaded: {why}") from error
-        where = unreachable(args.tokenizer, "tokenizer (bpe, char, byte, or a folder)")
+        where = unreachable(args.tokenizer, "tokenizer (bpe, char, byte, or a folder)", error)
         raise ValueError(f"tokenizer={where}") from error
     if tokenizer.eos_token_id is None:
         raise ValueError(f"tokenizer={args.tokenizer} has no eos_token, which separates documents.")

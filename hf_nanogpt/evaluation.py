@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .checkpoint import load_checkpoint
-from .data import Documents, load_text
+from .data import DataArguments, Documents, load_documents, load_text
 from .packing import PackedBlocks, PackedCollator, PackedStream, pack_documents
 from .tokenization import token_byte_counts
 
@@ -109,6 +109,7 @@ def evaluate(
     stride: int | None = None,
     batch_size: int = 16,
     text_column: str = "text",
+    held_out: float | None = None,
     show_progress: bool = False,
 ) -> EvaluationResult:
     """Measure a model on text, in blocks of `context_length` tokens.
@@ -125,6 +126,7 @@ def evaluate(
         context_length: by default the model's; longer ones are refused.
         stride: 1 to `context_length - 1` tokens, which is the default: blocks side by side.
         batch_size: blocks at a time; changes speed, not the result.
+        held_out: measure on the part that training with `validation_fraction=held_out` holds out.
 
     Raises:
         ValueError: there is no such checkpoint or data, or a length is out of range.
@@ -141,7 +143,7 @@ def evaluate(
         )
     length = check_context_length(model.config, context_length)
     step = check_stride(length, stride)
-    documents = load_text(data, text_column=text_column) if isinstance(data, str) else data
+    documents = _load_text(data, text_column, held_out) if isinstance(data, str) else data
     blocks = pack_documents(documents, tokenizer, context_length=step + 1)
     windows = SlidingWindows(blocks, overlap=length - 1 - step)
     collate = _WindowCollator(tokenizer.eos_token_id)
@@ -159,6 +161,15 @@ def evaluate(
     if not total[1]:
         raise ValueError(f"data={data} holds no text: there is nothing to measure on.")
     return summarize_losses(total)
+
+
+def _load_text(data: str, text_column: str, held_out: float | None) -> Documents:
+    if held_out is None:
+        return load_text(data, text_column=text_column)
+    if not 0 < held_out < 1:
+        raise ValueError(f"held_out={held_out} must be between 0 and 1, for example 0.1.")
+    split = DataArguments(data=data, text_column=text_column, validation_fraction=held_out)
+    return load_documents(split)[1]
 
 
 def check_context_length(config: PreTrainedConfig, context_length: int | None) -> int:

@@ -1,12 +1,12 @@
 """Text from a prompt: a thin layer over transformers' `generate()`."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from threading import Thread
 from typing import Any
 
 import torch
 from transformers import (
-    GenerationConfig,
+    CompileConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TextIteratorStreamer,
@@ -43,47 +43,107 @@ def stream_text(
     tokenizer: PreTrainedTokenizerBase,
     prompt: str,
     *,
-    max_new_tokens: int = 100,
+    max_new_tokens: int | None = None,
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
     min_p: float | None = None,
     repetition_penalty: float | None = None,
+    stop_strings: Sequence[str] = (),
     stop_at_eos: bool = True,
+    compile: bool = False,
     seed: int | None = None,
 ) -> Iterator[str]:
     """Yield the text that follows `prompt` in pieces, as it is produced.
 
+    A setting that is `None` is what the checkpoint's `generation_config.json` says, or off.
+
     Args:
+        max_new_tokens: by default 100, or as many as the context has room for.
         temperature: 0 always takes the likeliest token (greedy); above 0 samples, below 1 more
             cautiously, above 1 more freely.
         top_k: sample from the `top_k` likeliest tokens only.
         top_p: sample from the likeliest tokens that together have this probability (0 to 1].
         min_p: sample from tokens at least this probable, relative to the likeliest [0 to 1].
         repetition_penalty: above 1 makes tokens less likely that were there before.
+        stop_strings: end after the first of these that appears.
         stop_at_eos: end where the model ends the document.
+        compile: decode by torch.compile with a static cache; the first text of a length waits for
+            it, a minute perhaps, and later ones are faster.
         seed: makes sampling repeatable.
 
     Raises:
-        ValueError: a setting is out of range, or the prompt leaves no room in the model's context.
+        ValueError: a setting is out of range, the prompt leaves no room in the model's context, or
+            the tokenizer is of another model.
     """
-    _check_settings(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty)
-    filters = {"temperature": temperature, "top_k": top_k or 0, "top_p": top_p, "min_p": min_p}
-    sampling = {k: v for k, v in filters.items() if v is not None} if temperature > 0 else {}
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=temperature > 0,
-        repetition_penalty=repetition_penalty,
-        eos_token_id=tokenizer.eos_token_id if stop_at_eos else None,
-        pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
-        **sampling,
+    own = model.generation_config
+    if top_k is None:
+        top_k = own.top_k or 0  # and not the 50 that transformers falls back on
+    optional = {"top_p": top_p, "min_p": min_p, "repetition_penalty": repetition_penalty}
+    given: dict[str, Any] = {name: v for name, v in optional.items() if v is not None}
+    _check_settings(
+        temperature=temperature, top_k=top_k, stop_strings=stop_strings, seed=seed, **given
     )
-    inputs = _encode(tokenizer, prompt).to(model.device)
-    _check_room(model, inputs["input_ids"].shape[1], max_new_tokens)
-    return _stream(model, tokenizer, inputs, config, seed)
+    ids = encode_prompt(model, tokenizer, prompt)
+    if temperature > 0:
+        given |= {"temperature": temperature, "top_k": top_k}
+    if stop_strings:
+        given |= {"stop_strings": list(stop_strings), "tokenizer": tokenizer}
+    eos = tokenizer.eos_token_id if own.eos_token_id is None else own.eos_token_id
+    settings = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "max_new_tokens": _choose_length(model, ids.shape[1], max_new_tokens),
+        "do_sample": temperature > 0,
+        "eos_token_id": eos if stop_at_eos else None,
+        "pad_token_id": 0,  # one row is never padded; without an id transformers warns
+        **(compiled_decoding() if compile else {}),
+    }
+    return _stream(model, tokenizer, settings | given, seed)
 
 
-def _stream(model, tokenizer, inputs, config, seed) -> Iterator[str]:
+def compiled_decoding() -> dict[str, Any]:
+    """Return the settings of `generate()` that compile the steps after the prompt."""
+    config = CompileConfig(mode="default")
+    config._compile_all_devices = True  # without it transformers compiles on GPUs only
+    return {"cache_implementation": "static", "compile_config": config}
+
+
+def encode_prompt(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str
+) -> torch.Tensor:
+    """Return the token ids of `prompt`, (1, T), on the model's device; of "" the bos token.
+
+    Raises:
+        ValueError: the prompt has no tokens and there is no bos token, or the tokenizer cannot
+            encode it, or has ids that the model has not.
+    """
+    size, vocab_size = len(tokenizer), model.config.vocab_size
+    if size > vocab_size:
+        raise ValueError(
+            f"The tokenizer has {size} tokens and the model vocab_size={vocab_size}: take the "
+            "tokenizer that the model was trained with."
+        )
+    try:
+        prompt.encode()  # a shell or a pipe may hand over bytes that are no UTF-8
+        ids = tokenizer(prompt)["input_ids"]
+    except Exception as error:  # `tokenizers` raises no narrower kind
+        raise ValueError(f"The tokenizer cannot encode the prompt: {error}.") from error
+    if not ids and tokenizer.bos_token_id is None:
+        raise ValueError(
+            f"prompt={prompt!r} starts from the bos token, and this tokenizer has none: give a "
+            "text."
+        )
+    ids = ids or [tokenizer.bos_token_id]
+    if max(ids) >= vocab_size:
+        raise ValueError(
+            f"The tokenizer gives the prompt the token id {max(ids)}, and the model has ids below "
+            f"vocab_size={vocab_size}: take the tokenizer that the model was trained with."
+        )
+    return torch.tensor([ids], device=model.device)
+
+
+def _stream(model, tokenizer, settings, seed) -> Iterator[str]:
     if seed is not None:
         set_seed(seed)
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -91,7 +151,7 @@ def _stream(model, tokenizer, inputs, config, seed) -> Iterator[str]:
 
     def work() -> None:
         try:
-            model.generate(**inputs, generation_config=config, streamer=streamer)
+            model.generate(**settings, streamer=streamer)
         except BaseException as error:  # handed to the reader below, which raises it
             errors.append(error)
             streamer.end()
@@ -104,43 +164,41 @@ def _stream(model, tokenizer, inputs, config, seed) -> Iterator[str]:
         raise errors[0]
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str):
-    if prompt:
-        try:
-            return tokenizer(prompt, return_tensors="pt")
-        except Exception as error:  # `tokenizers` raises no narrower kind
-            raise ValueError(f"The tokenizer cannot encode the prompt: {error}.") from error
-    if tokenizer.bos_token is None:
-        raise ValueError(
-            "prompt='' starts from the bos token, and this tokenizer has none: give a text."
-        )
-    ids = torch.tensor([[tokenizer.bos_token_id]])
-    return tokenizer.pad({"input_ids": ids}, return_tensors="pt")
-
-
-def _check_room(model: PreTrainedModel, prompt_tokens: int, max_new_tokens: int) -> None:
+def _choose_length(model: PreTrainedModel, prompt_tokens: int, max_new_tokens: int | None) -> int:
     limit = model.config.max_position_embeddings
-    if prompt_tokens + max_new_tokens > limit:
+    room = limit - prompt_tokens
+    if room < 1:
+        raise ValueError(
+            f"The prompt has {prompt_tokens} tokens, and this model's context is {limit}: shorten "
+            "the prompt to less than that."
+        )
+    if max_new_tokens is None:
+        return min(100, room)
+    _check_settings(max_new_tokens=max_new_tokens)
+    if max_new_tokens > room:
         raise ValueError(
             f"The prompt has {prompt_tokens} tokens and max_new_tokens={max_new_tokens}, together "
             f"more than this model's context of {limit}: shorten the prompt, or generate at most "
-            f"{max(limit - prompt_tokens, 0)} tokens."
+            f"{room} tokens."
         )
+    return max_new_tokens
 
 
-def _check_settings(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty) -> None:
-    allowed = {
-        "max_new_tokens": (max_new_tokens, max_new_tokens >= 1, "1 or more"),
-        "temperature": (temperature, temperature >= 0, "0 (greedy) or more"),
-        "top_k": (top_k, top_k is None or top_k >= 1, "1 or more"),
-        "top_p": (top_p, top_p is None or 0 < top_p <= 1, "above 0 and at most 1"),
-        "min_p": (min_p, min_p is None or 0 <= min_p <= 1, "from 0 to 1"),
-        "repetition_penalty": (
-            repetition_penalty,
-            repetition_penalty is None or repetition_penalty > 0,
-            "above 0 (1 changes nothing)",
-        ),
-    }
-    for name, (value, fine, rule) in allowed.items():
-        if not fine:
+# Beyond the limits of temperature and penalty, logits become infinite, or all the same.
+_ALLOWED = {
+    "max_new_tokens": (lambda n: n >= 1, "1 or more"),
+    "temperature": (lambda t: t == 0 or 1e-3 <= t <= 1e3, "0 (greedy), or from 0.001 to 1000"),
+    "top_k": (lambda k: k >= 0, "1 or more, or 0 for all tokens"),
+    "top_p": (lambda p: 0 < p <= 1, "above 0 and at most 1"),
+    "min_p": (lambda p: 0 <= p <= 1, "from 0 to 1"),
+    "repetition_penalty": (lambda r: 0.01 <= r <= 100, "from 0.01 to 100 (1 changes nothing)"),
+    "stop_strings": (lambda texts: "" not in texts, "texts of at least one character"),
+    "seed": (lambda seed: seed is None or 0 <= seed < 2**32, "from 0 to 4294967295"),
+}
+
+
+def _check_settings(**settings: Any) -> None:
+    for name, value in settings.items():
+        fine, rule = _ALLOWED[name]
+        if not fine(value):
             raise ValueError(f"{name}={value} is not possible: it must be {rule}.")

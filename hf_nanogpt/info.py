@@ -5,7 +5,7 @@ import difflib
 import torch
 from transformers import AutoConfig
 
-from .checkpoint import check_checkpoint, unreachable
+from .checkpoint import check_checkpoint, split_revision, unreachable
 from .configuration_nanogpt import NanoGPTConfig
 from .convert import find_native_twin
 from .modeling_nanogpt import NanoGPTForCausalLM
@@ -57,15 +57,15 @@ def load_config(model: str) -> NanoGPTConfig:
     if model in PRESETS:
         return load_preset(model)
     try:
-        name = check_checkpoint(model)
+        name, revision = split_revision(check_checkpoint(model))
     except ValueError as error:
         nearest = difflib.get_close_matches(model, PRESETS, n=1, cutoff=0.4)
         hint = f"Did you mean the preset {nearest[0]!r}?" if nearest else ""
         raise ValueError(f"{error} Presets: {', '.join(PRESETS)}. {hint}") from error
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, revision=revision)
     except OSError as error:
-        raise ValueError(unreachable(name, "checkpoint folder")) from error
+        raise ValueError(unreachable(model, "checkpoint folder", error)) from error
     if config.model_type != NanoGPTConfig.model_type:
         raise ValueError(f"{name} is a {config.model_type} model, not {NanoGPTConfig.model_type}.")
     return config

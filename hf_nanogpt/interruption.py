@@ -143,7 +143,9 @@ class InterruptibleTrainer(Trainer):
         super()._save_rng_state(output_dir)
         # Only trainer_state.json is still to come: where it is, the files of all processes are.
         self.accelerator.wait_for_everyone()
-        files = [p for p in Path(output_dir).rglob("*") if p.is_file()]
+        # training_args.bin is not needed, and never goes to the Hub: it may hold a token.
+        paths = Path(output_dir).rglob("*")
+        files = [p for p in paths if p.is_file() and p.name != "training_args.bin"]
         self.state.stateful_callbacks[RECORD] = {
             "settings": self.settings,
             "seconds": time.perf_counter() - self.started,

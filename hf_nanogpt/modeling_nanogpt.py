@@ -13,7 +13,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_layers import (
@@ -86,7 +86,10 @@ def build_norm(config: NanoGPTConfig, size: int) -> nn.Module:
 
 
 class NanoGPTRotaryEmbedding(nn.Module):
-    """Cosines and sines of RoPE, with every scaling that `rope_parameters` can name."""
+    """Cosines and sines of RoPE, with every scaling that `rope_parameters` can name.
+
+    The first half of the sines is negated: x * cos + (x with its halves exchanged) * sin rotates.
+    """
 
     inv_freq: torch.Tensor
     original_inv_freq: torch.Tensor
@@ -116,19 +119,13 @@ class NanoGPTRotaryEmbedding(nn.Module):
         self, x: torch.Tensor, position_ids: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         angles = position_ids[..., None].float() * self.inv_freq.to(x.device).float()
-        angles = torch.cat((angles, angles), dim=-1)  # (B, T, D)
+        angles = torch.cat((-angles, angles), dim=-1)  # (B, T, D)
         cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
         return cos.to(x.dtype), sin.to(x.dtype)
 
 
-def rotate_half(x: torch.Tensor) -> torch.Tensor:
-    """Map the halves (a, b) of the last dimension to (-b, a)."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((-b, a), dim=-1)
-
-
 class _RotaryFunction(torch.autograd.Function):
-    """x * cos + rotate_half(x) * sin, whose gradient is the rotation back."""
+    """The rotation of x, whose gradient is the rotation back."""
 
     @staticmethod
     def forward(ctx, x, cos, sin):
@@ -144,7 +141,7 @@ class _RotaryFunction(torch.autograd.Function):
 def _rotate(x, cos, sin, sign):
     half = x.shape[-1] // 2
     rotated = x * cos
-    rotated[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-sign)
+    rotated[..., :half].addcmul_(x[..., half:], sin[..., :half], value=sign)
     rotated[..., half:].addcmul_(x[..., :half], sin[..., half:], value=sign)
     return rotated
 
@@ -154,7 +151,8 @@ def apply_rotary_pos_emb(q, k, cos, sin):
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     if _is_eager_training(q):
         return _RotaryFunction.apply(q, cos, sin), _RotaryFunction.apply(k, cos, sin)
-    return q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
+    half = q.shape[-1] // 2
+    return q * cos + q.roll(half, -1) * sin, k * cos + k.roll(half, -1) * sin
 
 
 def eager_attention_forward(
@@ -198,8 +196,8 @@ class NanoGPTAttention(nn.Module):
         self.v_proj = nn.Linear(width, config.num_key_value_heads * self.head_dim, bias=bias)
         self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, width, bias=bias)
         self.o_proj.is_residual_proj = True
-        self.q_norm = build_norm(config, self.head_dim) if config.qk_norm else nn.Identity()
-        self.k_norm = build_norm(config, self.head_dim) if config.qk_norm else nn.Identity()
+        self.q_norm = build_norm(config, self.head_dim) if config.qk_norm else None
+        self.k_norm = build_norm(config, self.head_dim) if config.qk_norm else None
 
     def forward(
         self,
@@ -211,8 +209,10 @@ class NanoGPTAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         input_shape = hidden_states.shape[:-1]
         heads = (*input_shape, -1, self.head_dim)
-        query = self.q_norm(self.q_proj(hidden_states).view(heads)).transpose(1, 2)  # (B, H, T, D)
-        key = self.k_norm(self.k_proj(hidden_states).view(heads)).transpose(1, 2)  # (B, G, T, D)
+        query, key = self.q_proj(hidden_states).view(heads), self.k_proj(hidden_states).view(heads)
+        if self.q_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key = query.transpose(1, 2), key.transpose(1, 2)  # (B, H, T, D), (B, G, T, D)
         value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
         if position_embeddings is not None:
             query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
@@ -273,10 +273,39 @@ class NanoGPTDecoderLayer(GradientCheckpointingLayer):
     ) -> torch.Tensor:
         x = hidden_states  # (B, T, C)
         if self.norm_position == "pre":
-            x = x + self.dropout(self.self_attn(self.input_layernorm(x), **kwargs)[0])
-            return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
-        x = self.input_layernorm(x + self.dropout(self.self_attn(x, **kwargs)[0]))
-        return self.post_attention_layernorm(x + self.dropout(self.mlp(x)))
+            x = self._add(x, self.self_attn(self.input_layernorm(x), **kwargs)[0])
+            return self._add(x, self.mlp(self.post_attention_layernorm(x)))
+        x = self.input_layernorm(self._add(x, self.self_attn(x, **kwargs)[0]))
+        return self.post_attention_layernorm(self._add(x, self.mlp(x)))
+
+    def _add(self, x, change):
+        return x + (self.dropout(change) if self.training else change)
+
+
+class NanoGPTCacheLayer(DynamicLayer):
+    """A cache layer that writes new positions beside the old, where `DynamicLayer` copies them all.
+
+    It copies too where gradients are wanted, and after somebody else (beam search) replaced `keys`.
+    """
+
+    _wholes: tuple[torch.Tensor, torch.Tensor] | None = None  # with room for more positions
+    _last_keys: torch.Tensor | None = None
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        copying = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        if copying or self.keys is None or self.keys is not self._last_keys:
+            self._wholes = None
+            super().update(key_states, value_states)
+        else:
+            start, added = self.keys.shape[2], key_states.shape[2]
+            if self._wholes is None or start + added > self._wholes[0].shape[2]:
+                more = (0, 0, 0, added + 256)
+                self._wholes = tuple(nn.functional.pad(x, more) for x in (self.keys, self.values))
+            for whole, new in zip(self._wholes, (key_states, value_states), strict=True):
+                whole.narrow(2, start, added).copy_(new)
+            self.keys, self.values = (x.narrow(2, 0, start + added) for x in self._wholes)
+        self._last_keys = self.keys
+        return self.keys, self.values
 
 
 class NanoGPTPreTrainedModel(PreTrainedModel):
@@ -331,21 +360,16 @@ class NanoGPTModel(NanoGPTPreTrainedModel):
     def __init__(self, config: NanoGPTConfig):
         super().__init__(config)
         config.validate_architecture()  # fields may have been set since the configuration was made
-        learned, pre_norm = (
-            config.position_embedding_type == "learned",
-            config.norm_position == "pre",
-        )
-        width, layers = config.hidden_size, range(config.num_hidden_layers)
+        learned = config.position_embedding_type == "learned"
+        width, positions = config.hidden_size, config.max_position_embeddings
         self.embed_tokens = nn.Embedding(config.vocab_size, width)
-        self.embed_positions = (
-            nn.Embedding(config.max_position_embeddings, width) if learned else None
-        )
+        self.embed_positions = nn.Embedding(positions, width) if learned else None
         self.embed_norm = build_norm(config, width) if config.embedding_norm else nn.Identity()
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(
-            [NanoGPTDecoderLayer(config, layer_idx) for layer_idx in layers]
+            NanoGPTDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)
         )
-        self.norm = build_norm(config, width) if pre_norm else nn.Identity()
+        self.norm = build_norm(config, width) if config.norm_position == "pre" else nn.Identity()
         self.rotary_emb = None if learned else NanoGPTRotaryEmbedding(config)
         self.gradient_checkpointing = False
         self.post_init()
@@ -373,12 +397,14 @@ class NanoGPTModel(NanoGPTPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
+        past_seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if type(past_key_values) is DynamicCache and past_seen == 0:
+            for layer in past_key_values.layers:
+                if type(layer) is DynamicLayer:
+                    layer.__class__ = NanoGPTCacheLayer
         if position_ids is None:
-            past_seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = (
-                torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_seen
-            )
-            position_ids = position_ids.unsqueeze(0)
+            steps = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)
+            position_ids = (steps + past_seen).unsqueeze(0)
 
         masks = attention_mask  # `generate` hands over one mask per kind of layer for static caches
         if not isinstance(masks, dict):
@@ -390,15 +416,15 @@ class NanoGPTModel(NanoGPTPreTrainedModel):
                 position_ids=position_ids,
             )
 
-        hidden_states = inputs_embeds
-        position_embeddings = None
+        hidden_states, position_embeddings = inputs_embeds, None
         if self.embed_positions is not None:
             self._check_positions(position_ids)
             hidden_states = hidden_states + self.embed_positions(position_ids)
         else:
             position_embeddings = self.rotary_emb(hidden_states, position_ids)
         hidden_states = self.dropout(self.embed_norm(hidden_states))
-        for layer, layer_type in zip(self.layers, self.config.layer_types, strict=True):
+        depth = self.config.num_hidden_layers  # assisted decoding lowers it to draft by early exit
+        for layer, layer_type in zip(self.layers[:depth], self.config.layer_types, strict=False):
             hidden_states = layer(
                 hidden_states,
                 attention_mask=masks[layer_type],

@@ -36,6 +36,7 @@ OPTIM_DEFAULTS: dict[str, OptimDefaults] = {
 
 # Learning rates of the recipe "muon" relative to `learning_rate`, which is that of the matrices.
 _EMBEDDING_LR, _OTHER_LR = 5.0, 0.5
+_REFERENCE_WIDTH = 128
 
 # Polar Express (Amsel et al. 2025, arXiv:2505.16932): the best odd polynomials of degree 5, one per
 # iteration, for singular values from 1e-3 to 1; computed by minimax, slightly damped for safety.
@@ -179,6 +180,11 @@ def build_optimizer(
     at 5 times and all else (head, norms, biases) at half of it. `"adamw"`: everything by AdamW at
     `learning_rate`, with weight decay on matrices only. Groups carry a `name`, and every trainable
     parameter is in exactly one.
+
+    One rate serves all widths: Muon's update has the same norm whatever the width, and the rates of
+    AdamW beside it fall with the square root of a width above 128, as nanochat's do. The default
+    suits runs of some hundred steps with 256 to 2,048 tokens; more tokens a step bear up to twice
+    as much, many thousand steps ask for less.
     """
     if recipe not in OPTIM_DEFAULTS:
         nearest = difflib.get_close_matches(recipe, OPTIM_DEFAULTS, n=1, cutoff=0.0)[0]
@@ -196,10 +202,11 @@ def build_optimizer(
         }
         members = [("matrices" if p.ndim >= 2 else "vectors", p) for _, p in named]
     else:
+        narrowed = lr * min(1.0, _REFERENCE_WIDTH / model.config.hidden_size) ** 0.5
         groups = {
             "matrices": {"lr": lr, "weight_decay": decay, "algorithm": "muon"},
-            "embeddings": {"lr": lr * _EMBEDDING_LR, "weight_decay": 0.0},
-            "others": {"lr": lr * _OTHER_LR, "weight_decay": 0.0},
+            "embeddings": {"lr": narrowed * _EMBEDDING_LR, "weight_decay": 0.0},
+            "others": {"lr": narrowed * _OTHER_LR, "weight_decay": 0.0},
         }
         tied = getattr(model.config, "tie_word_embeddings", False)
         members = [(_muon_group(name, p, tied), p) for name, p in named]

@@ -16,7 +16,7 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_callback import ProgressCallback as StockProgressCallback
 from transformers.utils import logging
 
-from .arguments import NanoGPTTrainingArguments, make_config, parse_settings
+from .arguments import NanoGPTTrainingArguments, as_flags, make_config, parse_settings
 from .callbacks import (
     PlotCallback,
     ProgressCallback,
@@ -25,6 +25,7 @@ from .callbacks import (
     draw_sample,
     plot_losses,
 )
+from .card import render_model_card
 from .checkpoint import (
     check_output_dir,
     clear_output_dir,
@@ -36,13 +37,10 @@ from .checkpoint import (
 )
 from .data import STDLIB, DataArguments
 from .evaluation import check_context_length, sum_losses, summarize_losses
-from .hub import render_model_card
-from .interruption import (
-    InterruptibleTrainer,
-    check_settings,
-    describe_settings,
-    stop_on_signals,
-)
+from .facts import collect_facts
+from .hub import write_card
+from .hub_trainer import HubTrainer
+from .interruption import check_settings, describe_settings, stop_on_signals
 from .modeling_nanogpt import NanoGPTForCausalLM
 from .optim import build_optimizer
 from .packing import PackedBlocks, PackedCollator, PackedStream, cut_blocks
@@ -52,7 +50,7 @@ from .tokenized import load_tokens
 logger = logging.get_logger(__name__)
 
 
-class NanoGPTTrainer(InterruptibleTrainer):
+class NanoGPTTrainer(HubTrainer):
     """Train on packed blocks by the optimizer of `args.optim_recipe`.
 
     Takes all that `Trainer` takes. With a `processing_class` (the tokenizer) it collates blocks by
@@ -183,6 +181,7 @@ def train(
             checkpoint was saved first.
     """
     data_args, architecture, args = parse_settings(recipe, flags, **settings)
+    words = [*as_flags(settings), *flags]  # as on the command line
     check_output_dir(args.output_dir, overwrite=overwrite, resume=resume)
     model, own = _load_start(start_from, architecture)
     # Refuse an impossible architecture now, not after minutes of preparing data for it.
@@ -228,9 +227,18 @@ def train(
     with stop_on_signals(trainer):
         trainer.train(resume_from_checkpoint=last_checkpoint)
     metrics = _collect_metrics(trainer, time.perf_counter() - trainer.started)
-    return _write_artifacts(
-        trainer, metrics, recipe=str(recipe), data=data_args.data, prompt=prompt
+    metrics |= collect_facts(
+        str(recipe),
+        words,
+        start_from=start_from,
+        data_args=data_args,
+        args=args,
+        context_length=length,
     )
+    result = _write_artifacts(trainer, metrics, prompt=prompt)
+    if args.push_to_hub:
+        trainer.push_to_hub()
+    return result
 
 
 def _load_start(
@@ -312,7 +320,7 @@ def _gather_model(trainer: NanoGPTTrainer) -> NanoGPTForCausalLM:
 
 
 def _write_artifacts(
-    trainer: NanoGPTTrainer, metrics: dict[str, Any], *, recipe: str, data: str, prompt: str
+    trainer: NanoGPTTrainer, metrics: dict[str, Any], *, prompt: str
 ) -> TrainingResult:
     args, tokenizer = trainer.args, trainer.processing_class
     model = _gather_model(trainer)
@@ -320,21 +328,16 @@ def _write_artifacts(
     if not args.should_save:
         return TrainingResult(output_dir, metrics, prompt, sample)
     sample = draw_sample(model, tokenizer, prompt, max_new_tokens=120, seed=args.seed)
-    card = render_model_card(
-        model.config,
-        metrics,
-        name=output_dir.name,
-        data=data,
-        prompt=prompt,
-        sample=sample,
-    )
+    metrics |= {"prompt": prompt, "sample": sample}
+    card = render_model_card(model.config, metrics, name=output_dir.name)
     with explain_write_errors(output_dir, run=output_dir), staged_folder(output_dir) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        (folder / "metrics.json").write_text(
-            json.dumps(metrics | {"recipe": recipe}, indent=2) + "\n"
-        )
-        (folder / "README.md").write_text(card)
+        (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+        try:
+            write_card(card, output_dir / "README.md", to=folder / "README.md")
+        except ValueError as error:  # no reason to lose the training: the old card stays
+            logger.warning(str(error))
         plot_losses(
             trainer.state.log_history, folder / "loss.png", title=f"{output_dir.name}: loss"
         )

@@ -1,14 +1,20 @@
 """Shared by all tests: nothing leaves this machine, and one tiny configuration per GPT family."""
 
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
+from minihub import Hub
+
 # Set before torch, transformers, datasets or huggingface_hub are imported.
+_HUB = Hub()
 _CACHE = tempfile.TemporaryDirectory(prefix="hf_nanogpt-tests-")
 os.environ |= {
     "HF_HOME": _CACHE.name,
-    "HF_HUB_OFFLINE": "1",
+    "HF_ENDPOINT": _HUB.url,
+    "HF_HUB_DISABLE_XET": "1",  # with hf_xet the client asks nobody for the usual upload
+    "HF_HUB_OFFLINE": "1",  # but for the tests that take the fixture `hub`
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "GOMP_SPINCOUNT": "10000",  # see cli.py
@@ -65,6 +71,19 @@ def tiny_model(family: str = "nano", *, seed: int = 0, **overrides) -> NanoGPTFo
 @pytest.fixture(params=FAMILIES)
 def family(request) -> str:
     return request.param
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """The Hub of these tests (see minihub.py), empty, with the token of its owner, `user`."""
+    from huggingface_hub import constants
+
+    _HUB.reset()
+    shutil.rmtree(constants.HF_HUB_CACHE, ignore_errors=True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setenv("HF_TOKEN", "hf_owner")
+    return _HUB
 
 
 @pytest.fixture

@@ -69,22 +69,6 @@ def test_grouped_cache_holds_only_the_key_value_heads(tokens):
     assert keys.shape == (2, model.config.num_key_value_heads, LENGTH, model.config.head_dim)
 
 
-GENERATION = {
-    "static": {"cache_implementation": "static"},
-    "none": {"use_cache": False},
-    "chunks": {"prefill_chunk_size": 4},
-}
-
-
-@pytest.mark.parametrize("how", GENERATION)
-def test_greedy_tokens_do_not_depend_on_the_cache(family, how, tokens):
-    model = tiny_model(family, eos_token_id=None)
-    given = {"max_new_tokens": 10, "do_sample": False, "attention_mask": torch.ones_like(tokens)}
-    dynamic = model.generate(tokens, **given)
-    assert dynamic.shape == (2, LENGTH + 10)
-    assert torch.equal(model.generate(tokens, **given, **GENERATION[how]), dynamic)
-
-
 def test_greedy_token_is_the_largest_logit(family, tokens):
     model = tiny_model(family, eos_token_id=None)
     ids = tokens
@@ -95,10 +79,3 @@ def test_greedy_token_is_the_largest_logit(family, tokens):
     assert torch.equal(
         model.generate(tokens, attention_mask=mask, max_new_tokens=5, do_sample=False), ids
     )
-
-
-def test_beam_search_does_not_depend_on_the_cache(family, tokens):
-    model = tiny_model(family, eos_token_id=None)
-    given = {"max_new_tokens": 5, "num_beams": 3, "attention_mask": torch.ones_like(tokens)}
-    cached, uncached = (model.generate(tokens, **given, use_cache=use) for use in (True, False))
-    assert torch.equal(cached, uncached)

@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 from conftest import tiny_model
 
-from hf_nanogpt import evaluate, train_tokenizer
+from hf_nanogpt import evaluate, load_checkpoint, train_tokenizer
 from hf_nanogpt.cli import main
 from hf_nanogpt.comparison import format_table
+from hf_nanogpt.quantization import quantize_model
 
 
 @pytest.fixture
@@ -36,6 +37,18 @@ def test_table_has_a_row_for_each_checkpoint(workplace, capsys):
     assert {path.name for path in workplace.iterdir()} == {"my.txt", "nano", "gpt2", "plot.svg"}
 
 
+def test_rounded_weights_and_the_held_out_part_are_measured(workplace, capsys):
+    model, tokenizer = load_checkpoint("nano")
+    quantize_model(model)
+    for flags, settings in {(): {}, ("--held_out=0.3",): {"held_out": 0.3}}.items():
+        assert main(["eval", "nano", "--data=my.txt", "--quantize=int8", *flags]) == 0
+        result = evaluate(model, "my.txt", tokenizer=tokenizer, **settings)
+        words = capsys.readouterr().out.split()
+        assert f"{result.loss:.4f}" in words and f"{result.num_bytes}" in words
+        whole = len(Path("my.txt").read_bytes())
+        assert (result.num_bytes < whole) == bool(flags)
+
+
 def test_columns_are_aligned():
     rows = [["a", "loss"], ["longer", "1.5"]]
     assert format_table(rows) == "a       loss\nlonger   1.5"
@@ -47,6 +60,8 @@ def test_bad_input_is_one_sentence_before_any_work(workplace, capsys):
         ("nano", "--data=my.txt", "--tasks=x"): "--tasks",
         ("nano", "--data=my.txt", "--limit=3"): "--limit is for --tasks only",
         ("nano", "--tasks=x", "--stride=3"): "--stride is for --data only",
+        ("nano", "--tasks=x", "--held_out=0.1"): "--held_out is for --data only",
+        ("nano", "--data=my.txt", "--held_out=1"): "held_out=1.0 must be between 0 and 1",
         ("nano", "none", "--data=my.txt"): "no checkpoint at none",
         ("nano", "--data=my.txt", "--stride=64"): "stride=64 is out of range",
         ("nano", "--data=my.txt", "--plot=plot.txt"): ".png, .svg, .pdf",

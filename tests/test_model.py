@@ -23,7 +23,6 @@ from hf_nanogpt.modeling_nanogpt import (
     apply_rotary_pos_emb,
     build_norm,
     eager_attention_forward,
-    rotate_half,
 )
 
 # The parts.
@@ -275,11 +274,11 @@ def test_norm_written_for_speed_has_the_gradients_of_torchs():
 def test_rotation_written_for_speed_has_the_gradients_of_autograd():
     torch.manual_seed(0)
     q, k = (torch.randn(2, heads, 5, 8, requires_grad=True) for heads in (4, 2))
-    angles = torch.randn(2, 5, 4).repeat(1, 1, 2)
-    cos, sin = angles.cos(), angles.sin()
+    angles = torch.randn(2, 5, 4)
+    cos, sin = (torch.cat(x, -1) for x in ([angles.cos()] * 2, [-angles.sin(), angles.sin()]))
     fast = apply_rotary_pos_emb(q, k, cos, sin)
     for x, ours in zip((q, k), fast, strict=True):
-        plain = x * cos[:, None] + rotate_half(x) * sin[:, None]
+        plain = x * cos[:, None] + x.roll(4, -1) * sin[:, None]
         torch.testing.assert_close(ours, plain)
         upstream = torch.randn_like(x)
         [ours] = torch.autograd.grad(ours, x, upstream)

@@ -174,11 +174,16 @@ def test_every_parameter_is_in_exactly_one_group(family, recipe, tied):
             assert group["name"] == ("matrices" if p.ndim == 2 else "vectors")
             assert group["weight_decay"] == (0.1 if p.ndim == 2 else 0.0)
         elif p.ndim == 2 and ".layers." in name:
-            assert (group["name"], group["algorithm"], group["lr"]) == ("matrices", "muon", 0.02)
+            assert (group["name"], group["algorithm"], group["lr"]) == ("matrices", "muon", 0.03)
         elif "embed_tokens" in name and not tied:
-            assert (group["name"], group["algorithm"], group["lr"]) == ("embeddings", "adamw", 0.1)
+            assert (group["name"], group["algorithm"], group["lr"]) == ("embeddings", "adamw", 0.15)
         else:
-            assert (group["name"], group["algorithm"], group["lr"]) == ("others", "adamw", 0.01)
+            assert (group["name"], group["algorithm"], group["lr"]) == ("others", "adamw", 0.015)
+
+
+def test_rates_of_adamw_beside_muon_fall_with_the_root_of_the_width():
+    groups = build_optimizer(tiny_model("nano", n_embd=512, n_layer=1)).param_groups
+    assert [group["lr"] for group in groups] == pytest.approx([0.03, 0.075, 0.0075])
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

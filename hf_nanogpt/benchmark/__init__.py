@@ -1,6 +1,16 @@
 """What `hf-nanogpt bench` measures, on the user's own machine."""
 
-from .report import format_report, prepare_output, save_report
+from .decoding import benchmark_generation, format_generation, plot_generation
+from .report import format_report, plot_training, prepare_output, save_report
 from .steps import benchmark_training
 
-__all__ = ["benchmark_training", "format_report", "prepare_output", "save_report"]
+__all__ = [
+    "benchmark_generation",
+    "benchmark_training",
+    "format_generation",
+    "format_report",
+    "plot_generation",
+    "plot_training",
+    "prepare_output",
+    "save_report",
+]

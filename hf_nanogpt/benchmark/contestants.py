@@ -69,14 +69,21 @@ class PlainGPT(nn.Module):
     def forward(
         self, input_ids: torch.Tensor, labels: torch.Tensor, use_cache: bool = False
     ) -> CausalLMOutput:
-        x = self.tokens(input_ids) + self.positions.weight[: input_ids.shape[1]]
-        for block in self.blocks:
-            x = block(x)
-        logits = nn.functional.linear(self.norm(x), self.tokens.weight)  # (B, T, V)
+        logits = nn.functional.linear(self._run(input_ids), self.tokens.weight)  # (B, T, V)
         loss = nn.functional.cross_entropy(
             logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()
         )
         return CausalLMOutput(loss=loss, logits=logits)
+
+    def predict_next(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Return the logits after the last token, (B, V), as nanoGPT's sampler computes them."""
+        return nn.functional.linear(self._run(input_ids)[:, -1], self.tokens.weight)
+
+    def _run(self, input_ids: torch.Tensor) -> torch.Tensor:
+        x = self.tokens(input_ids) + self.positions.weight[: input_ids.shape[1]]
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
 
 
 class PlainBlock(nn.Module):

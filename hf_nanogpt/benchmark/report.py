@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -78,13 +79,15 @@ def prepare_output(folder: str | Path, *, name: str) -> None:
         raise ValueError(f"output={folder} has {taken[0].name} already: choose another folder.")
 
 
-def save_report(report: dict[str, Any], folder: str | Path) -> list[Path]:
+def save_report(
+    report: dict[str, Any], folder: str | Path, *, plot: Callable[[dict[str, Any], Path], None]
+) -> list[Path]:
     """Write bench_NAME.json and bench_NAME.png, NAME being the benchmark's; return their paths."""
     folder, name = Path(folder), report["benchmark"]
     with staged_folder(folder) as staged:
         file, picture = _name_files(staged, name)
         file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        _plot_speeds(report, picture)
+        plot(report, picture)
     return _name_files(folder, name)
 
 
@@ -92,7 +95,7 @@ def _name_files(folder: Path, name: str) -> list[Path]:
     return [folder / f"bench_{name}.{kind}" for kind in ("json", "png")]
 
 
-def _plot_speeds(report: dict[str, Any], path: Path) -> None:
+def plot_training(report: dict[str, Any], path: Path) -> None:
     """Draw tokens per second as bars, with the range of the rounds."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -9,7 +9,13 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..checkpoint import check_checkpoint, check_writable, staged_folder, unreachable
+from ..checkpoint import (
+    check_checkpoint,
+    check_writable,
+    split_revision,
+    staged_folder,
+    unreachable,
+)
 from .files import read_json
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
@@ -19,13 +25,16 @@ _SETTINGS = "generation_config.json"
 
 def local_folder(checkpoint: str | Path) -> Path:
     """Return the folder of a checkpoint, fetched from the Hub where it is an id."""
-    name = check_checkpoint(checkpoint)
+    name, revision = split_revision(check_checkpoint(checkpoint))
     if Path(name).is_dir():
         return Path(name)
     try:
-        return Path(snapshot_download(name, allow_patterns=_DOWNLOADED, ignore_patterns="*/*"))
+        folder = snapshot_download(
+            name, revision=revision, allow_patterns=_DOWNLOADED, ignore_patterns="*/*"
+        )
     except OSError as error:
-        raise ValueError(unreachable(name, "checkpoint folder")) from error
+        raise ValueError(unreachable(str(checkpoint), "checkpoint folder", error)) from error
+    return Path(folder)
 
 
 def load_tokenizer(place: str | Path) -> PreTrainedTokenizerBase | None:
@@ -34,7 +43,8 @@ def load_tokenizer(place: str | Path) -> PreTrainedTokenizerBase | None:
     if folder.is_dir() and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         return None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(place), trust_remote_code=False)
+        name, revision = split_revision(place)
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
     except Exception as error:  # the libraries below raise nearly anything for a damaged file
         raise ValueError(f"The tokenizer of {place} cannot be loaded: {error}") from error
     for name in ("is_local", "local_files_only"):  # of this loading, not of the tokenizer

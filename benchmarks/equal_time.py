@@ -1,0 +1,53 @@
+"""Quality at equal time: the quickstart recipe beside nanoGPT's on Python's own source code.
+
+Both sides have the same blocks of the same documents, tokenizer, sizes and batches. Ours trains for
+a number of steps; the time it took, evaluations left out, is what the peer gets, whose steps are
+timed in a short run before. Rows alternate, once for each seed.
+
+Run: python benchmarks/equal_time.py [STEPS] (default 200; 10 minutes on 2 cores)
+"""
+
+import json
+import sys
+
+from results_file import write_results
+from time_to_loss import SEEDS, run_training
+
+NANOGPT = {
+    "preset": "gpt2",
+    "bias": False,
+    "hidden_act": "gelu",
+    "dropout": 0.0,
+    "optim_recipe": "adamw",
+    "adam_beta2": 0.99,
+    "lr_scheduler_type": "cosine_with_min_lr",
+    "warmup_steps": 0.05,
+}
+PEERS = {f"nanoGPT's recipe, AdamW {rate:g}": rate for rate in (1e-3, 3e-3)}
+STEPS_TIMED = 25
+
+
+def compare(steps: int) -> dict[str, list[dict]]:
+    runs: dict[str, list[dict]] = {"quickstart (nano, Muon)": [], **{name: [] for name in PEERS}}
+    for seed in SEEDS:
+        ours = run_training("quickstart", "python-stdlib", seed=seed, max_steps=steps)
+        runs["quickstart (nano, Muon)"].append(ours)
+        for name, rate in PEERS.items():
+            least = json.dumps({"min_lr": rate / 10})
+            settings = NANOGPT | {"learning_rate": rate, "lr_scheduler_kwargs": least}
+            timed = run_training(
+                "quickstart", "python-stdlib", seed=seed, max_steps=STEPS_TIMED, **settings
+            )
+            fitting = round(ours["step_seconds"] / timed["step_seconds"] * STEPS_TIMED)
+            peer = run_training(
+                "quickstart", "python-stdlib", seed=seed, max_steps=fitting, **settings
+            )
+            runs[name].append(peer)
+        for name, rows in runs.items():
+            print(f"{name:<34} seed {seed}", json.dumps(rows[-1]), flush=True)
+    return runs
+
+
+if __name__ == "__main__":
+    steps = int(sys.argv[1]) if len(sys.argv) > 1 else 200
+    write_results("equal_time", {"steps": steps, "runs": compare(steps)})

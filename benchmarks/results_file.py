@@ -1,0 +1,23 @@
+"""The files in results/: what was measured, with its date, commit and machine."""
+
+import datetime
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from hf_nanogpt.benchmark.report import describe_machine
+
+FOLDER = Path(__file__).parent / "results"
+
+
+def write_results(name: str, content: dict[str, Any]) -> None:
+    commit = ["git", "rev-parse", "--short", "HEAD"]
+    done = subprocess.run(commit, cwd=FOLDER, capture_output=True, text=True, check=True)
+    origin = {"date": datetime.date.today().isoformat(), "commit": done.stdout.strip()}
+    report = origin | {"machine": describe_machine()} | content
+    (FOLDER / f"{name}.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+def read_results(name: str) -> dict[str, Any]:
+    return json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))

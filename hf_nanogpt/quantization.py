@@ -1,0 +1,58 @@
+"""Weights of 8 bits for generation on a CPU, where reading the weights is most of the work."""
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+
+class Int8Linear(nn.Module):
+    """A linear layer with int8 weights, one scale for each output.
+
+    The input is rounded to 8 bits too, with one scale for each row, so that whole numbers are
+    multiplied: LLM.int8() (arXiv:2208.07339), section 2.2, "vector-wise", without its outliers.
+    """
+
+    weight: torch.Tensor
+    scale: torch.Tensor
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        weight = linear.weight.detach()
+        scale = _find_scale(weight)  # (out, 1)
+        self.register_buffer("weight", (weight / scale).round().to(torch.int8))
+        self.register_buffer("scale", scale.squeeze(1))
+        self.bias = linear.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scale = _find_scale(x)
+        rows = (x / scale).round_().to(torch.int8).flatten(0, -2)
+        product = torch._int_mm(rows, self.weight.t()).unflatten(0, x.shape[:-1])
+        y = product * scale * self.scale
+        return y if self.bias is None else y + self.bias
+
+
+def _find_scale(rows: torch.Tensor) -> torch.Tensor:
+    """Return what 1 stands for in 8 bits, by row; a row of zeros stays one."""
+    largest = torch.linalg.vector_norm(rows, ord=float("inf"), dim=-1, keepdim=True)
+    return largest.clamp_(min=1e-12).div_(127)
+
+
+def quantize_model(model: PreTrainedModel) -> PreTrainedModel:
+    """Replace every linear layer of a model, its head included, by one with int8 weights.
+
+    Changes the model in place and returns it, for use and not for training or saving. Embeddings
+    and norms stay as they are.
+
+    Raises:
+        ValueError: the model is not in float32 on the CPU.
+    """
+    if model.device.type != "cpu" or model.dtype != torch.float32:
+        raise ValueError(
+            f"int8 weights are for a float32 model on the CPU, and this one is {model.dtype} on "
+            f"{model.device}: load it there first."
+        )
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Linear):
+                setattr(parent, name, Int8Linear(child))
+    return model.eval()

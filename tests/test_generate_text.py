@@ -1,0 +1,257 @@
+"""Text in, text out: streamers, pipelines, stops, the loop by hand, and bad input at the prompt."""
+
+import importlib.util
+import json
+import re
+import runpy
+import shutil
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, tiny_model
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast, TextIteratorStreamer, pipeline, set_seed
+from transformers.utils import logging
+
+from hf_nanogpt import generate_text, stream_text, train_tokenizer
+from hf_nanogpt.cli import main
+
+TOKENIZER = train_tokenizer([], kind="byte")
+LETTERS = TOKENIZER("abcdefghijklmnopqrstuvwxyz ")["input_ids"]
+PROMPTS = ["the cat sat on", "a", "dogs bark"]
+TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
+
+
+def talker(family: str = "nano"):
+    """Return a random tiny model that speaks in small letters and never ends by itself."""
+    model = tiny_model(family, vocab_size=len(TOKENIZER))
+    others = set(range(len(TOKENIZER))) - set(LETTERS)
+    model.generation_config.suppress_tokens = sorted(others)
+    return model
+
+
+def continue_alone(model, prompt: str, *, new_tokens: int = 12, **given) -> str:
+    inputs = TOKENIZER(prompt, return_tensors="pt")
+    ids = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, **given)
+    return TOKENIZER.decode(ids[0, inputs["input_ids"].shape[1] :])
+
+
+def test_streamed_pieces_are_the_text_that_generate_returns(family):
+    model = talker(family)
+    streamer = TextIteratorStreamer(TOKENIZER, skip_prompt=True)
+    expected = continue_alone(model, "the cat", streamer=streamer)
+    assert len(expected) == 12 and "".join(streamer) == expected
+    settings = {"max_new_tokens": 12, "temperature": 0}
+    pieces = list(stream_text(model, TOKENIZER, "the cat", **settings))
+    assert "".join(pieces) == expected
+    assert generate_text(model, TOKENIZER, "the cat", **settings) == ["the cat" + expected]
+
+
+def test_streamed_pieces_never_cut_a_character():
+    model = talker()
+    ids = TOKENIZER("é€😀")["input_ids"]
+    assert len(set(ids)) == 9  # bytes
+    follower = zip(ids, ids[1:] + ids[:1], strict=True)
+    model.generation_config.sequence_bias = [[list(pair), 1e4] for pair in follower]
+    model.generation_config.suppress_tokens = None
+    pieces = list(stream_text(model, TOKENIZER, "é", max_new_tokens=25, temperature=0))
+    assert "".join(pieces) == "€😀é" * 2 + "€😀"
+    assert all("\ufffd" not in piece for piece in pieces)
+
+
+def test_pipeline_gives_each_prompt_of_a_batch_the_text_it_gets_alone(family):
+    model = talker(family)
+    speak = pipeline("text-generation", model=model, tokenizer=TOKENIZER, device="cpu")
+    answers = speak(PROMPTS, batch_size=3, max_new_tokens=12, do_sample=False)
+    for prompt, [answer] in zip(PROMPTS, answers, strict=True):
+        assert answer["generated_text"] == prompt + continue_alone(model, prompt)
+
+
+def test_pipeline_answers_chat_messages():
+    tokenizer = train_tokenizer([], kind="byte")
+    tokenizer.chat_template = TEMPLATE
+    model = talker()
+    speak = pipeline("text-generation", model=model, tokenizer=tokenizer, device="cpu")
+    chats = [[{"role": "user", "content": text}] for text in PROMPTS]
+    answers = speak(chats, batch_size=3, max_new_tokens=12, do_sample=False)
+    for chat, [answer] in zip(chats, answers, strict=True):
+        reply = continue_alone(model, f"[user]{chat[0]['content']}[assistant]")
+        expected = [*chat, {"role": "assistant", "content": reply}]
+        assert answer["generated_text"] == expected
+
+
+def test_text_ends_after_the_first_stop_string():
+    model = talker()
+    text = continue_alone(model, "the cat", new_tokens=30)
+    stops = [text[14:16], text[8:11]]
+    expected = text[: min(text.index(stop) + len(stop) for stop in stops)]
+    given = {"max_new_tokens": 30, "temperature": 0, "stop_strings": stops}
+    assert "".join(stream_text(model, TOKENIZER, "the cat", **given)) == expected
+    native = continue_alone(
+        model, "the cat", new_tokens=30, stop_strings=stops, tokenizer=TOKENIZER
+    )
+    assert native == expected
+
+
+def test_text_ends_at_each_end_the_checkpoint_names_unless_told_otherwise():
+    model = talker()
+    text = continue_alone(model, "the cat", new_tokens=20)
+    ends = TOKENIZER.convert_tokens_to_ids([text[9], text[15]])
+    model.generation_config.eos_token_id = ends
+    first = min(text.index(text[9]), text.index(text[15]))
+
+    def speak(**given):
+        pieces = stream_text(model, TOKENIZER, "the cat", max_new_tokens=20, temperature=0, **given)
+        return "".join(pieces)
+
+    assert speak() == text[: first + 1]
+    assert speak(stop_at_eos=False) == text
+
+
+def test_settings_left_out_are_the_checkpoints_own():
+    model = talker()
+    free = generate_text(model, TOKENIZER, "a", seed=1, max_new_tokens=20)
+    model.generation_config.top_k = 1
+    [careful] = generate_text(model, TOKENIZER, "a", seed=1, max_new_tokens=20)
+    assert careful == "a" + continue_alone(model, "a", new_tokens=20)
+    assert generate_text(model, TOKENIZER, "a", seed=1, max_new_tokens=20, top_k=0) == free
+
+
+def test_same_seed_gives_the_same_text():
+    model = talker()
+    first, second = generate_text(model, TOKENIZER, "a", seed=3, num_samples=2)
+    assert len(first) == len("a") + 63  # to the end of the context, which is less than 100
+    assert generate_text(model, TOKENIZER, "a", seed=3) == [first]
+    assert generate_text(model, TOKENIZER, "a", seed=4) == [second]
+    assert first != second
+
+
+def test_empty_prompt_starts_from_the_bos_token():
+    model = talker()
+    bos = torch.tensor([[TOKENIZER.bos_token_id]])
+    ids = model.generate(
+        bos, attention_mask=torch.ones_like(bos), max_new_tokens=8, do_sample=False
+    )
+    expected = TOKENIZER.decode(ids[0, 1:])
+    assert generate_text(model, TOKENIZER, "", max_new_tokens=8, temperature=0) == [expected]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("talker")
+    talker().save_pretrained(folder)
+    TOKENIZER.save_pretrained(folder)
+    return folder
+
+
+# the loop by hand
+
+
+def load_example(name: str):
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"examples/{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("temperature", [0, 0.7])
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_loop_by_hand_gives_the_tokens_of_generate(family, use_cache, temperature, tokens):
+    mask = torch.ones_like(tokens)
+    mask[0, :7] = 0
+    model, sampling = tiny_model(family), {"temperature": 0.7, "top_k": 0, "do_sample": True}
+    model.generation_config.eos_token_id = 17  # which some rows come to, and some do not
+    inputs = {"input_ids": (tokens * mask).repeat(4, 1), "attention_mask": mask.repeat(4, 1)}
+    set_seed(0)
+    given = sampling if temperature else {"do_sample": False}
+    expected = model.generate(**inputs, max_new_tokens=20, **given)
+    set_seed(0)
+    by_hand = load_example("generate_by_hand").generate_by_hand
+    found = by_hand(
+        model, *inputs.values(), new_tokens=20, temperature=temperature, use_cache=use_cache
+    )
+    assert torch.equal(found, expected)
+
+
+def test_loop_by_hand_prints_the_texts_and_what_the_cache_saves(checkpoint, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["generate_by_hand.py", str(checkpoint), "ab", "c"])
+    runpy.run_path(str(ROOT / "examples/generate_by_hand.py"), run_name="__main__")
+    first, mark, second, _, last = capsys.readouterr().out.splitlines()
+    assert first.startswith("ab") and mark == "---" and second.startswith("c")
+    assert re.fullmatch(r"With a cache .* s, without .* s: it saves .*% of the time\.", last)
+
+
+# bad input
+
+
+@pytest.fixture
+def damage(checkpoint, tmp_path):
+    """A function from the name of a fault to a checkpoint with it."""
+
+    def edit(name: str, **fields):
+        path = tmp_path / "copy" / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+    def add_word():
+        tokenizer = train_tokenizer([], kind="byte")
+        tokenizer.add_tokens(["<new>"])
+        tokenizer.save_pretrained(tmp_path / "copy")
+
+    faults = {
+        "none": lambda: None,
+        "no tokenizer": lambda: [path.unlink() for path in (tmp_path / "copy").glob("token*")],
+        "no bos": lambda: edit("tokenizer_config.json", bos_token=None),
+        "larger tokenizer": add_word,
+    }
+
+    def copy(fault: str):
+        shutil.copytree(checkpoint, tmp_path / "copy")
+        faults[fault]()
+        return tmp_path / "copy"
+
+    return copy
+
+
+BAD = {
+    "empty prompt without bos": ("no bos", "", [], "no bos token|has none"),
+    "prompt longer than the context": ("none", "a" * 64, [], "64 tokens.*context is 64"),
+    "no room": ("none", "a" * 60, ["--max_new_tokens=5"], "at most 4 tokens"),
+    "negative length": ("none", "a", ["--max_new_tokens=-3"], "max_new_tokens=-3"),
+    "more than the context": ("none", "a", ["--max_new_tokens=64"], "at most 63 tokens"),
+    "zero length": ("none", "a", ["--max_new_tokens=0"], "max_new_tokens=0"),
+    "negative samples": ("none", "a", ["--num_samples=-1"], "num_samples=-1"),
+    "negative temperature": ("none", "a", ["--temperature=-0.1"], "temperature=-0.1"),
+    "temperature too low": ("none", "a", ["--temperature=1e-40"], "temperature=1e-40.*0.001"),
+    "infinite temperature": ("none", "a", ["--temperature=inf"], "temperature=inf"),
+    "temperature no number": ("none", "a", ["--temperature=nan"], "temperature=nan"),
+    "top_p of zero": ("none", "a", ["--top_p=0"], "top_p=0.0.*above 0 and at most 1"),
+    "top_p above one": ("none", "a", ["--top_p=1.01"], "top_p=1.01"),
+    "negative top_k": ("none", "a", ["--top_k=-2"], "top_k=-2"),
+    "min_p above one": ("none", "a", ["--min_p=2"], "min_p=2"),
+    "penalty of zero": ("none", "a", ["--repetition_penalty=0"], "repetition_penalty=0"),
+    "negative seed": ("none", "a", ["--seed=-1"], "seed=-1"),
+    "empty stop": ("none", "a", ["--stop="], "stop_strings=.*at least one character"),
+    "no tokenizer": ("no tokenizer", "a", [], "has no tokenizer"),
+    "larger tokenizer": ("larger tokenizer", "a", [], "258 tokens.*vocab_size=257"),
+    "text that is no Unicode": ("none", "\udcff", [], "cannot encode.*surrogates"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_to_generate_is_one_sentence_and_exit_code_2(name, damage, capsys):
+    fault, prompt, flags, words = BAD[name]
+    logging.set_verbosity_error()
+    assert main(["generate", str(damage(fault)), prompt, *flags]) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    [sentence] = [line for line in output.err.splitlines() if line.startswith("hf-nanogpt: ")]
+    assert re.search(words, sentence), sentence
+
+
+def test_token_id_that_the_model_has_not_is_refused():
+    words = Tokenizer(models.WordLevel({"a": 3, "b": 900}, unk_token="a"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
+    assert len(tokenizer) == 2
+    with pytest.raises(ValueError, match=r"token id 900.*vocab_size=257"):
+        generate_text(talker(), tokenizer, "b", max_new_tokens=2)
