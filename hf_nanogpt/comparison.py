@@ -28,7 +28,7 @@ class Comparison:
 def compare_on_text(
     checkpoints: Sequence[str], data: str, *, quantize: bool = False, **settings: Any
 ) -> Comparison:
-    """Measure each checkpoint on `data`, if need be with int8 weights, by settings of `evaluate`."""
+    """Measure each checkpoint, if asked with int8 weights; `settings` are those of `evaluate`."""
     for name in checkpoints:  # before the first has taken its minutes
         check_checkpoint(name)
     rows = [["checkpoint", "loss", "perplexity", "bits per byte", "tokens", "bytes"]]
@@ -45,7 +45,7 @@ def compare_on_text(
 def compare_on_tasks(
     checkpoints: Sequence[str], tasks: Sequence[str], *, quantize: bool = False, **settings: Any
 ) -> Comparison:
-    """Measure each checkpoint, as `compare_on_text` does, by settings of `evaluate_tasks`."""
+    """Measure each checkpoint on tasks; `settings` are those of `evaluate_tasks`."""
     check_lm_eval()
     for name in checkpoints:
         check_checkpoint(name)

@@ -29,8 +29,6 @@ ORDER = [
     ["hub_trainer"],
     ["training"],
     ["benchmark"],
-    ["cli_parser"],
-    ["cli_hub"],
     ["cli"],
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}

@@ -4,12 +4,12 @@ import shlex
 import shutil
 import tempfile
 
-from .cli_parser import Parser, quiet_libraries
+from . import VERBS
+from .parser import Parser, quiet_libraries
 
 
-def push(argv: list[str]) -> None:
-    """Share a checkpoint on the Hub: model, tokenizer, code and card in one commit."""
-    parser = Parser(prog="hf-nanogpt push", description=push.__doc__, allow_abbrev=False)
+def run_push(argv: list[str]) -> None:
+    parser = Parser(prog="hf-nanogpt push", description=VERBS["push"], allow_abbrev=False)
     parser.add_argument("checkpoint", help="folder")
     parser.add_argument("repo_id", metavar="USER/NAME", help="Hub id, made if need be")
     parser.add_argument("--private", action="store_true", help="for a repository made by this push")
@@ -26,7 +26,7 @@ def push(argv: list[str]) -> None:
     args = parser.parse(argv)
 
     quiet_libraries()
-    from .hub import push_to_hub, stage_release
+    from ..hub import push_to_hub, stage_release
 
     options = {
         name: getattr(args, name) for name in ("tag", "branch", "native", "license", "language")
@@ -50,16 +50,15 @@ def push(argv: list[str]) -> None:
     print(f"\n  {release.url}")
 
 
-def pull(argv: list[str]) -> None:
-    """Download a checkpoint from the Hub to a folder, whole or not at all."""
-    parser = Parser(prog="hf-nanogpt pull", description=pull.__doc__, allow_abbrev=False)
+def run_pull(argv: list[str]) -> None:
+    parser = Parser(prog="hf-nanogpt pull", description=VERBS["pull"], allow_abbrev=False)
     parser.add_argument("checkpoint", metavar="USER/NAME[@REVISION]", help="Hub id")
     parser.add_argument("destination", nargs="?", help="folder to make (default: NAME)")
     parser.add_argument("--verify", action="store_true", help="compare checksums with the Hub's")
     args = parser.parse(argv)
 
     quiet_libraries()
-    from .hub_pull import pull_checkpoint
+    from ..hub_pull import pull_checkpoint
 
     folder = pull_checkpoint(args.checkpoint, args.destination, verify=args.verify)
     print(f"{folder} is ready" + (", and every checksum fits." if args.verify else "."))

@@ -1,0 +1,91 @@
+"""The command line: each verb parses its flags, calls one function of the library and prints."""
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from .parser import find_nearest
+
+VERBS: dict[str, str] = {
+    "train": "train a tokenizer and a GPT from nothing, on your text or on Python's own source",
+    "tokenize": "turn a text into tokens once, in a folder to train from",
+    "generate": "go on from a prompt, printed as it is produced",
+    "explain": "show what a model expected at each token of a text, and where its heads look",
+    "eval": "measure checkpoints on a text, in bits per byte, or on tasks of lm-eval",
+    "convert": "turn a GPT-1, GPT-2, GPT-Neo, Llama, Qwen3, nanochat or nanoGPT model into ours",
+    "export": "turn a model of ours into one of those, for tools without hf_nanogpt",
+    "push": "share a checkpoint on the Hub: model, tokenizer, code and card in one commit",
+    "pull": "download a checkpoint from the Hub to a folder, whole or not at all",
+    "info": "describe a checkpoint or a preset: sizes, memory, FLOPs",
+    "bench": "measure the speed of training or generation here, beside other implementations",
+}
+# A verb is the function `run_VERB` of its module here, which is imported when it is called for.
+_MODULES = {
+    "train": ["train", "tokenize"],
+    "generate": ["generate", "explain"],
+    "convert": ["convert", "export"],
+    "measure": ["eval", "info", "bench"],
+    "hub": ["push", "pull"],
+}
+_WHERE = {verb: module for module, verbs in _MODULES.items() for verb in verbs}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `hf-nanogpt`; return 0, 2 for bad input (one sentence on stderr), or 130 for Ctrl-C.
+
+    A training that a signal has stopped exits with 128 and the signal's number.
+    """
+    # Threads of torch wait for each other by spinning, and so take the core from the one they wait
+    # for as soon as another program runs: small steps then take ten times as long or more. A short
+    # spin costs nothing on a quiet machine. (libgomp reads this once, when torch is imported.)
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    # Work that is done within this many seconds shows no bar. (tqdm reads it when imported, too.)
+    os.environ.setdefault("TQDM_DELAY", "2")
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if not argv or argv[0] in ("-h", "--help"):
+            print(_overview())
+        elif argv[0] == "--version":
+            from .. import __version__
+
+            print(__version__)
+        elif module := _WHERE.get(argv[0]):
+            getattr(import_module(f".{module}", __name__), f"run_{argv[0]}")(argv[1:])
+        else:
+            near = find_nearest(argv[0], list(VERBS)) or f": choose one of {', '.join(VERBS)}"
+            raise ValueError(f"{argv[0]!r} is no command{near}.")
+    except KeyboardInterrupt:
+        print("\nInterrupted.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if os.environ.get("HF_NANOGPT_TRACEBACK") or not _is_users(error):
+            raise
+        print(f"hf-nanogpt: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _is_users(error: Exception) -> bool:
+    """Say whether an error is about what the user gave; any other is ours and shows a traceback."""
+    return isinstance(error, ValueError) or type(error).__name__.startswith("StrictDataclass")
+
+
+def _overview() -> str:
+    width = max(map(len, VERBS))
+    lines = [f"  {verb:<{width}}  {what}" for verb, what in VERBS.items()]
+    return "\n".join(
+        [
+            "usage: hf-nanogpt COMMAND ...",
+            "",
+            "Train, use and share a small GPT in the Hugging Face ecosystem.",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "hf-nanogpt COMMAND --help tells more. Start with: hf-nanogpt train",
+        ]
+    )

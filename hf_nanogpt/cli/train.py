@@ -1,0 +1,132 @@
+"""The verbs `train` and `tokenize`."""
+
+import argparse
+import os
+import shlex
+import shutil
+import sys
+from typing import Any
+
+from .parser import Parser, quiet_libraries
+
+
+def run_train(argv: list[str]) -> None:
+    given = [word for word in argv if word not in ("--resume", "--overwrite")]
+    recipe = argv.pop(0) if argv and not argv[0].startswith("-") else "quickstart"
+    own = Parser(
+        prog="hf-nanogpt train",
+        usage="hf-nanogpt train [RECIPE] [--resume | --overwrite] [--SETTING VALUE ...]",
+        add_help=False,
+        allow_abbrev=False,
+    )
+    own.add_argument("--recipe", help="instead of the first word")
+    own.add_argument(
+        "--from",
+        dest="start_from",
+        metavar="CHECKPOINT",
+        help="go on with this model, do not begin",
+    )
+    own.add_argument("--resume", action="store_true", help="go on where it was stopped")
+    own.add_argument("--overwrite", action="store_true", help="train an existing folder anew")
+    own.add_argument("-h", "--help", action="store_true")
+    args, flags = own.parse_known_args(argv)
+    if args.help:
+        _print_train_help(own)
+        return
+    if args.resume and args.overwrite:
+        raise ValueError("--resume and --overwrite exclude each other: give one of them.")
+
+    quiet_libraries()
+    from ..interruption import TrainingInterrupted
+    from ..training import train
+
+    try:
+        result = train(
+            args.recipe or recipe,
+            flags,
+            start_from=args.start_from,
+            resume=args.resume,
+            overwrite=args.overwrite,
+        )
+    except TrainingInterrupted as interruption:
+        if os.environ.get("RANK", "0") == "0":
+            where = interruption.checkpoint or "the start, as no checkpoint was saved"
+            print(
+                f"\nInterrupted. To go on from {where}:\n  {_resume_command(given)}",
+                file=sys.stderr,
+            )
+        sys.exit(128 + interruption.signum)
+    if os.environ.get("RANK", "0") == "0":
+        print(_summary(result))
+
+
+def _own_name() -> str:
+    """Return the words by which this program is called."""
+    if shutil.which("hf-nanogpt"):
+        return "hf-nanogpt"
+    return "python -m hf_nanogpt" if sys.argv[0].endswith("__main__.py") else sys.argv[0]
+
+
+def _resume_command(given: list[str]) -> str:
+    name = _own_name()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        name = f"torchrun --nproc_per_node={os.environ['LOCAL_WORLD_SIZE']} -m hf_nanogpt"
+    return f"{name} train {shlex.join([*given, '--resume'])}"
+
+
+def _print_train_help(own: argparse.ArgumentParser) -> None:
+    from ..arguments import list_recipes, make_parser
+
+    print(own.format_help())
+    print(f"recipes: {', '.join(list_recipes())}, or the path of a YAML file\n")
+    print(make_parser().format_help())
+
+
+def _summary(result: Any) -> str:
+    m, folder = result.metrics, result.output_dir
+    rows = {
+        "parameters": f"{m['num_parameters']:,}",
+        "tokens": f"{m['train_tokens']:,}",
+        "time": f"{m['train_seconds']:,.0f} s",
+        "tokens/s": f"{m['tokens_per_second']:,.0f}"
+        + (f" (MFU {m['mfu']:.0%})" if "mfu" in m else ""),
+        "validation loss": f"{m['eval_loss']:.4f} nats per token",
+        "perplexity": f"{m['perplexity']:.2f}",
+        "bits per byte": f"{m['bits_per_byte']:.4f}",
+    }
+    table = "\n".join(f"  {name:<16} {value}" for name, value in rows.items())
+    lines = "\n".join(f"  | {line}" for line in result.sample.splitlines())
+    sample = f"A sample:\n{lines}\n\n" if lines else ""
+    me = _own_name()
+    return f"""
+{folder} is ready:
+{table}
+
+{sample}Next:
+  {me} generate {folder} {shlex.quote(result.prompt)}
+  {me} eval {folder} --data YOUR_TEXT
+  {me} info {folder}"""
+
+
+def run_tokenize(argv: list[str]) -> None:
+    if {"-h", "--help"} & set(argv):
+        from ..arguments import make_data_parser
+
+        print(make_data_parser().format_help())
+        return
+    if len(argv) < 2 or argv[0].startswith("-") or argv[1].startswith("-"):
+        raise ValueError(
+            "Give the text and then the folder to make: hf-nanogpt tokenize DATA FOLDER."
+        )
+    data, folder, *flags = argv
+
+    quiet_libraries()
+    from ..arguments import parse_data
+    from ..tokenized import tokenize_corpus
+
+    result = tokenize_corpus(parse_data([*flags, f"--data={data}"]), folder, show_progress=True)
+    print(f"{folder} is ready, {result['vocab_size']:,} tokens in its vocabulary:")
+    for name, part in result["splits"].items():
+        documents, tokens, size = (f"{part[k]:,}" for k in ("documents", "tokens", "bytes"))
+        print(f"  {name:<10} {documents} documents, {tokens} tokens of {size} bytes")
+    print(f"\nNext:\n  hf-nanogpt train --data {shlex.quote(folder)}")
