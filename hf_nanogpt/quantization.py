@@ -55,4 +55,5 @@ def quantize_model(model: PreTrainedModel) -> PreTrainedModel:
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Linear):
                 setattr(parent, name, Int8Linear(child))
+    model.config.tie_word_embeddings = False  # else `tie_weights` gives the head its floats back
     return model.eval()

@@ -10,8 +10,9 @@ import pytest
 import torch
 from conftest import tiny_model
 
-from hf_nanogpt import evaluate_tasks, train_tokenizer
+from hf_nanogpt import evaluate_tasks, load_checkpoint, train_tokenizer
 from hf_nanogpt.cli import main
+from hf_nanogpt.quantization import quantize_model
 
 needs_lm_eval = pytest.mark.skipif(
     find_spec("lm_eval") is None, reason="lm-eval is missing: pip install 'hf-nanogpt[eval]'"
@@ -128,6 +129,14 @@ def test_command_compares_checkpoints_on_tasks(workplace, capsys):
     [prose] = evaluate_tasks("b", ["prose.yaml"])
     assert lines[3][-1] == f"{prose.value:.4f}"
     assert Path("plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+@needs_lm_eval
+def test_command_measures_rounded_weights_on_tasks(workplace, capsys):
+    assert main(["eval", "b", "--tasks=prose.yaml", "--quantize=int8"]) == 0
+    rounded = quantize_model(load_checkpoint("b")[0])
+    [prose] = evaluate_tasks(rounded, ["prose.yaml"], tokenizer=TOKENIZER)
+    assert capsys.readouterr().out.split()[-1] == f"{prose.value:.4f}"
 
 
 @needs_lm_eval
