@@ -31,8 +31,8 @@ format: $(READY)  ## format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(READY)  ## compare the default recipe with nanoGPT's, side by side
-	$(BIN)/python benchmarks/recipes.py
+bench: $(READY)  ## measure the speed of training steps here, beside transformers and plain torch
+	$(BIN)/hf-nanogpt bench train
 
 build: $(READY)  ## build the wheel and the source distribution
 	$(BIN)/python -m build

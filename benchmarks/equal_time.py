@@ -4,7 +4,7 @@ Both sides have the same blocks of the same documents, tokenizer, sizes and batc
 a number of steps; the time it took, evaluations left out, is what the peer gets, whose steps are
 timed in a short run before. Rows alternate, once for each seed.
 
-Run: python benchmarks/equal_time.py [STEPS] (default 200; 10 minutes on 2 cores)
+Run: python benchmarks/equal_time.py [STEPS [SEEDS]] (default 150 and 3; 10 minutes on 2 cores)
 """
 
 import json
@@ -27,9 +27,9 @@ PEERS = {f"nanoGPT's recipe, AdamW {rate:g}": rate for rate in (1e-3, 3e-3)}
 STEPS_TIMED = 25
 
 
-def compare(steps: int) -> dict[str, list[dict]]:
+def compare(steps: int, seeds: tuple[int, ...]) -> dict[str, list[dict]]:
     runs: dict[str, list[dict]] = {"quickstart (nano, Muon)": [], **{name: [] for name in PEERS}}
-    for seed in SEEDS:
+    for seed in seeds:
         ours = run_training("quickstart", "python-stdlib", seed=seed, max_steps=steps)
         runs["quickstart (nano, Muon)"].append(ours)
         for name, rate in PEERS.items():
@@ -49,5 +49,5 @@ def compare(steps: int) -> dict[str, list[dict]]:
 
 
 if __name__ == "__main__":
-    steps = int(sys.argv[1]) if len(sys.argv) > 1 else 200
-    write_results("equal_time", {"steps": steps, "runs": compare(steps)})
+    steps, seeds = map(int, [*sys.argv[1:], *("150", "3")[len(sys.argv) - 1 :]])
+    write_results("equal_time", {"steps": steps, "runs": compare(steps, SEEDS[:seeds])})

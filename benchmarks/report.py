@@ -109,13 +109,14 @@ def equal_time() -> str:
         ]
         for name, runs in report["runs"].items()
     ]
+    seeds = len(next(iter(report["runs"].values())))
     return f"""## Quality at equal time
 
 Bits per byte of unseen files of Python's standard library, on the sizes, blocks and tokenizer of
-the recipe `quickstart`, after the same seconds of training steps. Rows alternated.
+the recipe `quickstart`, after the same seconds of training steps; {seeds} seed{"s" * (seeds > 1)}.
 
 {table(["", "median bits per byte", "each seed", "steps", "time"], rows)}
-{header(report, "python benchmarks/equal_time.py")}"""
+{header(report, f"python benchmarks/equal_time.py {report['steps']} {seeds}")}"""
 
 
 def step_speed(name: str, command: str) -> str:

@@ -293,6 +293,8 @@ class NanoGPTCacheLayer(DynamicLayer):
 
     def update(self, key_states, value_states, *args, **kwargs):
         copying = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        if self._wholes is not None and self._wholes[0].is_inference():
+            copying |= not torch.is_inference_mode_enabled()  # torch forbids writing to them
         if copying or self.keys is None or self.keys is not self._last_keys:
             self._wholes = None
             super().update(key_states, value_states)

@@ -194,6 +194,7 @@ def build_optimizer(
     decay = defaults.weight_decay if weight_decay is None else weight_decay
     betas = (defaults.adam_beta1, defaults.adam_beta2) if betas is None else betas
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    config: Any = model.config
     groups: dict[str, dict[str, Any]]
     if recipe == "adamw":
         groups = {
@@ -202,13 +203,13 @@ def build_optimizer(
         }
         members = [("matrices" if p.ndim >= 2 else "vectors", p) for _, p in named]
     else:
-        narrowed = lr * min(1.0, _REFERENCE_WIDTH / model.config.hidden_size) ** 0.5
+        narrowed = lr * min(1.0, _REFERENCE_WIDTH / config.hidden_size) ** 0.5
         groups = {
             "matrices": {"lr": lr, "weight_decay": decay, "algorithm": "muon"},
             "embeddings": {"lr": narrowed * _EMBEDDING_LR, "weight_decay": 0.0},
             "others": {"lr": narrowed * _OTHER_LR, "weight_decay": 0.0},
         }
-        tied = getattr(model.config, "tie_word_embeddings", False)
+        tied = getattr(config, "tie_word_embeddings", False)
         members = [(_muon_group(name, p, tied), p) for name, p in named]
     for group, parameter in members:
         groups[group].setdefault("params", []).append(parameter)

@@ -7,8 +7,15 @@ import pytest
 import torch
 from conftest import tiny_config, tiny_model
 
-from hf_nanogpt.benchmark import benchmark_training, format_report
+from hf_nanogpt import NanoGPTForCausalLM, load_preset
+from hf_nanogpt.benchmark import (
+    benchmark_generation,
+    benchmark_training,
+    format_generation,
+    format_report,
+)
 from hf_nanogpt.benchmark.contestants import GPT2, NANO, PlainGPT, make_contestants
+from hf_nanogpt.benchmark.decoding import INT8, OURS, PLAIN
 from hf_nanogpt.cli import main
 
 TINY = {"n_layer": 1, "n_embd": 16, "n_head": 2, "block_size": 16, "vocab_size": 61}
@@ -78,6 +85,37 @@ def test_command_writes_its_files_once(tmp_path, capsys):
     assert "bench_train.json already" in capsys.readouterr().err
 
 
+def test_generation_report_is_arithmetic_on_what_was_measured():
+    quick = {"batch_size": 2, "rounds": 2, "tokens": 4, "num_threads": 1}
+    report = benchmark_generation("qwen3-0.6b", **TINY, **quick, num_key_value_heads=2)
+    rows = {row["name"]: row for row in report["rows"]}
+    assert rows.keys() == {OURS, INT8, PLAIN, "Qwen3ForCausalLM"}
+    assert rows["Qwen3ForCausalLM"]["same_tokens"] == 1  # the same weights
+    for row in rows.values():
+        [(length, seconds)] = row["seconds_per_token"].items()
+        speed = row["tokens_per_second"][length]
+        assert length == 16 and speed == pytest.approx(2 / median(seconds))
+        ratios = [a / b for a, b in zip(rows[OURS]["seconds_per_token"][16], seconds, strict=True)]
+        assert row["speed_to_ours"] == pytest.approx([min(ratios), median(ratios), max(ratios)])
+        assert row["name"] in format_generation(report)
+    config = load_preset("qwen3-0.6b", **TINY, num_key_value_heads=2)
+    model = NanoGPTForCausalLM(config)
+    weights = 4 * model.num_parameters()  # the tied table is read as the head
+    cache = 4 * 2 * 1 * 2 * config.head_dim * 16 * 2
+    share = (weights + cache) * rows[OURS]["tokens_per_second"][16] / 2
+    share /= report["bytes_per_second"]
+    assert rows[OURS]["bandwidth_share"][16] == pytest.approx(share)
+
+
+def test_command_measures_generation_of_a_checkpoint(tmp_path, capsys):
+    folder, output = tmp_path / "model", tmp_path / "bench"
+    tiny_model("nano").save_pretrained(folder)
+    words = ["bench", "generate", str(folder), "--rounds=1", "--tokens=2", "--output", str(output)]
+    assert main([*words[:3], "--n_embd=16"]) == 2 and "own sizes" in capsys.readouterr().err
+    assert main(words) == 0 and "Qwen3ForCausalLM" in capsys.readouterr().out
+    assert {path.suffix for path in output.iterdir()} == {".json", ".png"}
+
+
 def test_bad_input_is_one_sentence(tmp_path, capsys):
     cases = {
         ("trian",): "choose one of train",
@@ -90,6 +128,9 @@ def test_bad_input_is_one_sentence(tmp_path, capsys):
         ("train", "--n_embd=65"): "n_embd)=65",
         ("train", "--n_layers=2"): "--n_layer?",
         ("train", "--output", __file__): "output=",
+        ("generate", "gpt-2"): "gpt2",
+        ("generate", "--tokens=0"): "tokens=0",
+        ("generate", "gpt2", "--n_layer=1", "--block_size=8", "--tokens=7"): "6 or fewer",
     }
     for argv, words in cases.items():
         assert main(["bench", *argv]) == 2

@@ -18,9 +18,9 @@ from hf_nanogpt.cli import main
 from hf_nanogpt.info import describe
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-RESULTS = json.loads((ROOT / "benchmarks/results/recipes.json").read_text(encoding="utf-8"))
-ROWS = RESULTS["rows"]
-QUICKSTART = "quickstart (nano, Muon)"
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import report  # noqa: E402
+from results_file import read_results  # noqa: E402
 
 
 def blocks(language: str) -> list[str]:
@@ -86,14 +86,19 @@ def test_recipe_shown_is_a_valid_recipe():
 
 
 def test_figures_are_the_measured_ones():
-    best_gpt2 = min(row["bits_per_byte"] for name, row in ROWS.items() if "GPT-2" in name)
-    for figure in (ROWS[QUICKSTART]["bits_per_byte"], best_gpt2, ROWS["xz -9"]["bits_per_byte"]):
-        assert f"{figure:.2f}" in README.split("```")[0]
-    assert f"{ROWS[QUICKSTART]['train_tokens'] / 1e6:.1f} million tokens" in README
-    assert f"{ROWS['xz -9']['bytes']:,} bytes" in README
-    assert f"{ROWS[QUICKSTART]['num_parameters']:,} parameters, 2,048 tokens" in README
-    for name, row in ROWS.items():
-        assert re.search(rf"\| {re.escape(name)} \|.* {row['bits_per_byte']:.3f} \|", README), name
+    assert report.render() == (ROOT / "benchmarks/RESULTS.md").read_text(encoding="utf-8")
+    plain, tuned, ours, longer = read_results("race")["runs"].values()
+    for peer, own in ((plain, ours), (tuned, longer)):
+        assert report.middle(own, "eval_loss") <= report.middle(peer, "eval_loss")
+        fewer, less = (
+            report.middle(peer, key) / report.middle(own, key)
+            for key in ("train_tokens", "wall_seconds")
+        )
+        assert f"{fewer:.1f}x fewer tokens" in README and f"{less:.1f}x less time" in README
+    card = json.loads((ROOT / "model_cards/quickstart/metrics.json").read_text())
+    assert f"needs {card['bits_per_byte']:.2f} bits per byte" in README
+    assert f"{card['train_tokens'] / 1e6:.1f} million\ntokens" in README
+    assert f"{card['num_parameters']:,} parameters, 2,048 tokens" in README
 
 
 def test_parameter_counts_of_the_presets_are_exact():
@@ -108,7 +113,6 @@ def test_parameter_counts_of_the_presets_are_exact():
 
 
 def test_compatibility_table_is_the_measured_one():
-    sys.path.insert(0, str(ROOT / "benchmarks"))
     from compatibility import render_table
 
     recorded = json.loads((ROOT / "benchmarks/results/compatibility.json").read_text())

@@ -17,7 +17,6 @@ from transformers import (
     set_seed,
 )
 
-from ..checkpoint import load_checkpoint
 from ..convert import export_checkpoint, find_native_twin
 from ..generation import compiled_decoding
 from ..info import load_config
@@ -130,8 +129,8 @@ def _load(model: str | None, sizes: dict[str, int]) -> PreTrainedModel:
         return NanoGPTForCausalLM(load_preset(model or "gpt2", **fields)).eval()
     if sizes:
         raise ValueError(f"{next(iter(sizes))} is for presets: {model} has its own sizes.")
-    load_config(model)  # clear errors, also about presets
-    return load_checkpoint(model)[0]
+    load_config(model)  # says what is wrong, and which presets there are
+    return NanoGPTForCausalLM.from_pretrained(model).eval()
 
 
 def _make_contestants(

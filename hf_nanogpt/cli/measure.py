@@ -98,40 +98,17 @@ def run_bench(argv: list[str]) -> None:
 
 
 def _bench_train(argv: list[str]) -> None:
-    parser = Parser(
-        prog="hf-nanogpt bench train",
-        description="Time steps of training: ours and transformers' models of the same shape, and "
+    parser = _bench_parser(
+        "train",
+        "Time steps of training: ours and transformers' models of the same shape, and "
         "a GPT-2 in plain torch, in turns. Takes a minute or two with the sizes of quickstart.",
-        allow_abbrev=False,
     )
-    parser.add_argument(
-        "model", nargs="?", help="take the sizes of this preset, folder or Hub id instead"
-    )
-    for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size"):
-        parser.add_argument(f"--{name}", type=int)
     parser.add_argument("--batch_size", type=int, default=8, help="blocks in a step (default 8)")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each (default 5)")
     parser.add_argument("--steps", type=int, default=4, help="steps in a turn (default 4)")
-    parser.add_argument("--num_threads", type=int, help="CPU threads (default: cores)")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16")
-    parser.add_argument(
-        "--compile", action="store_true", help="each by torch.compile too; takes minutes more"
-    )
-    parser.add_argument("--output", help="folder for bench_train.json and bench_train.png")
-    args = vars(parser.parse(argv))
+    given, output = _parse_bench(parser, argv, "train")
+    from ..benchmark import benchmark_training, format_report, plot_training, save_report
 
-    quiet_libraries()
-    from ..benchmark import (
-        benchmark_training,
-        format_report,
-        plot_training,
-        prepare_output,
-        save_report,
-    )
-
-    if output := args.pop("output"):
-        prepare_output(output, name="train")
-    given = {name: value for name, value in args.items() if value is not None}
     report = benchmark_training(show_progress=True, **given)
     print(format_report(report))
     if output:
@@ -139,40 +116,42 @@ def _bench_train(argv: list[str]) -> None:
 
 
 def _bench_generate(argv: list[str]) -> None:
-    parser = Parser(
-        prog="hf-nanogpt bench generate",
-        description="Time greedy generation: ours in float32 and int8, its twin in transformers "
-        "and nanoGPT's way without a cache, in turns, at text lengths up to 1024.",
-        allow_abbrev=False,
+    parser = _bench_parser(
+        "generate",
+        "Time greedy generation: ours in float32 and int8, its twin in transformers, and nanoGPT's "
+        "way without a cache, in turns, at text lengths up to 1024; a GPT-2 of 10 M parameters.",
     )
-    parser.add_argument(
-        "model", nargs="?", help="preset, folder or Hub id (default: a GPT-2 of 10 M parameters)"
-    )
-    for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size"):
-        parser.add_argument(f"--{name}", type=int, help="of a preset")
     parser.add_argument("--batch_size", type=int, default=1, help="prompts at a time (default 1)")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each (default 5)")
     parser.add_argument("--tokens", type=int, default=16, help="timed in a turn (default 16)")
-    parser.add_argument("--num_threads", type=int, help="CPU threads (default: cores)")
-    parser.add_argument(
-        "--compile", action="store_true", help="ours by torch.compile too; takes minutes more"
-    )
-    parser.add_argument("--output", help="folder for bench_generate.json and bench_generate.png")
-    args = vars(parser.parse(argv))
+    given, output = _parse_bench(parser, argv, "generate")
+    from ..benchmark import benchmark_generation, format_generation, plot_generation, save_report
 
-    quiet_libraries()
-    from ..benchmark import (
-        benchmark_generation,
-        format_generation,
-        plot_generation,
-        prepare_output,
-        save_report,
-    )
-
-    if output := args.pop("output"):
-        prepare_output(output, name="generate")
-    given = {name: value for name, value in args.items() if value is not None}
     report = benchmark_generation(show_progress=True, **given)
     print(format_generation(report))
     if output:
         print("\nWritten:", *save_report(report, output, plot=plot_generation))
+
+
+def _bench_parser(name: str, description: str) -> Parser:
+    parser = Parser(prog=f"hf-nanogpt bench {name}", description=description, allow_abbrev=False)
+    parser.add_argument("model", nargs="?", help="a preset, folder or Hub id to take instead")
+    for size in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size"):
+        parser.add_argument(f"--{size}", type=int)
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each (default 5)")
+    parser.add_argument("--num_threads", type=int, help="CPU threads (default: cores)")
+    parser.add_argument(
+        "--compile", action="store_true", help="by torch.compile too; takes minutes more"
+    )
+    parser.add_argument("--output", help=f"folder for bench_{name}.json and bench_{name}.png")
+    return parser
+
+
+def _parse_bench(parser: Parser, argv: list[str], name: str) -> tuple[dict[str, Any], str | None]:
+    """Return what was given to the benchmark, and the folder to write to."""
+    args = vars(parser.parse(argv))
+    quiet_libraries()
+    from ..benchmark import prepare_output
+
+    if output := args.pop("output"):
+        prepare_output(output, name=name)
+    return {key: value for key, value in args.items() if value is not None}, output

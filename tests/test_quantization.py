@@ -1,0 +1,51 @@
+"""int8 weights: near the float32 model, each row for itself, and refused where they cannot be."""
+
+import pytest
+import torch
+from conftest import tiny_model
+from torch import nn
+
+from hf_nanogpt.cli import main
+from hf_nanogpt.quantization import Int8Linear, quantize_model
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_int8_linear_is_exact_on_what_8_bits_hold(bias):
+    linear = nn.Linear(16, 8, bias=bias)
+    with torch.no_grad():
+        linear.weight.copy_(torch.randint(-127, 128, (8, 16)))
+        linear.weight[:, 0] = 127  # the scale is 1
+    x = torch.randint(-127, 128, (2, 3, 16)).float()
+    x[..., 0], x[0, 0] = 127, 0
+    torch.testing.assert_close(Int8Linear(linear)(x), linear(x))
+
+
+def test_rows_do_not_depend_on_each_other():
+    linear = Int8Linear(nn.Linear(16, 8))
+    x = torch.randn(4, 16) * torch.tensor([1e-3, 1.0, 10.0, 1e3])[:, None]
+    alone = torch.cat([linear(row[None]) for row in x])
+    torch.testing.assert_close(linear(x), alone)
+
+
+def test_quantized_logits_stay_near(family, tokens):
+    model = tiny_model(family)
+    with torch.no_grad():
+        expected = model(tokens).logits
+        found = quantize_model(model)(tokens).logits
+    assert not any(isinstance(module, nn.Linear) for module in model.modules())
+    assert (found - expected).norm() < 0.05 * expected.norm()
+
+
+def test_quantized_model_generates_alike_with_and_without_cache(tokens):
+    model = quantize_model(tiny_model("nano"))
+    given = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    cached, uncached = (model.generate(tokens, use_cache=use, **given) for use in (True, False))
+    assert torch.equal(cached, uncached)
+
+
+def test_refusals_are_one_sentence(capsys):
+    with pytest.raises(ValueError, match="float32 model on the CPU"):
+        quantize_model(tiny_model("nano").bfloat16())
+    assert main(["generate", "x", "--quantize", "int4"]) == 2
+    assert main(["generate", "x", "--quantize", "int8", "--compile"]) == 2
+    assert "exclude each other" in capsys.readouterr().err
