@@ -25,7 +25,6 @@ from .callbacks import (
     draw_sample,
     plot_losses,
 )
-from .card import render_model_card
 from .checkpoint import (
     check_output_dir,
     clear_output_dir,
@@ -38,8 +37,8 @@ from .checkpoint import (
 from .data import STDLIB, DataArguments
 from .evaluation import check_context_length, sum_losses, summarize_losses
 from .facts import collect_facts
-from .hub import write_card
-from .hub_trainer import HubTrainer
+from .hub import render_model_card, write_card
+from .hub.trainer import HubTrainer
 from .interruption import check_settings, describe_settings, stop_on_signals
 from .modeling_nanogpt import NanoGPTForCausalLM
 from .optim import build_optimizer

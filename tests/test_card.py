@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard, constants
 from transformers import AutoConfig
 
 from hf_nanogpt import render_model_card
-from hf_nanogpt.card_edits import merge_card, split_card, split_sections
+from hf_nanogpt.hub.card_edits import merge_card, split_card, split_sections
 
 CARDS = Path(__file__).parent.parent / "model_cards"
 CONFIG = tiny_config("nano")

@@ -58,7 +58,7 @@ def run_pull(argv: list[str]) -> None:
     args = parser.parse(argv)
 
     quiet_libraries()
-    from ..hub_pull import pull_checkpoint
+    from ..hub import pull_checkpoint
 
     folder = pull_checkpoint(args.checkpoint, args.destination, verify=args.verify)
     print(f"{folder} is ready" + (", and every checksum fits." if args.verify else "."))

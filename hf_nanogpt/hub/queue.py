@@ -5,7 +5,7 @@ import tempfile
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from .hub import push_step
+from .release import push_step
 
 
 class PushQueue:

@@ -24,16 +24,16 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import AutoConfig
 from transformers.utils import logging
 
-from .card import render_model_card
-from .card_edits import merge_card
-from .checkpoint import (
+from ..checkpoint import (
     ARTIFACTS,
     check_checkpoint,
     load_checkpoint,
 )
-from .configuration_nanogpt import NanoGPTConfig
-from .convert import export_checkpoint
-from .hub_errors import LOG_IN, explain_hub_error, is_passing
+from ..configuration_nanogpt import NanoGPTConfig
+from ..convert import export_checkpoint
+from ..hub_errors import LOG_IN, explain_hub_error, is_passing
+from .card import render_model_card
+from .card_edits import merge_card
 
 logger = logging.get_logger(__name__)
 
@@ -195,7 +195,7 @@ def _stage(
         shutil.copyfile(source / name, folder / name)
     if not native:
         for name in set(_CODE) - known:
-            shutil.copyfile(Path(__file__).with_name(name), folder / name)
+            shutil.copyfile(Path(__file__).parent.with_name(name), folder / name)
     tag = release.tag
     if tag is None and tag_content and release.branch == "main":
         tag = f"content-{_checksum(folder)}"

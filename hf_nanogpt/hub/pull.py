@@ -6,10 +6,10 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, snapshot_download
 
-from .checkpoint import split_revision, staged_folder
-from .convert.folders import check_destination
-from .hub import FAILURES, check_repo_id
-from .hub_errors import explain_hub_error
+from ..checkpoint import split_revision, staged_folder
+from ..convert.folders import check_destination
+from ..hub_errors import explain_hub_error
+from .release import FAILURES, check_repo_id
 
 
 def pull_checkpoint(

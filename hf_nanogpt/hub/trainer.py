@@ -7,17 +7,17 @@ from huggingface_hub.errors import HTTPError
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 
+from ..hub_errors import explain_hub_error
+from ..interruption import InterruptibleTrainer
 from .card import render_model_card
-from .hub import Release, push_to_hub, write_card
-from .hub_errors import explain_hub_error
-from .hub_queue import PushQueue
-from .interruption import InterruptibleTrainer
+from .queue import PushQueue
+from .release import Release, push_to_hub, write_card
 
 logger = logging.get_logger(__name__)
 
 
 class HubTrainer(InterruptibleTrainer):
-    """A `Trainer` that pushes what hub.py releases.
+    """A `Trainer` that pushes what release.py makes.
 
     Each save goes to main as a whole model with its code and card. What resuming needs besides goes
     to the branch `last-checkpoint`, or of each `checkpoint-N`, as `hub_strategy` has it. While a
