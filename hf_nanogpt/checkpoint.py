@@ -232,6 +232,7 @@ def staged_folder(destination: str | Path) -> Iterator[Path]:
     destination.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=_STAGED, dir=destination) as staged:
         yield Path(staged)
-        (destination / _MARKER).unlink(missing_ok=True)  # of an earlier one, never to be mixed
+        if (Path(staged) / _MARKER).is_file():  # files of two checkpoints are never to be mixed
+            (destination / _MARKER).unlink(missing_ok=True)
         for path in sorted(Path(staged).iterdir(), key=lambda p: p.name == _MARKER):
             os.replace(path, destination / path.name)

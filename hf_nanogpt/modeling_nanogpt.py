@@ -37,10 +37,15 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_nanogpt import NanoGPTConfig
 
 
-def _is_eager_training(x: torch.Tensor) -> bool:
-    """Say whether autograd would run each small operation by itself, as on a CPU in float32."""
-    cpu = x.device.type == "cpu" and x.dtype == torch.float32
-    return cpu and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+def _is_eager_cpu(x: torch.Tensor) -> bool:
+    """Say whether each small operation would be one more pass over memory, for nothing fuses."""
+    return x.device.type == "cpu" and x.dtype == torch.float32 and not torch.compiler.is_compiling()
+
+
+def _normalize(x, eps):
+    square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
+    scale = square.div_(x.shape[-1]).add_(eps).rsqrt_()
+    return x * scale, scale
 
 
 class _RMSNormFunction(torch.autograd.Function):
@@ -48,9 +53,7 @@ class _RMSNormFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, eps):
-        square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
-        scale = square.div_(x.shape[-1]).add_(eps).rsqrt_()
-        normed = x * scale
+        normed, scale = _normalize(x, eps)
         ctx.save_for_backward(normed, scale, weight)
         return normed * weight
 
@@ -68,9 +71,11 @@ class NanoGPTRMSNorm(nn.RMSNorm):
     """Root-mean-square norm, weighted or not; transformers' init looks for this name."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.weight is not None and _is_eager_training(x):
+        if self.weight is None or not _is_eager_cpu(x):
+            return super().forward(x)
+        if torch.is_grad_enabled():
             return _RMSNormFunction.apply(x, self.weight, self.eps)
-        return super().forward(x)
+        return _normalize(x, self.eps)[0].mul_(self.weight)
 
 
 class NanoGPTLayerNorm(nn.LayerNorm):
@@ -149,8 +154,10 @@ def _rotate(x, cos, sin, sign):
 def apply_rotary_pos_emb(q, k, cos, sin):
     """Rotate q (B, H, T, D) and k (B, G, T, D) by their positions' cos and sin (B, T, D)."""
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    if _is_eager_training(q):
-        return _RotaryFunction.apply(q, cos, sin), _RotaryFunction.apply(k, cos, sin)
+    if _is_eager_cpu(q):
+        if torch.is_grad_enabled():
+            return _RotaryFunction.apply(q, cos, sin), _RotaryFunction.apply(k, cos, sin)
+        return _rotate(q, cos, sin, 1), _rotate(k, cos, sin, 1)
     half = q.shape[-1] // 2
     return q * cos + q.roll(half, -1) * sin, k * cos + k.roll(half, -1) * sin
 

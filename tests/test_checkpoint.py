@@ -268,3 +268,10 @@ def test_a_staged_checkpoint_loads(tmp_path):
     loaded, _ = load_checkpoint(tmp_path / "new" / "run")
     ids = torch.arange(20)[None]
     assert loaded(ids).logits.equal(model(ids).logits)
+
+
+def test_a_file_staged_beside_a_checkpoint_leaves_the_checkpoint_whole(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with staged_folder(tmp_path) as folder:
+        (folder / "model.gguf").write_text("weights")
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.gguf"}
