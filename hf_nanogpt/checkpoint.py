@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,6 +53,11 @@ ARTIFACTS = (
 )
 
 
+# While it loads, transformers replaces `tie_weights` for all models of the process, and two at once
+# would leave it replaced: threads take turns.
+LOADING = threading.RLock()
+
+
 def check_checkpoint(checkpoint: str | Path) -> str:
     """Return the folder or Hub id as a string, or raise a `ValueError` that says what is wrong."""
     path = Path(checkpoint)
@@ -94,7 +100,9 @@ def load_checkpoint(checkpoint: str | Path) -> tuple[PreTrainedModel, PreTrained
     try:
         # False: without it transformers would ask on the terminal whether to run foreign code.
         own = {"trust_remote_code": False, "revision": revision}
-        model, report = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **own)
+        with LOADING:
+            auto_class = AutoModelForCausalLM
+            model, report = auto_class.from_pretrained(name, output_loading_info=True, **own)
         tokenizer = AutoTokenizer.from_pretrained(name, **own)
     except Exception as error:  # of several libraries, which share no base class
         if isinstance(error, OSError) and not Path(name).is_dir():

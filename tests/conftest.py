@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 
@@ -9,6 +10,8 @@ from minihub import Hub
 
 # Set before torch, transformers, datasets or huggingface_hub are imported.
 _HUB = Hub()
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 _CACHE = tempfile.TemporaryDirectory(prefix="hf_nanogpt-tests-")
 os.environ |= {
     "HF_HOME": _CACHE.name,

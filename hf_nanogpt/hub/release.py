@@ -26,6 +26,7 @@ from transformers.utils import logging
 
 from ..checkpoint import (
     ARTIFACTS,
+    LOADING,
     check_checkpoint,
     load_checkpoint,
 )
@@ -189,7 +190,8 @@ def _stage(
     known = {name for name in known if not name.endswith(".part")}
     format = None
     if native:
-        format = export_checkpoint(source, folder).format
+        with LOADING:
+            format = export_checkpoint(source, folder).format
         known &= set(_NOT_LOADED)
     for name in known:
         shutil.copyfile(source / name, folder / name)
