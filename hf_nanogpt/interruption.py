@@ -76,6 +76,11 @@ class InterruptibleTrainer(Trainer):
         self._group, self._running_losses, self._saved_step = None, [], -1
         self.add_callback(_ResumeCallback(self))
 
+    def train(self, *args, **kwargs):
+        # Last, for it may evaluate as training begins, when all others must be ready.
+        self.add_callback(self.pop_callback(_ResumeCallback))
+        return super().train(*args, **kwargs)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         for name in ("loss", "eval_loss"):
             self._check_finite(logs.get(name, 0.0), name)

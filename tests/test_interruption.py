@@ -225,7 +225,8 @@ def test_a_run_killed_again_and_again_equals_one_of_a_piece(run, whole, tmp_path
     folder = tmp_path / "run"
     for count in (16, 15, 13):
         assert run(folder, "--resume", moment=("batch", count, signal.SIGKILL))[0] == KILLED
-    assert run(folder, "--resume")[0] == 0
+    again, printed = run(folder, "--resume")
+    assert again == 0, printed
     _assert_same(folder, whole)
 
 
@@ -273,7 +274,8 @@ def test_an_interrupted_run_saves_tells_how_to_go_on_and_does(
     assert {path.name for path in folder.iterdir()} == {last}
     assert f"To go on from {folder / last}:" in printed
     assert printed.rstrip().endswith("--resume") and f"--output_dir={folder}" in printed
-    assert run(folder, "--resume")[0] == 0
+    again, printed = run(folder, "--resume")
+    assert again == 0, printed
     _assert_same(folder, whole)
 
 
@@ -444,7 +446,8 @@ def test_a_full_disk_is_told_in_a_sentence_and_what_was_saved_stays(run, whole, 
     assert code == 2 and "checkpoint-10 could not be written" in printed, printed
     assert len(printed.splitlines()) == 1
     assert [path.name for path in folder.iterdir()] == ["checkpoint-5"]
-    assert run(folder, "--resume")[0] == 0
+    again, printed = run(folder, "--resume")
+    assert again == 0, printed
     _assert_same(folder, whole)
 
 
