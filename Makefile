@@ -21,7 +21,7 @@ train: $(READY)  ## train a first GPT on Python's own source code, 3 minutes on 
 	$(BIN)/hf-nanogpt train
 
 test: $(READY)  ## run the test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4
 
 check: $(READY)  ## lint and type-check
 	$(BIN)/ruff check .
