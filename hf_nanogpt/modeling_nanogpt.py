@@ -433,7 +433,7 @@ class NanoGPTModel(NanoGPTPreTrainedModel):
             position_embeddings = self.rotary_emb(hidden_states, position_ids)
         hidden_states = self.dropout(self.embed_norm(hidden_states))
         depth = self.config.num_hidden_layers  # assisted decoding lowers it to draft by early exit
-        for layer, layer_type in zip(self.layers[:depth], self.config.layer_types, strict=False):
+        for layer, layer_type in zip(self.layers, self.config.layer_types[:depth], strict=False):
             hidden_states = layer(
                 hidden_states,
                 attention_mask=masks[layer_type],
