@@ -63,7 +63,8 @@ class Chat:
         if not tokenizer.chat_template:
             raise ValueError(NO_TEMPLATE)
         self.settings = {"max_new_tokens": max_new_tokens, **settings}
-        check_settings(**{name: v for name, v in self.settings.items() if v is not None})
+        given = {name: self.settings.get(name) for name in _KINDS}
+        check_settings(**{name: value for name, value in given.items() if value is not None})
         model.generation_config.eos_token_id = find_turn_ends(model, tokenizer) or None
         self.model, self.tokenizer = model, tokenizer
         self.system = system

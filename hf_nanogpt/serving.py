@@ -23,7 +23,7 @@ from transformers.cli.serving.utils import GenerateManager, GenerationState
 from .chat import NO_TEMPLATE, find_turn_ends
 from .generation import check_settings, encode_prompt
 
-_PATHS = ("/v1/completions", "/v1/chat/completions")
+_TEXT, _CHAT = "/v1/completions", "/v1/chat/completions"
 
 
 def build_app(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Any:
@@ -46,20 +46,21 @@ def build_app(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
 
     encode_prompt(model, tokenizer, "a")
     own = model.generation_config
-    own.update(do_sample=True, top_k=own.top_k or 0, eos_token_id=find_turn_ends(model, tokenizer))
-    parts = _OneModel(name, model, tokenizer), _OneThread()
+    ends = find_turn_ends(model, tokenizer) or None
+    own.update(do_sample=True, top_k=own.top_k or 0, eos_token_id=ends)
+    manager, state = parts = _OneModel(name, model, tokenizer), _OneThread()
     app = build_server(
-        parts[0],
+        manager,
         ChatCompletionHandler(*parts),
         completion_handler=CompletionHandler(*parts),
         response_handler=ResponseHandler(*parts),
         transcription_handler=TranscriptionHandler(*parts),
         systemone_handler=SystemOneHandler(*parts),
-        generation_state=parts[1],
+        generation_state=state,
     )
 
     async def refuse(request: Any, error: Exception) -> JSONResponse:
-        no_template = not tokenizer.chat_template and request.url.path != _PATHS[0]
+        no_template = not tokenizer.chat_template and request.url.path != _TEXT
         status, why = 400, " ".join(str(error).split())
         if isinstance(error, HTTPException):
             status, why = error.status_code, error.detail
@@ -111,7 +112,7 @@ def write_request(url: str, name: str, *, chat: bool) -> str:
     message = {"role": "user", "content": "Hello!"}
     body = {"messages": [message]} if chat else {"prompt": "Hello", "max_tokens": 30}
     data = shlex.quote(dumps({"model": name, **body}, ensure_ascii=False))
-    return f"curl {url}{_PATHS[chat]} -H 'Content-Type: application/json' -d {data}"
+    return f"curl {url}{_CHAT if chat else _TEXT} -H 'Content-Type: application/json' -d {data}"
 
 
 class _OneModel(ModelManager):

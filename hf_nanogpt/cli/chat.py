@@ -2,6 +2,7 @@
 
 import sys
 from contextlib import suppress
+from importlib.util import find_spec
 
 from . import VERBS
 from .parser import Parser, add_sampling, quiet_libraries
@@ -79,12 +80,10 @@ def run_serve(argv: list[str]) -> None:
     parser.add_argument("--port", type=int, default=8000, help="0 takes a free one (default 8000)")
     args = parser.parse(argv)
 
-    quiet_libraries()
-    from transformers.utils.import_utils import is_serve_available
-
-    if not is_serve_available():
+    if not all(map(find_spec, ("fastapi", "openai", "uvicorn"))):
         raise ValueError("A server needs packages: pip install 'hf-nanogpt[serve]'.")
 
+    quiet_libraries()
     from ..chat import NO_TEMPLATE
     from ..checkpoint import load_checkpoint
     from ..serving import build_app, open_socket, serve_app, write_request
