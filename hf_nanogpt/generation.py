@@ -1,11 +1,12 @@
 """Text from a prompt: a thin layer over transformers' `generate()`."""
 
-from collections.abc import Iterator, Sequence
-from threading import Thread
+from collections.abc import Generator, Sequence
+from threading import Event, Thread
 from typing import Any
 
 import torch
 from transformers import (
+    Cache,
     CompileConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -41,7 +42,7 @@ def generate_text(
 def stream_text(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompt: str,
+    prompt: str | torch.Tensor,
     *,
     max_new_tokens: int | None = None,
     temperature: float = 1.0,
@@ -52,13 +53,15 @@ def stream_text(
     stop_strings: Sequence[str] = (),
     stop_at_eos: bool = True,
     compile: bool = False,
+    past_key_values: Cache | None = None,
     seed: int | None = None,
-) -> Iterator[str]:
-    """Yield the text that follows `prompt` in pieces, as it is produced.
+) -> Generator[str, None, None]:
+    """Yield the text that follows `prompt` in pieces, as it is produced, until closed or done.
 
     A setting that is `None` is what the checkpoint's `generation_config.json` says, or off.
 
     Args:
+        prompt: a text, or the token ids of one, (1, T).
         max_new_tokens: by default 100, or as many as the context has room for.
         temperature: 0 always takes the likeliest token (greedy); above 0 samples, below 1 more
             cautiously, above 1 more freely.
@@ -70,6 +73,7 @@ def stream_text(
         stop_at_eos: end where the model ends the document.
         compile: decode by torch.compile with a static cache; the first text of a length waits for
             it, a minute perhaps, and later ones are faster.
+        past_key_values: what the model has kept of the prompt's first tokens; it grows.
         seed: makes sampling repeatable.
 
     Raises:
@@ -81,10 +85,10 @@ def stream_text(
         top_k = own.top_k or 0  # and not the 50 that transformers falls back on
     optional = {"top_p": top_p, "min_p": min_p, "repetition_penalty": repetition_penalty}
     given: dict[str, Any] = {name: v for name, v in optional.items() if v is not None}
-    _check_settings(
+    check_settings(
         temperature=temperature, top_k=top_k, stop_strings=stop_strings, seed=seed, **given
     )
-    ids = encode_prompt(model, tokenizer, prompt)
+    ids = encode_prompt(model, tokenizer, prompt) if isinstance(prompt, str) else prompt
     if temperature > 0:
         given |= {"temperature": temperature, "top_k": top_k}
     if stop_strings:
@@ -96,6 +100,7 @@ def stream_text(
         "max_new_tokens": _choose_length(model, ids.shape[1], max_new_tokens),
         "do_sample": temperature > 0,
         "eos_token_id": eos if stop_at_eos else None,
+        "past_key_values": past_key_values,
         "pad_token_id": 0,  # one row is never padded; without an id transformers warns
         **(compiled_decoding() if compile else {}),
     }
@@ -110,9 +115,15 @@ def compiled_decoding() -> dict[str, Any]:
 
 
 def encode_prompt(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    *,
+    add_special_tokens: bool = True,
 ) -> torch.Tensor:
     """Return the token ids of `prompt`, (1, T), on the model's device; of "" the bos token.
+
+    `add_special_tokens=False` is for a chat template's text, which has them already.
 
     Raises:
         ValueError: the prompt has no tokens and there is no bos token, or the tokenizer cannot
@@ -126,7 +137,7 @@ def encode_prompt(
         )
     try:
         prompt.encode()  # a shell or a pipe may hand over bytes that are no UTF-8
-        ids = tokenizer(prompt)["input_ids"]
+        ids = tokenizer(prompt, add_special_tokens=add_special_tokens)["input_ids"]
     except Exception as error:  # `tokenizers` raises no narrower kind
         raise ValueError(f"The tokenizer cannot encode the prompt: {error}.") from error
     if not ids and tokenizer.bos_token_id is None:
@@ -143,22 +154,27 @@ def encode_prompt(
     return torch.tensor([ids], device=model.device)
 
 
-def _stream(model, tokenizer, settings, seed) -> Iterator[str]:
+def _stream(model, tokenizer, settings, seed) -> Generator[str, None, None]:
     if seed is not None:
         set_seed(seed)
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     errors: list[BaseException] = []
+    closed = Event()
 
     def work() -> None:
         try:
-            model.generate(**settings, streamer=streamer)
+            stop = [lambda *_, **__: torch.tensor(closed.is_set())]
+            model.generate(**settings, streamer=streamer, stopping_criteria=stop)
         except BaseException as error:  # handed to the reader below, which raises it
             errors.append(error)
             streamer.end()
 
     thread = Thread(target=work, daemon=True)
     thread.start()
-    yield from streamer
+    try:
+        yield from streamer
+    finally:
+        closed.set()
     thread.join()
     if errors:
         raise errors[0]
@@ -174,7 +190,7 @@ def _choose_length(model: PreTrainedModel, prompt_tokens: int, max_new_tokens: i
         )
     if max_new_tokens is None:
         return min(100, room)
-    _check_settings(max_new_tokens=max_new_tokens)
+    check_settings(max_new_tokens=max_new_tokens)
     if max_new_tokens > room:
         raise ValueError(
             f"The prompt has {prompt_tokens} tokens and max_new_tokens={max_new_tokens}, together "
@@ -197,7 +213,8 @@ _ALLOWED = {
 }
 
 
-def _check_settings(**settings: Any) -> None:
+def check_settings(**settings: Any) -> None:
+    """Raise a `ValueError` for the first setting of `stream_text` that is out of range."""
     for name, value in settings.items():
         fine, rule = _ALLOWED[name]
         if not fine(value):

@@ -11,6 +11,8 @@ VERBS: dict[str, str] = {
     "train": "train a tokenizer and a GPT from nothing, on your text or on Python's own source",
     "tokenize": "turn a text into tokens once, in a folder to train from",
     "generate": "go on from a prompt, printed as it is produced",
+    "chat": "talk with a model in the terminal",
+    "serve": "answer OpenAI's API on this machine, for any client of it",
     "explain": "show what a model expected at each token of a text, and where its heads look",
     "eval": "measure checkpoints on a text, in bits per byte, or on tasks of lm-eval",
     "convert": "turn a GPT-1, GPT-2, GPT-Neo, Llama, Qwen3, nanochat or nanoGPT model into ours",
@@ -24,6 +26,7 @@ VERBS: dict[str, str] = {
 _MODULES = {
     "train": ["train", "tokenize"],
     "generate": ["generate", "explain"],
+    "chat": ["chat", "serve"],
     "convert": ["convert", "export"],
     "measure": ["eval", "info", "bench"],
     "hub": ["push", "pull"],

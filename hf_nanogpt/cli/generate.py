@@ -5,7 +5,7 @@ import shutil
 import sys
 
 from . import VERBS
-from .parser import Parser, quiet_libraries
+from .parser import Parser, add_sampling, quiet_libraries
 
 
 def run_generate(argv: list[str]) -> None:
@@ -13,20 +13,11 @@ def run_generate(argv: list[str]) -> None:
     parser.add_argument("checkpoint", help="folder or Hub id")
     parser.add_argument("prompt", nargs="?", default="", help="text to go on from; '-' reads stdin")
     parser.add_argument("--max_new_tokens", type=int, help="default 100, or what there is room for")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default 0.8)")
+    add_sampling(parser)
     parser.add_argument("--greedy", action="store_true", help="same as --temperature 0")
-    parser.add_argument("--top_k", type=int, help="sample from the likeliest TOP_K tokens")
-    parser.add_argument(
-        "--top_p", type=float, help="sample from the likeliest share of probability"
-    )
-    parser.add_argument(
-        "--min_p", type=float, help="least probability relative to the likeliest token"
-    )
-    parser.add_argument("--repetition_penalty", type=float, help="above 1 discourages repeats")
     parser.add_argument(
         "--stop", action="append", metavar="TEXT", help="end after this text; may be given again"
     )
-    parser.add_argument("--seed", type=int, help="make sampling repeatable")
     parser.add_argument("--num_samples", type=int, default=1)
     parser.add_argument(
         "--ignore_eos", action="store_true", help="go on after the end of a document"

@@ -27,6 +27,20 @@ def find_nearest(name: str, known: Sequence[str]) -> str:
     return f", did you mean {near[0]}?" if near else ""
 
 
+def add_sampling(parser: Parser) -> None:
+    """Add the flags that say how the next token is drawn."""
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default 0.8)")
+    parser.add_argument("--top_k", type=int, help="sample from the likeliest TOP_K tokens")
+    parser.add_argument(
+        "--top_p", type=float, help="sample from the likeliest share of probability"
+    )
+    parser.add_argument(
+        "--min_p", type=float, help="least probability relative to the likeliest token"
+    )
+    parser.add_argument("--repetition_penalty", type=float, help="above 1 discourages repeats")
+    parser.add_argument("--seed", type=int, help="make sampling repeatable")
+
+
 def quiet_libraries() -> None:
     """Keep the progress bars of single files off the terminal; ours are enough."""
     from transformers.utils import logging

@@ -1,0 +1,105 @@
+"""The verbs `chat` and `serve`."""
+
+import sys
+from contextlib import suppress
+from importlib.util import find_spec
+
+from . import VERBS
+from .parser import Parser, add_sampling, quiet_libraries
+
+
+def run_chat(argv: list[str]) -> None:
+    parser = Parser(prog="hf-nanogpt chat", description=VERBS["chat"], allow_abbrev=False)
+    parser.add_argument("checkpoint", help="folder or Hub id, with a chat template")
+    parser.add_argument("--system", default="", metavar="TEXT", help="tell the model what to be")
+    parser.add_argument(
+        "--max_new_tokens", type=int, default=256, help="longest answer (default 256)"
+    )
+    add_sampling(parser)
+    given = vars(parser.parse(argv))
+
+    quiet_libraries()
+    from ..chat import Chat
+    from ..checkpoint import load_checkpoint
+
+    chat = Chat(*load_checkpoint(given.pop("checkpoint")), **given)
+    person = sys.stdin.isatty()
+    if person:
+        with suppress(ImportError):  # gives `input` its editing and history
+            import readline  # noqa: F401
+        print("Type a message, or /help. Ctrl-D ends.")
+    while (line := _read_line(person)) is not None and line.strip() != "/exit":
+        try:
+            _answer(chat, line.strip())
+        except ValueError as error:
+            print(f"({' '.join(str(error).split())})", file=sys.stderr)
+
+
+def _read_line(person: bool) -> str | None:
+    """Return the next line, or None at the end."""
+    if not person:
+        return sys.stdin.readline() or None
+    try:
+        return input("> ")
+    except EOFError:
+        print()
+        return None
+    except KeyboardInterrupt:
+        print("\n(Ctrl-D ends.)", file=sys.stderr)
+        return ""
+
+
+def _answer(chat, line: str) -> None:
+    """Print what a command says, or the answer to a message; Ctrl-C ends the answer."""
+    if line.startswith("/"):
+        print(chat.run_command(line))
+        return
+    if not line:
+        return
+    before = chat.forgotten
+    pieces = chat.answer(line)
+    if new := chat.forgotten - before:
+        print(f"(the oldest {new} messages no longer fit the context)", file=sys.stderr)
+    try:
+        for piece in pieces:
+            print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        if not sys.stdin.isatty():
+            raise
+    finally:
+        pieces.close()
+        print()
+
+
+def run_serve(argv: list[str]) -> None:
+    parser = Parser(prog="hf-nanogpt serve", description=VERBS["serve"], allow_abbrev=False)
+    parser.add_argument("checkpoint", help="folder or Hub id")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen at (default: this machine only)"
+    )
+    parser.add_argument("--port", type=int, default=8000, help="0 takes a free one (default 8000)")
+    args = parser.parse(argv)
+
+    if not all(map(find_spec, ("fastapi", "openai", "uvicorn"))):
+        raise ValueError("A server needs packages: pip install 'hf-nanogpt[serve]'.")
+
+    quiet_libraries()
+    from ..chat import NO_TEMPLATE
+    from ..checkpoint import load_checkpoint
+    from ..serving import build_app, open_socket, serve_app, write_request
+
+    name = args.checkpoint.rstrip("/")
+    model, tokenizer = load_checkpoint(name)
+    app = build_app(name, model, tokenizer)
+    listener = open_socket(args.host, args.port)
+    host, port = listener.getsockname()[:2]
+    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    def welcome() -> None:
+        if not tokenizer.chat_template:
+            print(f"Only {url}/v1/completions will answer. {NO_TEMPLATE}")
+        print(f"{name} answers at {url}/v1 (Ctrl-C ends it); try:")
+        print(write_request(url, name, chat=bool(tokenizer.chat_template)), flush=True)
+
+    serve_app(app, listener, on_ready=welcome)
+    print("Ended.")

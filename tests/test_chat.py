@@ -1,0 +1,253 @@
+"""Conversations: answers and commands of `Chat`, and `hf-nanogpt chat` in a pipe and a terminal."""
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, tiny_model
+
+from hf_nanogpt import stream_text, train_tokenizer
+from hf_nanogpt.chat import Chat, find_turn_ends
+from hf_nanogpt.cli import main
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TOKENIZER = train_tokenizer([], kind="byte")
+TOKENIZER.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
+TOKENIZER.chat_template = CHATML
+END = TOKENIZER.convert_tokens_to_ids("<|im_end|>")
+CHAT = [sys.executable, "-m", "hf_nanogpt", "chat"]
+GREEDY = {"temperature": 0, "max_new_tokens": 12}
+
+
+def talker(family: str = "nano", *, block_size: int = 256):
+    """Return a random tiny model that speaks in small letters and ends an answer if made to."""
+    model = tiny_model(family, vocab_size=len(TOKENIZER), block_size=block_size)
+    spoken = {END, *TOKENIZER("abcdefghijklmnopqrstuvwxyz ")["input_ids"]}
+    model.generation_config.suppress_tokens = sorted(set(range(len(TOKENIZER))) - spoken)
+    model.generation_config.sequence_bias = [[[END], -1e3]]
+    return model
+
+
+def save_talker(folder: Path, **settings) -> Path:
+    talker(**settings).save_pretrained(folder)
+    TOKENIZER.save_pretrained(folder)
+    return folder
+
+
+def answer_whole(model, messages: list[dict], *, new_tokens: int = 12) -> str:
+    """Return what transformers alone answers to a conversation."""
+    given = {"add_generation_prompt": True, "return_tensors": "pt"}
+    inputs = TOKENIZER.apply_chat_template(messages, **given)
+    ids = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, pad_token_id=0)
+    return TOKENIZER.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def user(text: str) -> dict:
+    return {"role": "user", "content": text}
+
+
+def test_each_answer_is_the_one_to_the_whole_conversation(family):
+    model = talker(family)
+    chat = Chat(model, TOKENIZER, system="be kind", **GREEDY)
+    for text in ("hello", "and you?", "\n\ngood"):
+        so_far = [{"role": "system", "content": "be kind"}, *chat.messages, user(text)]
+        said = "".join(chat.answer(text))
+        assert len(said) == 12 and said == answer_whole(model, so_far)
+        assert chat.messages[-2:] == [user(text), {"role": "assistant", "content": said}]
+
+
+def test_what_was_read_for_the_last_answer_is_not_read_again():
+    chat = Chat(model := talker(), TOKENIZER, **GREEDY)
+    "".join(chat.answer("hello"))
+    sizes = []
+    model.model.embed_tokens.register_forward_hook(
+        lambda _, args, __: sizes.append(args[0].numel())
+    )
+    said = "".join(chat.answer("and you?"))
+    new = f"{said}<|im_end|>\n<|im_start|>user\nand you?<|im_end|>\n<|im_start|>assistant\n"
+    assert sizes == [len(TOKENIZER(new)["input_ids"])] + [1] * 11
+
+
+@pytest.mark.parametrize("eos", [None, 7, [7, 9]])
+def test_answer_ends_at_the_end_of_a_turn(eos):
+    model = talker()
+    pairs = ["\ny", "yo"]
+    bias = [[TOKENIZER(pair)["input_ids"], 1e4] for pair in pairs]
+    model.generation_config.sequence_bias = [*bias, [[*TOKENIZER("o")["input_ids"], END], 1e4]]
+    model.generation_config.eos_token_id = eos
+    assert END in find_turn_ends(model, TOKENIZER)
+    chat = Chat(model, TOKENIZER, temperature=0)
+    assert "".join(chat.answer("hello")) == "yo"
+    assert {7, 9} & set(find_turn_ends(model, TOKENIZER)) == {*([eos] if eos == 7 else eos or [])}
+
+
+def test_oldest_turns_leave_a_full_context_and_the_system_prompt_stays():
+    model = talker(block_size=110)
+    chat, system = Chat(model, TOKENIZER, system="kind", **GREEDY), {"role": "system"}
+    for count in range(5):
+        "".join(chat.answer(f"message {count}"))
+    assert chat.forgotten == 8 - 2 * 1 and len(chat.messages) == 10
+    kept = [system | {"content": "kind"}, *chat.messages[chat.forgotten : -1]]
+    assert chat.messages[-1]["content"] == answer_whole(model, kept)
+
+
+def test_message_longer_than_the_context_is_refused_and_forgets_nothing():
+    chat = Chat(talker(), TOKENIZER, **GREEDY)
+    "".join(chat.answer("hello"))
+    before = (list(chat.messages), chat.forgotten)
+    with pytest.raises(ValueError, match=r"message has \d+ tokens.*context is 256"):
+        chat.answer("x" * 300)
+    assert (chat.messages, chat.forgotten) == before
+    assert len("".join(chat.answer("x" * 226))) == 11  # what there is room for
+
+
+def test_answer_cut_short_is_remembered_as_far_as_it_was_read():
+    chat = Chat(model := talker(), TOKENIZER, temperature=0, max_new_tokens=100)
+    pieces = chat.answer("hello")
+    read = next(pieces) + next(pieces)
+    pieces.close()
+    assert chat.messages[-1] == {"role": "assistant", "content": read}
+    chat.settings["max_new_tokens"] = 12
+    so_far = [*chat.messages, user("go on")]
+    assert "".join(chat.answer("go on")) == answer_whole(model, so_far)
+
+
+def test_closed_stream_generates_no_further():
+    model, before = talker(block_size=20_000), set(threading.enumerate())
+    pieces = stream_text(model, TOKENIZER, "a", max_new_tokens=19_000)
+    next(pieces)
+    [worker] = set(threading.enumerate()) - before
+    steps = []
+    model.register_forward_hook(lambda *_: steps.append(1))
+    pieces.close()
+    worker.join()
+    assert len(steps) < 1000
+
+
+def test_checkpoint_without_a_template_is_refused_with_a_way_out(tmp_path, capsys):
+    save_talker(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    assert main(["chat", str(tmp_path)]) == 2
+    [sentence] = [x for x in capsys.readouterr().err.splitlines() if x.startswith("hf-nanogpt")]
+    assert "--chat_template chatml" in sentence and "hf-nanogpt generate" in sentence
+
+
+def test_template_that_refuses_is_one_sentence():
+    tokenizer = train_tokenizer([], kind="byte")
+    tokenizer.chat_template = "{{ raise_exception('no system here') }}"
+    with pytest.raises(ValueError, match="refuses this conversation: no system here"):
+        Chat(talker(), tokenizer).answer("hello")
+
+
+# commands
+
+
+def test_commands_change_the_settings_and_the_conversation(tmp_path):
+    chat = Chat(talker(), TOKENIZER, seed=1)
+    assert chat.run_command("/set temperature 0") == "temperature = 0.0"
+    assert chat.run_command(" /set  max_new_tokens 3 ") == "max_new_tokens = 3"
+    assert "top_p = None" in chat.run_command("/set") and "/save FILE" in chat.run_command("/help")
+    chat.run_command("/system be kind")
+    said = "".join(chat.answer("hello"))
+    conversation = [{"role": "system", "content": "be kind"}, user("hello")]
+    assert said == answer_whole(chat.model, conversation, new_tokens=3)
+    chat.run_command(f"/save {tmp_path / 'my chat.jsonl'}")
+    [line] = (tmp_path / "my chat.jsonl").read_text().splitlines()
+    conversation.append({"role": "assistant", "content": said})
+    assert json.loads(line) == {"messages": conversation}
+    chat.run_command("/reset")
+    assert chat.messages == [] and "".join(chat.answer("hello")) == said
+
+
+BAD_COMMANDS = {
+    "/frob": "'/frob' is no command: /help",
+    "/set heat 3": "'heat' is no setting: choose one of max_new_tokens",
+    "/set temperature": "temperature= is not possible: give one number",
+    "/set temperature hot": "temperature=hot is not possible",
+    "/set temperature 1 2": "temperature=1 2 is not possible",
+    "/set temperature -1": "temperature=-1.0 is not possible: it must be 0",
+    "/set top_k 1.5": "top_k=1.5 is not possible",
+    "/set max_new_tokens 0": "max_new_tokens=0 is not possible",
+    "/save": "cannot be written.*name of a new file",
+    "/save pyproject.toml": "'pyproject.toml' cannot be written .File exists.",
+    "/save no/such/folder": "cannot be written .No such file",
+}
+
+
+@pytest.mark.parametrize("line", BAD_COMMANDS)
+def test_bad_command_is_one_sentence_and_changes_nothing(line, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    chat = Chat(talker(), TOKENIZER)
+    before = dict(chat.settings)
+    with pytest.raises(ValueError, match=BAD_COMMANDS[line]):
+        chat.run_command(line)
+    assert chat.settings == before
+
+
+@pytest.mark.parametrize("flag", ["--temperature=-1", "--top_p=2", "--max_new_tokens=0"])
+def test_bad_flag_is_refused_before_the_first_message(flag, tmp_path, capsys):
+    assert main(["chat", str(save_talker(tmp_path)), flag]) == 2
+    assert flag[2:].split("=")[0] + "=" in capsys.readouterr().err.splitlines()[-1]
+
+
+# in the terminal
+
+
+def test_piped_lines_are_answered_in_turn(tmp_path):
+    model, folder = talker(), save_talker(tmp_path / "talker")
+    lines = ["hello", "", "/set max_new_tokens 5", "/frob", "and you?", "x" * 300, "/exit", "no"]
+    command = [*CHAT, folder, "--temperature=0", "--max_new_tokens=12", "--system=be kind"]
+    done = subprocess.run(command, input="\n".join(lines), capture_output=True, text=True)
+    first = [{"role": "system", "content": "be kind"}, user("hello")]
+    said = answer_whole(model, first)
+    second = [*first, {"role": "assistant", "content": said}, user("and you?")]
+    expected = [said, "max_new_tokens = 5", answer_whole(model, second, new_tokens=5)]
+    assert done.returncode == 0 and done.stdout.splitlines() == expected
+    notes = [line for line in done.stderr.splitlines() if line.startswith("(")]
+    assert ["'/frob'" in notes[0], "context is 256" in notes[1]] == [True, True]
+
+
+def test_terminal_ends_an_answer_at_ctrl_c_and_the_chat_at_ctrl_d(tmp_path):
+    save_talker(tmp_path / "talker", block_size=20_000)
+    screen, end = pty.openpty()
+    command = [*CHAT, "talker", "--max_new_tokens=19000"]
+    ours = {"stdin": end, "stdout": end, "stderr": end, "cwd": tmp_path}
+    environment = os.environ | {"TERM": "dumb", "PYTHONPATH": str(ROOT)}
+    chat = subprocess.Popen(command, **ours, env=environment)
+    seen = ""
+
+    def read_until(mark: str) -> str:
+        nonlocal seen
+        while mark not in seen:
+            seen += os.read(screen, 4096).decode()
+        before, _, seen = seen.partition(mark)
+        return before
+
+    assert "Type a message, or /help. Ctrl-D ends." in read_until("> ")
+    os.write(screen, b"hello\n")
+    read_until("hello")
+    while len(seen) < 20:  # the answer is under way
+        seen += os.read(screen, 4096).decode()
+    chat.send_signal(signal.SIGINT)
+    read_until("\n> ")
+    chat.send_signal(signal.SIGINT)
+    read_until("(Ctrl-D ends.)")
+    read_until("> ")
+    os.write(screen, b"/save chat.jsonl\n")
+    read_until("has the conversation")
+    read_until("> ")
+    os.write(screen, b"\x04")
+    assert chat.wait() == 0
+    [asked, said] = json.loads((tmp_path / "chat.jsonl").read_text())["messages"]
+    assert asked == user("hello") and 1 < len(said["content"]) < 19_000
+    os.close(screen)
+    os.close(end)
