@@ -15,7 +15,7 @@ ORDER = [
     ["configuration_nanogpt"],
     ["modeling_nanogpt"],
     ["auto", "hub_errors"],
-    ["presets", "tokenization", "optim", "checkpoint", "throughput"],
+    ["presets", "tokenization", "optim", "checkpoint", "conversations", "throughput"],
     ["data", "encoding"],
     ["packing"],
     ["convert", "evaluation", "generation", "quantization", "tasks"],
