@@ -195,7 +195,8 @@ class SampleCallback(TrainerCallback):
             replace_file(self.path, "".join(self.rows).encode())
             if not args.disable_tqdm:
                 lines = [line for line in text.splitlines() if line.strip()]
-                tqdm.write("\n".join(f"  | {line}" for line in lines[:3]))
+                first = max(0, self.prompt.count("\n") - 2)  # of a long prompt show its end
+                tqdm.write("\n".join(f"  | {line}" for line in lines[first : first + 3]))
 
 
 def draw_sample(

@@ -16,7 +16,6 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-CHAT_TEMPLATES = ("chatml",)
 MESSAGES = "messages"  # the column of a table that holds conversations
 ROLES = ("system", "user", "assistant")
 _FEATURES = Features(
@@ -28,43 +27,53 @@ _START, _END = "<|im_start|>", "<|im_end|>"
 Documents: TypeAlias = Dataset | IterableDataset
 
 
-def add_chat_template(tokenizer: PreTrainedTokenizerBase, name: str | None) -> None:
-    """Give `tokenizer` the template `chatml` and its two special tokens; one it has is kept."""
+def add_chat_template(
+    tokenizer: PreTrainedTokenizerBase,
+    name: str | None = "chatml",
+    *,
+    model: PreTrainedModel | None = None,
+) -> None:
+    """Give a tokenizer, and the model that goes with it, a chat template and its special tokens.
+
+    The model's rows for the new tokens begin as the mean of the others, and its `generate()` stops
+    where a message ends. A template that the tokenizer has already is kept; `None` does nothing.
+
+    Raises:
+        ValueError: there is no template of this name.
+    """
+    check_chat_template(name)
     if name is None:
         return
     template = _CHATML.read_text(encoding="utf-8")
     if tokenizer.chat_template not in (None, template):
-        logger.warning(
-            f"The tokenizer has a chat template of its own, which is kept: {name} is not used."
-        )
+        logger.warning_once(f"The tokenizer keeps the chat template that it has: {name} is unused.")
         return
-    tokenizer.chat_template = template
+    known, tokenizer.chat_template = len(tokenizer), template
     tokenizer.add_special_tokens(
         {"extra_special_tokens": [_START, _END]}, replace_extra_special_tokens=False
     )
+    if model is not None:
+        _add_rows(model, known, len(tokenizer))
+    if model is not None and model.can_generate():
+        eos = model.generation_config.eos_token_id
+        stops = [*(eos if isinstance(eos, list) else [eos]), tokenizer.convert_tokens_to_ids(_END)]
+        model.generation_config.eos_token_id = sorted({stop for stop in stops if stop is not None})
+
+
+def check_chat_template(name: str | None) -> None:
+    """Raise a `ValueError` unless `name` is that of a template, or None."""
+    if name not in (None, "chatml"):
+        raise ValueError(f"chat_template={name!r} is unknown: give chatml, or leave it out.")
 
 
 @torch.no_grad()
-def add_token_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, known: int):
-    """Make room in `model`, which had `known` tokens, for those that `tokenizer` got since.
-
-    In the embedding and the head they begin as the mean of the others.
-    """
-    if (size := len(tokenizer)) <= known:
-        return
+def _add_rows(model: PreTrainedModel, known: int, size: int) -> None:
     if size > model.config.vocab_size:  # else it was padded
         model.resize_token_embeddings(size, mean_resizing=False)
-    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
-        layer.weight[known:size] = layer.weight[:known].mean(dim=0)
-
-
-def stop_after_answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Make `generate()` stop where ChatML ends a message, if that is the tokenizer's template."""
-    if _END not in (tokenizer.chat_template or ""):
-        return
-    eos = model.generation_config.eos_token_id
-    stops = [*(eos if isinstance(eos, list) else [eos]), tokenizer.convert_tokens_to_ids(_END)]
-    model.generation_config.eos_token_id = sorted({stop for stop in stops if stop is not None})
+    if size > known:
+        for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+            if layer is not None:  # a classifier has no head of tokens
+                layer.weight[known:size] = layer.weight[:known].mean(dim=0)
 
 
 def read_conversations(table: Documents, columns: list[str], *, data: str) -> Documents:
@@ -117,7 +126,7 @@ class ConversationEncoder:
         if tokenizer.chat_template is None:
             raise ValueError(
                 f"The data holds conversations ({MESSAGES}), and the tokenizer has no chat "
-                "template: give --chat_template chatml."
+                "template: hf-nanogpt train gives it one by --chat_template chatml."
             )
         self.tokenizer = tokenizer
         self.is_marked = bool(re.search(r"\{%-?\s*generation\b", tokenizer.get_chat_template()))

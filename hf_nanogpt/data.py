@@ -23,7 +23,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .checkpoint import split_revision, unreachable
-from .conversations import CHAT_TEMPLATES, MESSAGES, Documents, read_conversations
+from .conversations import MESSAGES, Documents, check_chat_template, read_conversations
 from .tokenization import TokenizerKind, train_tokenizer
 
 logger = logging.get_logger(__name__)
@@ -94,11 +94,7 @@ class DataArguments:
     num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenise."})
 
     def __post_init__(self):
-        if self.chat_template not in (None, *CHAT_TEMPLATES):
-            raise ValueError(
-                f"chat_template={self.chat_template!r} is unknown: give "
-                f"{' or '.join(CHAT_TEMPLATES)}, or leave it out."
-            )
+        check_chat_template(self.chat_template)
         if not 0 < self.validation_fraction < 1:
             raise ValueError(
                 f"validation_fraction={self.validation_fraction} must be between 0 and 1, "

@@ -85,7 +85,7 @@ def load_tokens(
             f"validation_data={args.validation_data} cannot be used with data={args.data}, which "
             "holds tokens, also those to validate on: leave it out."
         )
-    if tokenizer and tokenizer.get_vocab() != own.get_vocab():
+    if tokenizer and not own.get_vocab().items() <= tokenizer.get_vocab().items():
         raise ValueError(
             f"data={args.data} was tokenised by another tokenizer than the checkpoint has: give "
             "the folder that its training began with."

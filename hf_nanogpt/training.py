@@ -35,7 +35,7 @@ from .checkpoint import (
     load_checkpoint,
     staged_folder,
 )
-from .conversations import add_token_rows, stop_after_answers
+from .conversations import add_chat_template
 from .data import STDLIB, DataArguments
 from .evaluation import check_context_length, sum_losses, summarize_losses
 from .facts import collect_facts
@@ -185,7 +185,8 @@ def train(
     words = [*as_flags(settings), *flags]  # as on the command line
     check_output_dir(args.output_dir, overwrite=overwrite, resume=resume)
     model, own = _load_start(start_from, architecture)
-    known = len(own) if own else 0
+    if own:
+        add_chat_template(own, data_args.chat_template, model=model)
     # Refuse an impossible architecture now, not after minutes of preparing data for it.
     config = model.config if model else make_config(architecture, vocab_size=data_args.vocab_size)
     check_context_length(config, data_args.context_length)
@@ -199,8 +200,6 @@ def train(
         tokenizer, tokens, held_out = load_tokens(data_args, own)
         if model is None:
             config = make_config(architecture, **_vocabulary(tokenizer))
-        else:
-            add_token_rows(model, tokenizer, known=known)
         length = check_context_length(config, data_args.context_length)
         tokenizer.model_max_length = config.max_position_embeddings
         cut: dict[str, Any] = {"context_length": length, "eos_token_id": tokenizer.eos_token_id}
@@ -212,8 +211,9 @@ def train(
         check_settings(last_checkpoint, settings)
 
     set_seed(args.seed)
-    model = model or NanoGPTForCausalLM(config)
-    stop_after_answers(model, tokenizer)
+    if model is None:
+        model = NanoGPTForCausalLM(config)
+        add_chat_template(tokenizer, data_args.chat_template, model=model)
     trainer = NanoGPTTrainer(
         model,
         args,

@@ -90,6 +90,7 @@ def test_public_names_are_these():
         "NanoGPTTrainingArguments",
         "PackedCollator",
         "TrainingResult",
+        "add_chat_template",
         "build_optimizer",
         "convert_checkpoint",
         "evaluate",
