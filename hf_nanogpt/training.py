@@ -241,6 +241,7 @@ def train(
         args=args,
         context_length=length,
     )
+    metrics["is_chat"] = bool((first < 0).any())
     result = _write_artifacts(trainer, metrics, prompt=prompt)
     if args.push_to_hub:
         trainer.push_to_hub()

@@ -54,7 +54,8 @@ def main(checkpoint: str, output_dir: str, data: str | None = None, **settings: 
         model, args=args, train_dataset=load_preferences(data), processing_class=tokenizer
     )
     trainer.train()
-    trainer.save_model(output_dir)
+    trainer.model.save_pretrained(output_dir)
+    tokenizer.save_pretrained(output_dir)
     return trainer
 
 

@@ -56,7 +56,8 @@ def main(checkpoint: str, output_dir: str, data: str | None = None, **settings: 
         processing_class=tokenizer,
     )
     trainer.train()
-    trainer.save_model(output_dir)
+    trainer.model.save_pretrained(output_dir)
+    tokenizer.save_pretrained(output_dir)
     return trainer
 
 

@@ -58,7 +58,8 @@ def main(
         model, args=args, train_dataset=load_preferences(data), processing_class=tokenizer
     )
     trainer.train()
-    trainer.save_model(output_dir)
+    trainer.model.save_pretrained(output_dir)
+    tokenizer.save_pretrained(output_dir)
     return trainer
 
 

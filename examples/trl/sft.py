@@ -38,6 +38,7 @@ def main(
     **settings: Any,
 ) -> SFTTrainer:
     model, tokenizer = load_checkpoint(checkpoint)
+    known = len(tokenizer)
     add_chat_template(tokenizer, model=model)  # unless the checkpoint has one
     args = SFTConfig(
         output_dir,
@@ -54,9 +55,12 @@ def main(
             **settings,
         },
     )
-    # The rows of new tokens have to be trained as well, which adapters of other layers do not do.
+    # Adapters leave the embedding as it is, and the rows of new tokens have to be trained as well.
+    tables = ["embed_tokens"] if model.config.tie_word_embeddings else ["embed_tokens", "lm_head"]
+    new = list(range(known, len(tokenizer)))
     adapters = LoraConfig(
-        target_modules="all-linear", modules_to_save=["embed_tokens", "lm_head"], r=8
+        target_modules="all-linear",
+        trainable_token_indices=dict.fromkeys(tables, new) if new else None,
     )
     trainer = SFTTrainer(
         model,
