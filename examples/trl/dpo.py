@@ -37,9 +37,9 @@ def main(checkpoint: str, output_dir: str, data: str | None = None, **settings: 
     model, tokenizer = load_checkpoint(checkpoint)
     args = DPOConfig(
         output_dir,
-        precompute_ref_log_probs=True,
         max_length=model.config.max_position_embeddings,
         **{
+            "precompute_ref_log_probs": True,
             "learning_rate": 1e-4,
             "num_train_epochs": 10,
             "logging_steps": 1,

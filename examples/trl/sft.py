@@ -56,12 +56,8 @@ def main(
         },
     )
     # Adapters leave the embedding as it is, and the rows of new tokens have to be trained as well.
-    tables = ["embed_tokens"] if model.config.tie_word_embeddings else ["embed_tokens", "lm_head"]
-    new = list(range(known, len(tokenizer)))
-    adapters = LoraConfig(
-        target_modules="all-linear",
-        trainable_token_indices=dict.fromkeys(tables, new) if new else None,
-    )
+    tables = ["embed_tokens", "lm_head"] if len(tokenizer) > known else None
+    adapters = LoraConfig(target_modules="all-linear", modules_to_save=tables)
     trainer = SFTTrainer(
         model,
         args,

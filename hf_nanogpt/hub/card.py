@@ -131,10 +131,8 @@ def _show_use(metrics: dict[str, Any], name: str, revision: str | None, native: 
     options = "" if native else ", trust_remote_code=True"
     options += f', revision="{revision}"' if revision else ""
     place = f"{name}@{revision}" if revision else name
-    start, command = (
-        json.dumps(prompt, ensure_ascii=False),
-        f"generate {place} {shlex.quote(prompt)}",
-    )
+    start = json.dumps(prompt, ensure_ascii=False)
+    command = f"generate {place} {shlex.quote(prompt)}"
     if metrics.get("is_chat"):
         start, command = '[{"role": "user", "content": "Hello!"}]', f"chat {place}"
     lines = [
