@@ -59,6 +59,8 @@ def test_sft_learns_the_answers_only(checkpoint, lora, tmp_path):
     model, words = load_checkpoint(tmp_path)
     assert words.chat_template and model.generation_config.eos_token_id == [0, 258]
     assert type(model).__name__ == "NanoGPTForCausalLM" and len(words) == 259
+    tied = load_checkpoint(checkpoint)[0].config.tie_word_embeddings
+    assert tied == model.config.tie_word_embeddings
     rows = model.get_input_embeddings().weight[257:]
     assert not rows[0].equal(rows[1])  # the new tokens were trained, by adapters as well
 

@@ -57,7 +57,11 @@ def main(
     )
     # Adapters leave the embedding as it is, and the rows of new tokens have to be trained as well.
     tables = ["embed_tokens", "lm_head"] if len(tokenizer) > known else None
-    adapters = LoraConfig(target_modules="all-linear", modules_to_save=tables)
+    adapters = LoraConfig(
+        target_modules="all-linear",
+        modules_to_save=tables,
+        ensure_weight_tying=model.config.tie_word_embeddings,
+    )
     trainer = SFTTrainer(
         model,
         args,
