@@ -25,6 +25,7 @@ _WHERE = {
     "presets": ["list_presets", "load_preset"],
     "tokenization": ["token_byte_counts", "train_tokenizer"],
     "checkpoint": ["load_checkpoint"],
+    "conversations": ["add_chat_template"],
     "data": ["DataArguments", "load_documents", "load_text"],
     "packing": ["PackedCollator", "pack_documents"],
     "convert": ["convert_checkpoint", "export_checkpoint"],

@@ -194,8 +194,12 @@ class SampleCallback(TrainerCallback):
             self.rows.append(json.dumps({"step": state.global_step, "text": text}) + "\n")
             replace_file(self.path, "".join(self.rows).encode())
             if not args.disable_tqdm:
-                lines = [line for line in text.splitlines() if line.strip()]
-                tqdm.write("\n".join(f"  | {line}" for line in lines[:3]))
+                lines, asked = (
+                    [line for line in part.splitlines() if line.strip()]
+                    for part in (text, self.prompt)
+                )
+                first = max(0, len(asked) - 2)  # of a prompt of many lines only the last
+                tqdm.write("\n".join(f"  | {line}" for line in lines[first : first + 3]))
 
 
 def draw_sample(

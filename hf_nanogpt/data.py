@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import Any, cast
 
 from datasets import (
     Dataset,
@@ -23,6 +23,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .checkpoint import split_revision, unreachable
+from .conversations import MESSAGES, Documents, check_chat_template, read_conversations
 from .tokenization import TokenizerKind, train_tokenizer
 
 logger = logging.get_logger(__name__)
@@ -35,8 +36,6 @@ _PIECE = 100_000  # characters of a long text that are handled at a time
 _TOKENIZER_BYTES = 64_000_000  # more text than this does not change a small vocabulary
 _FEW = 20  # with fewer documents than this, each gives its tail to validation
 
-Documents: TypeAlias = Dataset | IterableDataset
-
 
 @dataclass
 class DataArguments:
@@ -46,7 +45,8 @@ class DataArguments:
         default=STDLIB,
         metadata={
             "help": "Text to train on: a file, folder, glob or URL of UTF-8 text, or a file, "
-            "folder or glob of .jsonl, .csv or .parquet tables, a Hub dataset id, "
+            "folder or glob of .jsonl, .csv or .parquet tables (of texts, or of conversations in "
+            f"a column {MESSAGES}), a Hub dataset id, "
             f"{STDLIB} (the source code of Python's standard library), or tokens: a folder that "
             "hf-nanogpt tokenize made, or one with nanoGPT's train.bin and val.bin."
         },
@@ -84,9 +84,17 @@ class DataArguments:
     context_length: int | None = field(
         default=None, metadata={"help": "Tokens in a block; by default the model's context."}
     )
+    chat_template: str | None = field(
+        default=None,
+        metadata={
+            "help": "chatml: give the tokenizer this template for conversations and its special "
+            "tokens, unless it has one."
+        },
+    )
     num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenise."})
 
     def __post_init__(self):
+        check_chat_template(self.chat_template)
         if not 0 < self.validation_fraction < 1:
             raise ValueError(
                 f"validation_fraction={self.validation_fraction} must be between 0 and 1, "
@@ -313,19 +321,11 @@ def _read_table(
         why = error.__cause__ or error  # `datasets` says only that something went wrong
         raise ValueError(f"data={data} cannot be read as a table: {why}") from error
     columns = table.column_names or list(first)
-    if args.text_column not in columns:
-        raise ValueError(
-            f"text_column={args.text_column!r} is not in {data}; its columns are: "
-            f"{', '.join(columns)}."
-        )
-    if not isinstance(first.get(args.text_column), str | None):
-        raise ValueError(
-            f"text_column={args.text_column!r} of {data} holds no text, but for example "
-            f"{first[args.text_column]!r}; its columns are: {', '.join(columns)}."
-        )
-    table = table.select_columns(args.text_column)
-    if args.text_column != "text":
-        table = table.rename_column(args.text_column, "text")
+    column = MESSAGES if args.text_column == "text" and "text" not in columns else args.text_column
+    if column == MESSAGES and isinstance(first.get(MESSAGES), list):
+        table = read_conversations(table, columns, data=data)
+    else:
+        table = _read_column(table, columns, first, args, data)
     table = table.filter(_has_text)
     if not fraction:
         return table, table
@@ -341,6 +341,23 @@ def _read_table(
         validation = table.filter(_is_below, fn_kwargs={"threshold": threshold})
     train = table.filter(_is_not_below, fn_kwargs={"threshold": threshold})
     return train, validation
+
+
+def _read_column(
+    table: Documents, columns: list[str], first: dict, args: DataArguments, data: str
+) -> Documents:
+    if args.text_column not in columns:
+        raise ValueError(
+            f"text_column={args.text_column!r} is not in {data}; its columns are: "
+            f"{', '.join(columns)}."
+        )
+    if not isinstance(first.get(args.text_column), str | None):
+        raise ValueError(
+            f"text_column={args.text_column!r} of {data} holds no text, but for example "
+            f"{first[args.text_column]!r}; its columns are: {', '.join(columns)}."
+        )
+    table = table.select_columns(args.text_column)
+    return table if args.text_column == "text" else table.rename_column(args.text_column, "text")
 
 
 def _has_text(row: dict) -> bool:

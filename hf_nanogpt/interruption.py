@@ -259,6 +259,7 @@ def describe_settings(
         **architecture,
         "tokenizer": data_args.tokenizer,
         "vocab_size": data_args.vocab_size,
+        "chat_template": data_args.chat_template,
         "data": _identify(blocks),
         "validation data": _identify(validation),
     }

@@ -18,6 +18,7 @@ from datasets.fingerprint import Hasher
 from torch.utils import data as torch_data
 from transformers import PreTrainedTokenizerBase
 
+from .conversations import MESSAGES, ConversationEncoder
 from .data import Documents
 from .encoding import DocumentEncoder
 
@@ -91,7 +92,7 @@ class PackedStream(torch_data.IterableDataset):
             for start in range(0, whole, step):
                 yield {"input_ids": rest[start : start + step + 1]}
             rest = rest[whole:]
-        yield {"input_ids": np.concatenate((rest, self.eos))}
+        yield {"input_ids": np.concatenate((rest, _end_like(rest, self.eos)))}
 
     def _rows(self) -> Iterator[dict[str, Any]]:
         if self.seed is None:
@@ -131,13 +132,15 @@ def tokenize_documents(
     documents: Documents, tokenizer: PreTrainedTokenizerBase, *, num_proc: int | None = None
 ) -> Tokens:
     """Return the tokens of all documents, each behind an eos, one more of which ends them."""
-    encode = DocumentEncoder(tokenizer)
-    features = Features({"input_ids": List(Value(encode.kind))})
     columns = documents.column_names or ["text"]
+    is_chat = MESSAGES in columns
+    encode = ConversationEncoder(tokenizer) if is_chat else DocumentEncoder(tokenizer)
+    features = Features({"input_ids": List(Value(encode.kind))})
     if isinstance(documents, IterableDataset):
         return documents.map(encode, batched=True, batch_size=64, remove_columns=columns)
     eos = tokenizer.eos_token_id
     words = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer
+    words = (words, tokenizer.chat_template) if is_chat else words
     tokens = documents.map(
         encode,
         batched=True,
@@ -153,7 +156,13 @@ def tokenize_documents(
 
 def _open_arrow(tokens: Dataset, end: np.ndarray) -> list[np.ndarray]:
     chunks = tokens.data.column("input_ids").chunks if len(tokens) else []
-    return [*(chunk.flatten().to_numpy() for chunk in chunks), end]
+    pieces = [chunk.flatten().to_numpy() for chunk in chunks]
+    return [*pieces, _end_like(pieces[-1], end) if pieces else end]
+
+
+def _end_like(tokens: np.ndarray, end: np.ndarray) -> np.ndarray:
+    """Return the `end` of a corpus, not to be learnt where the last of its tokens is not."""
+    return ~end if len(tokens) and tokens[-1] < 0 else end
 
 
 def cut_blocks(
@@ -172,7 +181,8 @@ class PackedCollator:
     """Make a batch of blocks: `input_ids`, `labels` and `position_ids`, each (B, T) of int64.
 
     Positions start again at every eos, which keeps packed documents from seeing each other, and the
-    labels equal the inputs (models shift them). A short block is filled with eos, labelled -100.
+    labels equal the inputs (models shift them). A negative id of a row stands for the token `~id`
+    that is not to be learnt: its label is -100. A short block is filled with eos, labelled -100.
     Where `eos_token_id` is `None`, no document ends, and a short block is filled with 0.
     """
 
@@ -183,8 +193,9 @@ class PackedCollator:
         input_ids = np.full((len(rows), length), self.eos_token_id or 0)
         labels = np.full_like(input_ids, -100)
         for i, row in enumerate(rows):
-            count = len(row["input_ids"])
-            input_ids[i, :count] = labels[i, :count] = row["input_ids"]
+            ids = np.asarray(row["input_ids"], dtype=np.int64)
+            input_ids[i, : len(ids)] = np.maximum(ids, ~ids)
+            labels[i, : len(ids)] = np.where(ids < 0, -100, ids)
         index = np.arange(length)
         if self.eos_token_id is None:
             starts = np.zeros_like(input_ids)

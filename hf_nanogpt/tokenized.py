@@ -36,6 +36,7 @@ from transformers import PreTrainedTokenizerBase
 
 from . import __version__
 from .checkpoint import check_writable, staged_folder
+from .conversations import MESSAGES, add_chat_template
 from .data import (
     TOKENIZED,
     TOKENIZERS,
@@ -76,6 +77,7 @@ def load_tokens(
     else:
         documents, held_out = load_documents(args)
         tokenizer = tokenizer or load_tokenizer(args, documents)
+        add_chat_template(tokenizer, args.chat_template)
         tokenise = partial(tokenize_documents, tokenizer=tokenizer, num_proc=args.num_proc)
         return tokenizer, tokenise(documents), tokenise(held_out)
     if args.validation_data:
@@ -83,11 +85,13 @@ def load_tokens(
             f"validation_data={args.validation_data} cannot be used with data={args.data}, which "
             "holds tokens, also those to validate on: leave it out."
         )
-    if tokenizer and tokenizer.get_vocab() != own.get_vocab():
+    if tokenizer and not own.get_vocab().items() <= tokenizer.get_vocab().items():
         raise ValueError(
             f"data={args.data} was tokenised by another tokenizer than the checkpoint has: give "
             "the folder that its training began with."
         )
+    own = tokenizer or own  # it may have a chat template besides
+    add_chat_template(own, args.chat_template)
     return own, sides[0], sides[1]
 
 
@@ -165,6 +169,11 @@ def tokenize_corpus(
     folder = Path(folder)
     described = _check_folder(folder, args)
     documents, held_out = load_documents(args)
+    if MESSAGES in (documents.column_names or []):
+        raise ValueError(
+            f"data={args.data} holds conversations ({MESSAGES}), which are not tokenised ahead: "
+            "give them to hf-nanogpt train."
+        )
     _check_source(folder, args, described, documents)
     try:
         tokenizer = _begin(folder, args, described, documents)
@@ -233,6 +242,7 @@ def _begin(
         shutil.rmtree(rest)
     if not (folder / "tokenizer").is_dir():
         tokenizer = load_tokenizer(args, documents)
+        add_chat_template(tokenizer, args.chat_template)
         with staged_folder(folder) as staged:
             tokenizer.save_pretrained(staged / "tokenizer")
             _write_json(staged / TOKENIZED, described)

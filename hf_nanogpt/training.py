@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import FullyShardedDataParallelPlugin
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
@@ -34,6 +35,7 @@ from .checkpoint import (
     load_checkpoint,
     staged_folder,
 )
+from .conversations import add_chat_template
 from .data import STDLIB, DataArguments
 from .evaluation import check_context_length, sum_losses, summarize_losses
 from .facts import collect_facts
@@ -183,6 +185,8 @@ def train(
     words = [*as_flags(settings), *flags]  # as on the command line
     check_output_dir(args.output_dir, overwrite=overwrite, resume=resume)
     model, own = _load_start(start_from, architecture)
+    if own:
+        add_chat_template(own, data_args.chat_template, model=model)
     # Refuse an impossible architecture now, not after minutes of preparing data for it.
     config = model.config if model else make_config(architecture, vocab_size=data_args.vocab_size)
     check_context_length(config, data_args.context_length)
@@ -207,8 +211,11 @@ def train(
         check_settings(last_checkpoint, settings)
 
     set_seed(args.seed)
+    if model is None:
+        model = NanoGPTForCausalLM(config)
+        add_chat_template(tokenizer, data_args.chat_template, model=model)
     trainer = NanoGPTTrainer(
-        model or NanoGPTForCausalLM(config),
+        model,
         args,
         train_dataset=blocks,
         eval_dataset=validation,
@@ -216,8 +223,8 @@ def train(
     )
     trainer.settings = settings
     trainer.speed.context_length = length
-    first = tokenizer.decode(next(iter(validation))["input_ids"], skip_special_tokens=True)
-    prompt = _choose_prompt(args, data_args, first, length)
+    first = next(iter(validation))["input_ids"]
+    prompt = _choose_prompt(args, data_args, tokenizer, first)
     if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         trainer.add_callback(SampleCallback(prompt, trainer.speed))
     trainer.add_callback(PlotCallback(trainer.speed))
@@ -234,6 +241,7 @@ def train(
         args=args,
         context_length=length,
     )
+    metrics["is_chat"] = bool((first < 0).any())
     result = _write_artifacts(trainer, metrics, prompt=prompt)
     if args.push_to_hub:
         trainer.push_to_hub()
@@ -258,14 +266,23 @@ def _load_start(
 
 
 def _choose_prompt(
-    args: NanoGPTTrainingArguments, data_args: DataArguments, held_out: str, length: int
+    args: NanoGPTTrainingArguments,
+    data_args: DataArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    held_out: np.ndarray,
 ) -> str:
-    """Return the prompt of the sample: the user's, or one that suits the text."""
+    """Return the prompt of the sample: the user's, or one that suits the text.
+
+    Of conversations it is what comes before the first answer, the first token to be learnt.
+    """
     if args.sample_prompt is not None:
         return args.sample_prompt
     if data_args.data == STDLIB:
         return "def main("
-    return " ".join(held_out.split()[:3])[: min(40, length // 2)]
+    if (held_out < 0).any():
+        return tokenizer.decode(~held_out[: (held_out >= 0).argmax()])
+    words = tokenizer.decode(held_out, skip_special_tokens=True).split()
+    return " ".join(words[:3])[: min(40, len(held_out) // 2)]
 
 
 def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -315,7 +332,9 @@ def _gather_model(trainer: NanoGPTTrainer) -> NanoGPTForCausalLM:
     state_dict = trainer.accelerator.get_state_dict(trainer.model)  # every process takes part
     if not trainer.args.should_save:
         return model
-    return NanoGPTForCausalLM.from_pretrained(None, config=model.config, state_dict=state_dict)
+    whole = NanoGPTForCausalLM.from_pretrained(None, config=model.config, state_dict=state_dict)
+    whole.generation_config = model.generation_config
+    return whole
 
 
 def _write_artifacts(

@@ -98,12 +98,13 @@ def _summary(result: Any) -> str:
     lines = "\n".join(f"  | {line}" for line in result.sample.splitlines())
     sample = f"A sample:\n{lines}\n\n" if lines else ""
     me = _own_name()
+    start = f"generate {folder} {shlex.quote(result.prompt)}"
     return f"""
 {folder} is ready:
 {table}
 
 {sample}Next:
-  {me} generate {folder} {shlex.quote(result.prompt)}
+  {me} {f"chat {folder}" if m["is_chat"] else start}
   {me} eval {folder} --data YOUR_TEXT
   {me} info {folder}"""
 

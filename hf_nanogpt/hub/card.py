@@ -132,6 +132,9 @@ def _show_use(metrics: dict[str, Any], name: str, revision: str | None, native: 
     options += f', revision="{revision}"' if revision else ""
     place = f"{name}@{revision}" if revision else name
     start = json.dumps(prompt, ensure_ascii=False)
+    command = f"generate {place} {shlex.quote(prompt)}"
+    if metrics.get("is_chat"):
+        start, command = '[{"role": "user", "content": "Hello!"}]', f"chat {place}"
     lines = [
         "```python",
         "from transformers import pipeline",
@@ -147,7 +150,7 @@ def _show_use(metrics: dict[str, Any], name: str, revision: str | None, native: 
             "is not needed where hf_nanogpt is installed, which also brings a command:",
             "",
             "```bash",
-            f"hf-nanogpt generate {place} {shlex.quote(prompt)}",
+            f"hf-nanogpt {command}",
             "```",
         ]
     return "\n".join(lines)
@@ -219,6 +222,10 @@ def _show_sample(metrics: dict[str, Any]) -> str:
 
 def _admit(config: PreTrainedConfig, metrics: dict[str, Any]) -> str:
     lines = ["- It goes on from a text; it was not taught to answer or to follow instructions."]
+    if metrics.get("is_chat"):
+        lines = [
+            "- It answers as the conversations do that it was trained on, and was taught no more."
+        ]
     if tokens := metrics.get("train_tokens"):
         lines.append(
             f"- It has seen {tokens:,} tokens, {tokens / metrics['num_parameters']:.2g} for each "
