@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig, StaticCache, se
 from transformers.generation import BaseStreamer, ContinuousBatchingConfig
 
 from hf_nanogpt.convert import export_checkpoint
+from hf_nanogpt.generation import compiled_decoding
+from hf_nanogpt.quantization import quantize_model
 
 NEW, VOCABULARY, LIMIT = 10, TINY["vocab_size"], TINY["block_size"]
 LEARNED = ["gpt1", "gpt2", "gpt3"]
@@ -259,3 +261,19 @@ def test_compiled_model_gives_the_same_logits_without_a_graph_break(family, toke
     model(tokens[:, :17], past_key_values=memory)
     steps = [compiled(tokens[:, [i]], past_key_values=memory).logits for i in (17, 18, 19)]
     torch.testing.assert_close(torch.cat(steps, 1), expected[:, 17:], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("weights", ["fp32", "int8"])
+def test_compiled_decoding_gives_the_same_tokens(weights, tokens):
+    model = tiny_model("nano", n_layer=1)
+    if weights == "int8":
+        quantize_model(model)
+    settings = compiled_decoding()
+    settings["compile_config"].backend = "aot_eager"
+    settings["compile_config"].mode = None
+    given = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = model.generate(tokens[:1], **given, **settings)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    assert torch.equal(compiled, model.generate(tokens[:1], **given))

@@ -26,7 +26,8 @@ from ..quantization import quantize_model
 from .contestants import PlainGPT
 from .report import describe_machine, summarize
 
-OURS, INT8, COMPILED, PLAIN = "ours", "ours, int8", "ours, compiled", "nanoGPT's way, no cache"
+OURS, COMPILED, PLAIN = "ours", "ours, compiled", "nanoGPT's way, no cache"
+INT8, INT8_COMPILED = "ours, int8", "ours, int8, compiled"
 # About 10 M parameters in the shape of GPT-2.
 SIZES = {"n_layer": 6, "n_embd": 384, "n_head": 6, "block_size": 1024, "vocab_size": 2048}
 Generate = Callable[[torch.Tensor, int], tuple[torch.Tensor, list[float]]]
@@ -54,7 +55,7 @@ def benchmark_generation(
         batch_size: prompts at a time.
         rounds: how often each has its turn at each length.
         tokens: tokens timed in a turn, the last of the text; their median counts.
-        compile: ours by torch.compile with a static cache too; each length takes a minute more.
+        compile: ours by torch.compile with a static cache too; each length takes minutes more.
         num_threads: CPU threads for torch from now on; by default as many as cores.
         sizes: those of a preset, replaced; of a checkpoint they cannot be.
 
@@ -153,6 +154,8 @@ def _make_contestants(
             contestants[type(twin).__name__] = (_by_generate(twin), 4 * weights)
         rounded = quantize_model(NanoGPTForCausalLM.from_pretrained(Path(folder, "ours")))
     contestants[INT8] = (_by_generate(rounded), weights)
+    if compile:
+        contestants[INT8_COMPILED] = (_by_generate(rounded, **compiled_decoding()), weights)
     contestants[PLAIN] = (_without_cache(PlainGPT(ours.config).eval()), None)
     return contestants
 

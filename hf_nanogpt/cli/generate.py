@@ -27,8 +27,6 @@ def run_generate(argv: list[str]) -> None:
         "--compile", action="store_true", help="by torch.compile: a minute first, then faster"
     )
     args = parser.parse(argv)
-    if args.quantize and args.compile:
-        raise ValueError("--quantize and --compile exclude each other: give one of them.")
     if args.num_samples < 1:
         raise ValueError(f"num_samples={args.num_samples} is not possible: give 1 or more.")
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
