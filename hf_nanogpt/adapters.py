@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.trainer_utils import unwrap_peft_model
 from transformers.utils import is_peft_available
 
 from .checkpoint import explain_write_errors, staged_folder
@@ -50,7 +49,7 @@ def merge_adapter(model: Any, output_dir: str | Path, *, save: bool) -> PreTrain
     run = Path(output_dir)
     if save:
         with explain_write_errors(run / "adapter", run=run), staged_folder(run) as folder:
-            model.save_pretrained(folder / "adapter", save_embedding_layers=False)
+            model.save_pretrained(folder / "adapter")
     return model.merge_and_unload()
 
 
@@ -59,6 +58,6 @@ def describe_adapter(model: torch.nn.Module, args: LoraArguments) -> str | None:
     if not args.lora:
         return None
     checksum = 0
-    for tensor in unwrap_peft_model(model).state_dict().values():
+    for tensor in model.state_dict().values():
         checksum = zlib.crc32(tensor.cpu().numpy().tobytes(), checksum)
     return f"rank {args.lora_rank}, alpha {args.lora_alpha}, of weights {checksum:08x}"

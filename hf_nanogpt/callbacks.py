@@ -97,7 +97,10 @@ def _share_per_token(args, model: PreTrainedModel, context_length: int | None) -
     if peak is None:
         return None
     devices = args.world_size * max(1, args.n_gpu)
-    return 3 * count_flops(model, context_length=context_length) / (peak * devices)
+    # Forward, back through the layers, and back to those weights that are trained.
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    passes = 2 + sum(n for n, trained in sizes if trained) / sum(n for n, _ in sizes)
+    return passes * count_flops(model, context_length=context_length) / (peak * devices)
 
 
 class ProgressCallback(TrainerCallback):

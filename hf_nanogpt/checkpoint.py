@@ -64,6 +64,11 @@ def check_checkpoint(checkpoint: str | Path) -> str:
     path = Path(checkpoint)
     if (path / _MARKER).is_file():
         return str(path)
+    if (path / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{path} holds an adapter and no whole model: give the folder that its training made, "
+            "or end that training with --resume."
+        )
     if path.is_dir():
         last = find_last_checkpoint(path)
         hint = f" It holds unfinished training: try {last}." if last else ""

@@ -220,7 +220,7 @@ def train(
 
     set_seed(args.seed)
     model = model or NanoGPTForCausalLM(config)
-    args.eval_on_start = bool(start_from) and not last_checkpoint
+    args.eval_on_start = (args.eval_on_start or bool(start_from)) and not last_checkpoint
     trainer = NanoGPTTrainer(
         add_adapter(model, args) if args.lora else model,
         args,

@@ -85,9 +85,9 @@ def _print_train_help(own: argparse.ArgumentParser) -> None:
 
 
 _FIGURES = [
-    ("validation loss", "eval_loss", "nats per token"),
-    ("perplexity", "perplexity", ""),
-    ("bits per byte", "bits_per_byte", ""),
+    ("validation loss", "eval_loss", ".4f", "nats per token"),
+    ("perplexity", "perplexity", ".2f", ""),
+    ("bits per byte", "bits_per_byte", ".4f", ""),
 ]
 
 
@@ -113,8 +113,8 @@ def _summary(result: Any) -> str:
     before = m.get("before")
     if before:
         rows["held-out text"] = f"{'before':>12} {'after':>12}"
-    for name, key, unit in _FIGURES:
-        known = f"{before[key]:>12.4f} {m[key]:>12.4f}" if before else f"{m[key]:.4f}"
+    for name, key, form, unit in _FIGURES:
+        known = f"{before[key]:>12{form}} {m[key]:>12{form}}" if before else f"{m[key]:{form}}"
         rows[name] = f"{known} {unit}".rstrip()
     table = "\n".join(f"  {name:<16} {value}" for name, value in rows.items())
     lines = "\n".join(f"  | {line}" for line in result.sample.splitlines())
