@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.utils import is_peft_available
 
 from .checkpoint import explain_write_errors, staged_folder
 
@@ -30,8 +29,17 @@ class LoraArguments:
                 raise ValueError(f"{name}={value} is not possible: give 1 or more.")
             if not self.lora and value != LoraArguments.__dataclass_fields__[name].default:
                 raise ValueError(f"{name}={value} has a meaning with --lora only: add it.")
-        if self.lora and not is_peft_available():
-            raise ValueError("lora=True needs a package: pip install 'hf-nanogpt[finetune]'.")
+        if self.lora:
+            _check_peft()
+
+
+def _check_peft() -> None:
+    try:
+        import peft  # noqa: F401
+    except ImportError as error:
+        raise ValueError(
+            "lora=True needs a package: pip install 'hf-nanogpt[finetune]'."
+        ) from error
 
 
 def add_adapter(model: PreTrainedModel, args: LoraArguments) -> torch.nn.Module:
@@ -53,7 +61,7 @@ def merge_adapter(model: Any, output_dir: str | Path, *, save: bool) -> PreTrain
     return model.merge_and_unload()
 
 
-def describe_adapter(model: torch.nn.Module, args: LoraArguments) -> str | None:
+def describe_adapter(model: Any, args: LoraArguments) -> str | None:
     """Return what a LoRA training cannot be resumed without: its shape and the weights below."""
     if not args.lora:
         return None
