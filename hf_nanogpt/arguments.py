@@ -18,7 +18,9 @@ from transformers.integrations.integration_utils import (
     INTEGRATION_TO_CALLBACK,
     get_available_reporting_integrations,
 )
+from transformers.trainer_utils import HubStrategy
 
+from .adapters import LoraArguments
 from .configuration_nanogpt import NanoGPTConfig
 from .data import DataArguments
 from .optim import OPTIM_DEFAULTS, OptimRecipe
@@ -28,7 +30,7 @@ RECIPES = Path(__file__).parent / "recipes"
 
 
 @dataclass
-class NanoGPTTrainingArguments(TrainingArguments):
+class NanoGPTTrainingArguments(LoraArguments, TrainingArguments):
     """`TrainingArguments` of transformers, with the project's optimizer and defaults.
 
     Every field of `TrainingArguments` keeps its name and meaning. `None` for `learning_rate`,
@@ -91,7 +93,10 @@ class NanoGPTTrainingArguments(TrainingArguments):
                 f"sample_steps={self.sample_steps} is not possible: give a whole number of steps, "
                 "a share of all steps below 1, or 0 for no samples."
             )
-        super().__post_init__()
+        LoraArguments.__post_init__(self)
+        TrainingArguments.__post_init__(self)
+        if self.lora:
+            self.hub_strategy = HubStrategy.END  # before, there are adapters and no whole model
         for name in self.report_to or []:
             _check_tracker(name)
 
@@ -164,7 +169,11 @@ def parse_settings(
     Raises:
         ValueError: the recipe or a name in it is unknown, or a value does not fit.
     """
-    given = [*as_flags(_read_recipe(recipe)), *as_flags(settings), *flags]
+    defaults, defaults_of_lora = _read_recipe(recipe)
+    words = [*as_flags(settings), *flags]
+    if _asks_for_lora([*as_flags(defaults), *words]):
+        defaults |= defaults_of_lora
+    given = [*as_flags(defaults), *words]
     parser = make_parser()
     data, model, training, unknown = parser.parse_args_into_dataclasses(
         given, return_remaining_strings=True, look_for_args_file=False
@@ -174,6 +183,14 @@ def parse_settings(
     if "rope_parameters" in architecture:
         architecture["rope_parameters"] = _parse_json("rope_parameters", model.rope_parameters)
     return data, architecture, training
+
+
+def _asks_for_lora(given: list[str]) -> bool:
+    parser = _Parser([LoraArguments], allow_abbrev=False)
+    lora, _ = parser.parse_args_into_dataclasses(
+        given, return_remaining_strings=True, look_for_args_file=False
+    )
+    return lora.lora
 
 
 def parse_data(flags: Sequence[str]) -> DataArguments:
@@ -206,7 +223,8 @@ def list_recipes() -> list[str]:
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
-def _read_recipe(recipe: str | Path) -> dict[str, Any]:
+def _read_recipe(recipe: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the settings of a recipe, and those that replace some of them with `--lora`."""
     path = Path(recipe)
     if path.suffix not in (".yaml", ".yml"):
         path = RECIPES / f"{recipe}.yaml"
@@ -221,12 +239,14 @@ def _read_recipe(recipe: str | Path) -> dict[str, Any]:
         raise ValueError(
             f"recipe={recipe} is not valid YAML: {' '.join(str(error).split())}"
         ) from error
-    names = ("data", "model", "training")
+    names = ("data", "model", "training", "lora")
     if not isinstance(sections, dict) or set(sections) - set(names):
         raise ValueError(
             f"recipe={recipe} must have the sections {', '.join(names)} and no others."
         )
-    return {name: value for part in sections.values() for name, value in (part or {}).items()}
+    with_lora = sections.pop("lora", None) or {}
+    always = {name: value for part in sections.values() for name, value in (part or {}).items()}
+    return always, with_lora
 
 
 def as_flags(settings: dict[str, Any]) -> list[str]:

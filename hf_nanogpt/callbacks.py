@@ -17,6 +17,7 @@ from transformers import (
     TrainerCallback,
     TrainerState,
 )
+from transformers.trainer_utils import unwrap_peft_model
 from transformers.utils import logging
 
 from .configuration_nanogpt import NanoGPTConfig
@@ -90,12 +91,16 @@ class SpeedCallback(TrainerCallback):
 def _share_per_token(args, model: PreTrainedModel, context_length: int | None) -> float | None:
     """Return the FLOPs of training on one token over the peak FLOP/s of all devices."""
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+    model = unwrap_peft_model(model)
     is_ours = getattr(getattr(model, "config", None), "model_type", "") == NanoGPTConfig.model_type
     peak = find_peak(args.device, dtype) if is_ours else None
     if peak is None:
         return None
     devices = args.world_size * max(1, args.n_gpu)
-    return 3 * count_flops(model, context_length=context_length) / (peak * devices)
+    # Forward, back through the layers, and back to those weights that are trained.
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    passes = 2 + sum(n for n, trained in sizes if trained) / sum(n for n, _ in sizes)
+    return passes * count_flops(model, context_length=context_length) / (peak * devices)
 
 
 class ProgressCallback(TrainerCallback):

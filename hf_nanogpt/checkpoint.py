@@ -30,6 +30,7 @@ RECORD = "InterruptibleTrainer"
 ARTIFACTS = (
     _MARKER,
     "README.md",
+    "adapter",
     "chat_template.jinja",
     "configuration_nanogpt.py",
     "generation_config.json",
@@ -63,6 +64,11 @@ def check_checkpoint(checkpoint: str | Path) -> str:
     path = Path(checkpoint)
     if (path / _MARKER).is_file():
         return str(path)
+    if (path / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{path} holds an adapter and no whole model: give the folder that its training made, "
+            "or end that training with --resume."
+        )
     if path.is_dir():
         last = find_last_checkpoint(path)
         hint = f" It holds unfinished training: try {last}." if last else ""
@@ -243,4 +249,7 @@ def staged_folder(destination: str | Path) -> Iterator[Path]:
         if (Path(staged) / _MARKER).is_file():  # files of two checkpoints are never to be mixed
             (destination / _MARKER).unlink(missing_ok=True)
         for path in sorted(Path(staged).iterdir(), key=lambda p: p.name == _MARKER):
-            os.replace(path, destination / path.name)
+            target = destination / path.name
+            if path.is_dir() and target.exists():
+                _delete(target)  # a folder cannot be renamed onto one with files
+            os.replace(path, target)

@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import sys
 from dataclasses import fields
 from typing import Literal
 
@@ -25,6 +26,9 @@ _BASE_KEYWORDS = {
     "rope_theta",
     "torch_dtype",
 }
+
+# All matrices inside the layers; a configuration without a gate or with one finds its own.
+_LORA_TARGETS = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
 
 
 @strict
@@ -225,6 +229,15 @@ class NanoGPTConfig(PreTrainedConfig):
                 f"rope_parameters={rope}: whole heads are rotated; leave out "
                 "partial_rotary_factor (only rope_type='proportional' takes it)."
             )
+
+    def to_dict(self):
+        """Describe the configuration; PEFT, which asks so, is told where adapters go by default."""
+        # PEFT has a table of this and no way to ask a model. It may be imported at any time, before
+        # us or after, and importing it ourselves would cost all who do without it.
+        if peft := sys.modules.get("peft.utils.constants"):
+            table = peft.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+            table.setdefault(self.model_type, _LORA_TARGETS)
+        return super().to_dict()
 
     def _tensor_parallel_plan(self):
         """Say how each linear of a layer is split over devices (rotary and norms need no split)."""

@@ -49,11 +49,16 @@ def collect_facts(
             "Weight decay": args.weight_decay,
             "Precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
             "Seed": args.seed,
+            "LoRA": _describe_adapter(args),
         },
         "hardware": _describe_hardware(args),
         "versions": {"hf_nanogpt": __version__, "python": platform.python_version()}
         | {name: version(name) for name in ("torch", "transformers", "datasets", "tokenizers")},
     }
+
+
+def _describe_adapter(args: NanoGPTTrainingArguments) -> str | None:
+    return f"rank {args.lora_rank}, alpha {args.lora_alpha}, merged" if args.lora else None
 
 
 def _publish(word: str) -> str:

@@ -247,6 +247,7 @@ def describe_settings(
     *,
     blocks: PackedBlocks | PackedStream,
     validation: PackedBlocks | PackedStream,
+    adapter: str | None = None,
 ) -> dict[str, Any]:
     """Return, as JSON has it, everything that decides what a training learns."""
     values = args.to_dict()
@@ -260,6 +261,7 @@ def describe_settings(
         "tokenizer": data_args.tokenizer,
         "vocab_size": data_args.vocab_size,
         "chat_template": data_args.chat_template,
+        "lora": adapter,
         "data": _identify(blocks),
         "validation data": _identify(validation),
     }

@@ -17,6 +17,7 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_callback import ProgressCallback as StockProgressCallback
 from transformers.utils import logging
 
+from .adapters import add_adapter, describe_adapter, merge_adapter
 from .arguments import NanoGPTTrainingArguments, as_flags, make_config, parse_settings
 from .callbacks import (
     PlotCallback,
@@ -35,6 +36,7 @@ from .checkpoint import (
     load_checkpoint,
     staged_folder,
 )
+from .configuration_nanogpt import NanoGPTConfig
 from .conversations import add_chat_template
 from .data import STDLIB, DataArguments
 from .evaluation import check_context_length, sum_losses, summarize_losses
@@ -73,6 +75,8 @@ class NanoGPTTrainer(HubTrainer):
                 kwargs["compute_metrics"] = _compute_metrics
                 self.byte_counts = token_byte_counts(tokenizer)
         super().__init__(model, args, **kwargs)
+        if self.args.lora and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError("lora=True needs whole weights: train it without FSDP and DeepSpeed.")
         if self.is_fsdp_enabled:
             _prepare_fsdp(self.accelerator.state.fsdp_plugin)
         self.remove_callback(PrinterCallback)
@@ -168,7 +172,8 @@ def train(
         recipe: the name of one of ours, or the path of a YAML file.
         flags: settings as on the command line; they win.
         start_from: folder or Hub id of a checkpoint whose model and tokenizer to go on with; by
-            default both are made from nothing.
+            default both are made from nothing. It is measured first: what it made of the held-out
+            text and of the prompt is in `metrics["before"]`.
         resume: go on from the last whole `checkpoint-*` in `output_dir`, exact to the bit, or from
             the beginning if there is none yet.
         overwrite: delete what an earlier training left in `output_dir`.
@@ -184,7 +189,8 @@ def train(
     data_args, architecture, args = parse_settings(recipe, flags, **settings)
     words = [*as_flags(settings), *flags]  # as on the command line
     check_output_dir(args.output_dir, overwrite=overwrite, resume=resume)
-    model, own = _load_start(start_from, architecture)
+    model, own = _load_start(start_from, architecture, args)
+    known = len(own) if own else 0
     if own:
         add_chat_template(own, data_args.chat_template, model=model)
     # Refuse an impossible architecture now, not after minutes of preparing data for it.
@@ -206,7 +212,14 @@ def train(
         seed = args.seed if args.data_seed is None else args.data_seed
         blocks, validation = cut_blocks(tokens, seed=seed, **cut), cut_blocks(held_out, **cut)
     _check_blocks(blocks, length, args)
-    settings = describe_settings(args, data_args, config, blocks=blocks, validation=validation)
+    settings = describe_settings(
+        args,
+        data_args,
+        config,
+        blocks=blocks,
+        validation=validation,
+        adapter=describe_adapter(model, args),
+    )
     if last_checkpoint:
         check_settings(last_checkpoint, settings)
 
@@ -214,6 +227,9 @@ def train(
     if model is None:
         model = NanoGPTForCausalLM(config)
         add_chat_template(tokenizer, data_args.chat_template, model=model)
+    if args.lora:
+        model = add_adapter(model, args, with_embeddings=len(tokenizer) > known)
+    args.eval_on_start = (args.eval_on_start or bool(start_from)) and not last_checkpoint
     trainer = NanoGPTTrainer(
         model,
         args,
@@ -223,16 +239,24 @@ def train(
     )
     trainer.settings = settings
     trainer.speed.context_length = length
-    first = next(iter(validation))["input_ids"]
-    prompt = _choose_prompt(args, data_args, tokenizer, first)
+    held_out_ids = next(iter(validation))["input_ids"]
+    prompt = _choose_prompt(args, data_args, tokenizer, held_out_ids)
     if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         trainer.add_callback(SampleCallback(prompt, trainer.speed))
     trainer.add_callback(PlotCallback(trainer.speed))
+    sample = _draw(trainer, trainer.model, prompt) if start_from and args.should_save else ""
     if args.should_save and (overwrite or resume):
         (clear_output_dir if overwrite else clear_unfinished)(args.output_dir)
     with stop_on_signals(trainer):
         trainer.train(resume_from_checkpoint=last_checkpoint)
-    metrics = _collect_metrics(trainer, time.perf_counter() - trainer.started)
+    seconds = time.perf_counter() - trainer.started
+    if args.lora:
+        trainer.model = merge_adapter(
+            trainer.model, tokenizer, args.output_dir, save=args.should_save
+        )
+    metrics = _collect_metrics(trainer, seconds)
+    if start_from and (first := _evaluations(trainer)[0])["step"] == 0:
+        metrics["before"] = _pick_figures(first) | {"sample": sample}
     metrics |= collect_facts(
         str(recipe),
         words,
@@ -241,7 +265,7 @@ def train(
         args=args,
         context_length=length,
     )
-    metrics["is_chat"] = bool((first < 0).any())
+    metrics["is_chat"] = bool((held_out_ids < 0).any())
     result = _write_artifacts(trainer, metrics, prompt=prompt)
     if args.push_to_hub:
         trainer.push_to_hub()
@@ -249,10 +273,12 @@ def train(
 
 
 def _load_start(
-    start_from: str | Path | None, architecture: dict[str, Any]
+    start_from: str | Path | None, architecture: dict[str, Any], args: NanoGPTTrainingArguments
 ) -> tuple[PreTrainedModel | None, PreTrainedTokenizerBase | None]:
     """Load what training goes on with, in float32, as the optimizer needs it."""
     if start_from is None:
+        if args.lora:
+            raise ValueError("lora=True adapts a trained model: give one by --from CHECKPOINT.")
         return None, None
     if architecture:
         raise ValueError(
@@ -260,6 +286,11 @@ def _load_start(
             "chosen as well: leave it out, and take a recipe without it, such as finetune."
         )
     model, tokenizer = load_checkpoint(start_from)
+    if (kind := model.config.model_type) != NanoGPTConfig.model_type:
+        raise ValueError(
+            f"{start_from} is a model of type {kind!r}: make it one of ours first, hf-nanogpt "
+            f"convert {start_from} FOLDER, and go on --from FOLDER."
+        )
     if tokenizer is None or tokenizer.eos_token_id is None:
         raise ValueError(f"{start_from} has no tokenizer with an eos_token, to end documents with.")
     return model.float().train(), tokenizer
@@ -306,14 +337,11 @@ def _check_blocks(
 
 
 def _collect_metrics(trainer: NanoGPTTrainer, seconds: float) -> dict[str, Any]:
-    state = trainer.state
-    history = [row for row in state.log_history if "eval_loss" in row]
+    state, history = trainer.state, _evaluations(trainer)
     fresh = history and history[-1]["step"] == state.global_step
     last = history[-1] if fresh and not trainer.args.load_best_model_at_end else trainer.evaluate()
     return {
-        "eval_loss": last["eval_loss"],
-        "perplexity": last["eval_perplexity"],
-        "bits_per_byte": last["eval_bits_per_byte"],
+        **_pick_figures(last),
         "eval_tokens": last["eval_tokens"],
         "eval_bytes": last["eval_bytes"],
         "num_parameters": trainer.model.num_parameters(),
@@ -322,6 +350,23 @@ def _collect_metrics(trainer: NanoGPTTrainer, seconds: float) -> dict[str, Any]:
         "train_seconds": round(seconds, 2),
         **trainer.speed.summarize(state),
     }
+
+
+def _evaluations(trainer: NanoGPTTrainer) -> list[dict[str, float]]:
+    return [row for row in trainer.state.log_history if "eval_loss" in row]
+
+
+def _pick_figures(row: dict[str, float]) -> dict[str, float]:
+    return {
+        "eval_loss": row["eval_loss"],
+        "perplexity": row["eval_perplexity"],
+        "bits_per_byte": row["eval_bits_per_byte"],
+    }
+
+
+def _draw(trainer: NanoGPTTrainer, model: torch.nn.Module, prompt: str) -> str:
+    seed, tokenizer = trainer.args.seed, trainer.processing_class
+    return draw_sample(model, tokenizer, prompt, max_new_tokens=120, seed=seed)
 
 
 def _gather_model(trainer: NanoGPTTrainer) -> NanoGPTForCausalLM:
@@ -345,7 +390,7 @@ def _write_artifacts(
     output_dir, sample = Path(args.output_dir), ""
     if not args.should_save:
         return TrainingResult(output_dir, metrics, prompt, sample)
-    sample = draw_sample(model, tokenizer, prompt, max_new_tokens=120, seed=args.seed)
+    sample = _draw(trainer, model, prompt)
     metrics |= {"prompt": prompt, "sample": sample}
     card = render_model_card(model.config, metrics, name=output_dir.name)
     with explain_write_errors(output_dir, run=output_dir), staged_folder(output_dir) as folder:

@@ -9,11 +9,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from hf_nanogpt import (
     DataArguments,
+    NanoGPTConfig,
     NanoGPTForCausalLM,
     PackedCollator,
     add_chat_template,
     evaluate,
     export_checkpoint,
+    load_checkpoint,
     load_preset,
     tokenize_corpus,
     train,
@@ -132,6 +134,34 @@ def test_trained_on_conversations_the_model_answers_and_stops(chat):
     assert said[-1] == {"role": "assistant", "content": "Ça va."}
     assert chat.prompt.endswith("<|im_start|>assistant\n") and "Ça va." in chat.sample
     assert "hf-nanogpt chat" in (chat.output_dir / "README.md").read_text()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_adapter_brings_the_rows_of_new_tokens(tied, base, table, tmp_path):
+    peft = pytest.importorskip("peft", reason="pip install 'hf-nanogpt[finetune]'")
+    start, run = tmp_path / "start", tmp_path / "run"
+    tokenizer = load_checkpoint(base)[1]
+    config = load_checkpoint(base)[0].config.to_dict() | {"tie_word_embeddings": tied}
+    NanoGPTForCausalLM(NanoGPTConfig(**config)).save_pretrained(start)
+    tokenizer.save_pretrained(start)
+    train(
+        "finetune",
+        start_from=start,
+        data=table,
+        chat_template="chatml",
+        lora=True,
+        output_dir=str(run),
+        max_steps=3,
+        sample_steps=0,
+        disable_tqdm=True,
+    )
+    merged, _ = load_checkpoint(run)
+    assert merged.config.tie_word_embeddings == tied
+    again = peft.AutoPeftModelForCausalLM.from_pretrained(run / "adapter").merge_and_unload()
+    known, found = merged.state_dict(), again.state_dict()
+    assert known["lm_head.weight"].shape[0] == len(tokenizer) + 2
+    for name in known:
+        torch.testing.assert_close(found[name], known[name])
 
 
 def test_evaluation_repeats_what_training_measured_on_answers(chat, table):

@@ -1,10 +1,12 @@
 """The verbs `train` and `tokenize`."""
 
 import argparse
+import itertools
 import os
 import shlex
 import shutil
 import sys
+import textwrap
 from typing import Any
 
 from .parser import Parser, quiet_libraries
@@ -82,6 +84,23 @@ def _print_train_help(own: argparse.ArgumentParser) -> None:
     print(make_parser().format_help())
 
 
+_FIGURES = [
+    ("validation loss", "eval_loss", ".4f", "nats per token"),
+    ("perplexity", "perplexity", ".2f", ""),
+    ("bits per byte", "bits_per_byte", ".4f", ""),
+]
+
+
+def _lay_side_by_side(left: str, right: str) -> str:
+    width = (min(shutil.get_terminal_size().columns, 120) - 7) // 2
+    columns = [
+        [row for line in text.splitlines() for row in textwrap.wrap(line, width)]
+        for text in (left, right)
+    ]
+    rows = itertools.zip_longest(*columns, fillvalue="")
+    return "\n".join(f"  | {a:<{width}} | {b}" for a, b in rows)
+
+
 def _summary(result: Any) -> str:
     m, folder = result.metrics, result.output_dir
     rows = {
@@ -90,13 +109,19 @@ def _summary(result: Any) -> str:
         "time": f"{m['train_seconds']:,.0f} s",
         "tokens/s": f"{m['tokens_per_second']:,.0f}"
         + (f" (MFU {m['mfu']:.0%})" if "mfu" in m else ""),
-        "validation loss": f"{m['eval_loss']:.4f} nats per token",
-        "perplexity": f"{m['perplexity']:.2f}",
-        "bits per byte": f"{m['bits_per_byte']:.4f}",
     }
+    before = m.get("before")
+    if before:
+        rows["held-out text"] = f"{'before':>12} {'after':>12}"
+    for name, key, form, unit in _FIGURES:
+        known = f"{before[key]:>12{form}} {m[key]:>12{form}}" if before else f"{m[key]:{form}}"
+        rows[name] = f"{known} {unit}".rstrip()
     table = "\n".join(f"  {name:<16} {value}" for name, value in rows.items())
     lines = "\n".join(f"  | {line}" for line in result.sample.splitlines())
     sample = f"A sample:\n{lines}\n\n" if lines else ""
+    if before and lines:
+        columns = _lay_side_by_side(before["sample"], result.sample)
+        sample = f"From {result.prompt!r}, before and after:\n{columns}\n\n"
     me = _own_name()
     start = f"generate {folder} {shlex.quote(result.prompt)}"
     return f"""

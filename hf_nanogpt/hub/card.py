@@ -195,16 +195,19 @@ def _describe_training(metrics: dict[str, Any]) -> str:
 def _describe_evaluation(metrics: dict[str, Any], name: str, revision: str | None) -> str:
     if "eval_loss" not in metrics:
         return ""
-    table = _tabulate(
-        {
-            "Loss, nats per token": f"{metrics['eval_loss']:.4f}",
-            "Perplexity": f"{metrics['perplexity']:.2f}",
-            "Bits per byte": f"{metrics['bits_per_byte']:.4f}",
-        }
-    )
+    before = metrics.get("before")
+    rows = {
+        label: f"{metrics[key]:{form}}"
+        + (f" (before this training {before[key]:{form}})" if before else "")
+        for label, key, form in (
+            ("Loss, nats per token", "eval_loss", ".4f"),
+            ("Perplexity", "perplexity", ".2f"),
+            ("Bits per byte", "bits_per_byte", ".4f"),
+        )
+    }
     text = (
         f"On {metrics['eval_tokens']:,} tokens ({metrics['eval_bytes']:,} bytes) of text that was "
-        f"held out of the training:\n\n{table}\n"
+        f"held out of the training:\n\n{_tabulate(rows)}\n"
     )
     if command := metrics.get("eval_command"):
         place = f"{name}@{revision}" if revision else name
@@ -216,8 +219,15 @@ def _describe_evaluation(metrics: dict[str, Any], name: str, revision: str | Non
 def _show_sample(metrics: dict[str, Any]) -> str:
     if not (sample := metrics.get("sample")):
         return ""
+    text = f"From the prompt `{metrics['prompt']}`, as it came:\n\n{_quote(sample)}"
+    if before := metrics.get("before", {}).get("sample"):
+        text += f"\n\nAnd before this training:\n\n{_quote(before)}"
+    return text
+
+
+def _quote(sample: str) -> str:
     fence = "````" if "```" in sample else "```"
-    return f"From the prompt `{metrics['prompt']}`, as it came:\n\n{fence}text\n{sample}\n{fence}"
+    return f"{fence}text\n{sample}\n{fence}"
 
 
 def _admit(config: PreTrainedConfig, metrics: dict[str, Any]) -> str:
