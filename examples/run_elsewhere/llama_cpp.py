@@ -19,13 +19,12 @@ def load_model(path: str, *, num_threads: int = 0, context: int = 0) -> xllamacp
 
 
 def complete(server: xllamacpp.Server, prompt: str | list[int], *, max_new_tokens: int) -> dict:
-    """Return llama.cpp's answer: `content`, `tokens`, and what they took in `timings`."""
+    """Return llama.cpp's answer, in the form of OpenAI's completions, with `timings` besides."""
     return server.handle_completions(
         {
             "prompt": prompt,
             "n_predict": max_new_tokens,
             "temperature": 0,
-            "return_tokens": True,
             "cache_prompt": False,
         }
     )
@@ -34,4 +33,4 @@ def complete(server: xllamacpp.Server, prompt: str | list[int], *, max_new_token
 if __name__ == "__main__":
     file, prompt, *limit = sys.argv[1:]
     answer = complete(load_model(file), prompt, max_new_tokens=int(*limit or [100]))
-    print(prompt + answer["content"])
+    print(prompt + answer["choices"][0]["text"])

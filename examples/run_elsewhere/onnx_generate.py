@@ -1,4 +1,4 @@
-"""Continue a text with onnxruntime: no PyTorch, no transformers, and all that is needed in one file.
+"""Continue a text with onnxruntime, from one file: no PyTorch, no transformers.
 
 Run: python examples/run_elsewhere/onnx_generate.py MODEL.onnx PROMPT [MAX_NEW_TOKENS]
 """
