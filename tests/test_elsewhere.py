@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import FAMILIES, ROOT, tiny_model
+from conftest import ROOT, tiny_model
 
 from hf_nanogpt import export_checkpoint, load_checkpoint, train_tokenizer
 from hf_nanogpt.cli import main
@@ -113,10 +113,11 @@ def generate(model, ids: list[int], new: int) -> list[int]:
     return model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=new)[0].tolist()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+# The others, GPT-2 and Qwen3, have no part that these have not.
+@pytest.mark.parametrize("family", ["nano", "gpt1", "gpt3", "llama", "nanochat"])
 def test_a_cache_loop_in_onnxruntime_gives_the_tokens_of_generate(family, tmp_path):
     runtime = pytest.importorskip("onnxruntime", reason="pip install 'hf-nanogpt[onnx]'")
-    model = save(family, tmp_path)
+    model = save(family, tmp_path, **({} if family == "gpt3" else {"n_layer": 2}))
     session = runtime.InferenceSession(export_onnx(tmp_path, tmp_path / "model.onnx").path)
     script = runpy.run_path(str(ROOT / "examples/run_elsewhere/onnx_generate.py"))
     ids = script["generate"](session, PROMPT, max_new_tokens=30, ends=[0])
@@ -135,7 +136,7 @@ def test_a_cache_loop_in_onnxruntime_gives_the_tokens_of_generate(family, tmp_pa
 
 @pytest.mark.parametrize("family", ["nano", "gpt2", "llama"])
 @pytest.mark.parametrize("kind", [None, "int8"])
-def test_ctranslate2_gives_the_tokens_of_generate(family, kind, workplace, tmp_path):
+def test_ctranslate2_gives_the_tokens_of_generate(family, kind, tmp_path):
     ctranslate2 = pytest.importorskip("ctranslate2", reason="pip install ctranslate2")
     model, tokenizer = save(family, tmp_path / "ours"), train_tokenizer([], kind="byte")
     export_checkpoint(tmp_path / "ours", tmp_path / "native")
@@ -150,7 +151,8 @@ def test_ctranslate2_gives_the_tokens_of_generate(family, kind, workplace, tmp_p
     assert off < (0.2 if kind else 1e-4)
     if kind is None:
         (result,) = generator.generate_batch([prompt], max_length=20)
-        assert result.sequences_ids[0] == generate(model, PROMPT, 20)
+        ids = generate(model, PROMPT, 20)
+        assert result.sequences_ids[0] == (ids[:-1] if ids[-1] == 0 else ids)  # it drops the end
 
 
 def test_what_cannot_be_onnx_is_refused_and_leaves_nothing(tmp_path, monkeypatch):
