@@ -14,5 +14,6 @@ if __name__ == "__main__":
     tokenizer = Tokenizer.from_file(str(Path(folder, "tokenizer.json")))
     generator = ctranslate2.Generator(folder)
     text = tokenizer.encode(prompt)
-    (result,) = generator.generate_batch([text.tokens], max_length=int(*limit or [100]))
-    print(tokenizer.decode(result.sequences_ids[0]))
+    settings = {"max_length": int(*limit or [100]), "include_prompt_in_result": False}
+    (result,) = generator.generate_batch([text.tokens], **settings)
+    print(tokenizer.decode(text.ids + result.sequences_ids[0]))
