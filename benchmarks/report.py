@@ -153,7 +153,30 @@ Forward, backward and fused AdamW of models of one shape on the same batch, in t
 {step_speed("step_speed", "python benchmarks/step_speed.py")}"""
 
 
-SECTIONS = (race, choice, ablations, equal_time, speed)
+def llama_cpp() -> str:
+    report = read_results("llama_cpp")
+    columns, tables = ["", "tokens/s", "speed, ours of the bits = 1", "same"], []
+    for name, model in report["models"].items():
+        rows = []
+        for at, row in enumerate(model["rows"]):
+            least, ratio, most = row["speed_to_ours"]
+            compared = "1" if at % 2 == 0 else f"{ratio:.2f} ({least:.2f} to {most:.2f})"
+            speed, same = f"{row['tokens_per_second']:,.1f}", f"{row['same_tokens']:.0%}"
+            rows.append([row["name"], speed, compared, same])
+        tables.append(f"{name}, {model['parameters']:,} parameters:\n\n{table(columns, rows)}")
+    content, settings = "\n".join(tables), report["settings"]
+    numbers = ", ".join(f"{name} {value}" for name, value in settings.items())
+    return f"""## Generation beside llama.cpp
+
+Greedy generation of one text at a time, seconds after its first token; {numbers}.
+All in turns in one process. llama.cpp (xllamacpp {report["xllamacpp"]}) runs our GGUF export with
+its defaults, keys and values in f16. "same" are the tokens that ours has too, in float32.
+
+{content}
+{header(report, "python benchmarks/llama_cpp.py")}"""
+
+
+SECTIONS = (race, choice, ablations, equal_time, speed, llama_cpp)
 
 
 def render() -> str:

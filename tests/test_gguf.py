@@ -11,7 +11,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from hf_nanogpt import train_tokenizer
-from hf_nanogpt.convert.gguf import export_gguf
+from hf_nanogpt.convert.gguf import export_gguf, translate_tensors
 from hf_nanogpt.convert.gguf_vocabulary import _LLAMA3
 
 pytest.importorskip("gguf", reason="the GGUF writer is missing: pip install 'hf-nanogpt[gguf]'")
@@ -178,6 +178,27 @@ def test_f16_is_half_the_size_and_nearly_the_same(family, tmp_path):
     _assert_same_text(
         model.half().float(), tokenizer, LlamaCpp(tmp_path / "f16.gguf"), tolerance=2e-2
     )
+
+
+def test_q8_0_is_the_models_weights_in_whole_steps(tmp_path):
+    from gguf import GGMLQuantizationType, GGUFReader, dequantize
+
+    model, tokenizer = _checkpoint(tmp_path, "qwen3", steps=150)
+    reader = GGUFReader(export_gguf(tmp_path, tmp_path / "q8_0.gguf", dtype="q8_0"))
+    weights = dict(translate_tensors(model, "qwen3"))
+    for tensor in reader.tensors:
+        weight = weights.pop(tensor.name)
+        if weight.dim() == 1:
+            assert tensor.tensor_type == GGMLQuantizationType.F32
+            continue
+        read = torch.tensor(dequantize(tensor.data, tensor.tensor_type))
+        blocks = weight.unflatten(-1, (-1, 32)), read.unflatten(-1, (-1, 32))
+        step = blocks[0].abs().amax(dim=-1, keepdim=True) / 127
+        assert ((blocks[0] - blocks[1]).abs() <= 0.51 * step + 127 * step / 2**11).all()
+        weight.data.copy_(read)
+    assert not weights
+    # llama.cpp rounds what it multiplies the weights by to 8 bits too
+    _assert_same_text(model, tokenizer, LlamaCpp(tmp_path / "q8_0.gguf"), tolerance=0.2)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3", "nano"])

@@ -73,7 +73,7 @@ def test_bad_arguments_leave_nothing_behind(tmp_path, monkeypatch):
     for destination, more, message in (
         (there, {}, "exists already"),
         (tmp_path / "model.bin", {}, "ends in .gguf"),
-        (new, {"dtype": "q8_0"}, "dtype='q8_0' is unknown"),
+        (new, {"dtype": "q8"}, "dtype='q8' is unknown"),
         (there / "new.gguf", {}, "could not be written"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -91,6 +91,10 @@ def test_bad_arguments_leave_nothing_behind(tmp_path, monkeypatch):
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"output\.weight has weights beyond"):
         export_gguf(tmp_path, new, dtype="f16")
+    _save(tmp_path, "nano", n_embd=48)
+    with pytest.raises(ValueError, match="rows of 48 weights, and q8_0 takes 32 together"):
+        export_gguf(tmp_path, new, dtype="q8_0")
+    assert not new.exists()
 
 
 def _fail(*args):

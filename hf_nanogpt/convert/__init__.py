@@ -86,7 +86,7 @@ def export_checkpoint(
         ValueError: a field of the configuration, or a bias, has no place in that format; the
             checkpoint is damaged or not ours; or the destination cannot be written.
     """
-    _check_name("to", to, TARGET_FORMATS)
+    check_name("to", to, TARGET_FORMATS)
     folder = check_destination(destination)
     path = local_folder(checkpoint)
     config = read_our_config(path)
@@ -100,7 +100,7 @@ def export_checkpoint(
 def _recognise(source: str | Path, source_format: str | None) -> tuple[str, Path]:
     """Return the name of the format, and the folder (for nanoGPT the file) to read."""
     if source_format is not None:
-        _check_name("source_format", source_format, SOURCE_FORMATS)
+        check_name("source_format", source_format, SOURCE_FORMATS)
     path = Path(source)
     if (path / "ckpt.pt").is_file() and not (path / "config.json").is_file():
         path = path / "ckpt.pt"
@@ -133,7 +133,8 @@ def _name_format(config: dict[str, Any], folder: Path) -> str:
     )
 
 
-def _check_name(field: str, value: str, allowed: Collection[str]) -> None:
+def check_name(field: str, value: str, allowed: Collection[str]) -> None:
+    """Raise a `ValueError` with the nearest known name unless the value is one of them."""
     if value not in allowed:
         near = difflib.get_close_matches(value, allowed, n=1, cutoff=0.4)
         hint = f"Did you mean {near[0]!r}? " if near else ""

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,7 +43,8 @@ def export_gguf(
     """Write one of our checkpoints, tokenizer included, as a file that llama.cpp runs.
 
     Learned positions make it a gpt2, `qk_norm` a qwen3, anything else a llama. With `dtype="f16"`
-    the matrices are halved; vectors and positions stay in f32, as in llama.cpp's own files.
+    the matrices are halved, with `"q8_0"` they have 8 bits and a scale for 32 weights; vectors and
+    positions stay in f32, as in llama.cpp's own files.
 
     Args:
         checkpoint: a folder or Hub id of ours.
@@ -51,10 +53,11 @@ def export_gguf(
     Raises:
         ValueError: a field of the configuration has no place in that architecture, the tokenizer
             is of a kind that llama.cpp would read differently, a weight is too large for f16,
-            the package `gguf` is missing, or the destination cannot be written.
+            rows do not divide by 32 for q8_0, the package `gguf` is missing, or the destination
+            cannot be written.
     """
     if dtype not in get_args(GGUFType):
-        raise ValueError(f"dtype={dtype!r} is unknown: choose f32 or f16.")
+        raise ValueError(f"dtype={dtype!r} is unknown: choose f32, f16 or q8_0.")
     destination = Path(destination)
     if destination.suffix != ".gguf":
         raise ValueError(f"destination={destination} must be a path that ends in .gguf.")
@@ -127,24 +130,39 @@ def _interleave(x: Tensor, head_dim: int) -> Tensor:
     return x.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
 
 
-def _cast(theirs: str, tensor: Tensor, dtype: GGUFType) -> Tensor:
-    """Return the tensor as it is stored; only matrices are halved."""
-    if dtype == "f32" or tensor.dim() < 2 or theirs == "position_embd.weight":
-        return tensor.float()
-    half = tensor.half()
-    if not half.isfinite().all():
-        raise ValueError(f"{theirs} has weights beyond f16's 65504: use dtype='f32'.")
-    return half
+def _choose_type(theirs: str, tensor: Tensor, dtype: GGUFType) -> Any:
+    """Return the type that the tensor is stored in; only matrices have fewer bits."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    if tensor.dim() < 2 or theirs == "position_embd.weight":
+        return GGMLQuantizationType.F32
+    kind = GGMLQuantizationType[dtype.upper()]
+    width, (block, _) = tensor.shape[-1], GGML_QUANT_SIZES[kind]
+    if width % block:
+        raise ValueError(
+            f"{theirs} has rows of {width} weights, and {dtype} takes {block} together: "
+            "use dtype='f16'."
+        )
+    return kind
 
 
 def _write_tensors(writer: Any, model: NanoGPTForCausalLM, name: str, dtype: GGUFType) -> None:
     """Write the whole file; twice over the tensors, so that never more than one is copied."""
+    from gguf import GGML_QUANT_SIZES, quants
+
     for theirs, tensor in translate_tensors(model, name):
-        array = _cast(theirs, tensor, dtype).numpy()
-        writer.add_tensor_info(theirs, array.shape, array.dtype, array.nbytes)
+        kind = _choose_type(theirs, tensor, dtype)
+        block, size = GGML_QUANT_SIZES[kind]
+        num_bytes = tensor.numel() // block * size
+        writer.add_tensor_info(theirs, tensor.shape, np.dtype("f4"), num_bytes, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for theirs, tensor in translate_tensors(model, name):
-        writer.write_tensor_data(_cast(theirs, tensor, dtype).contiguous().numpy())
+        kind = _choose_type(theirs, tensor, dtype)
+        with np.errstate(over="ignore"):
+            array = quants.quantize(tensor.float().contiguous().numpy(), kind)
+        if array.dtype == np.float16 and not np.isfinite(array).all():
+            raise ValueError(f"{theirs} has weights beyond f16's 65504: use dtype='f32'.")
+        writer.write_tensor_data(array)
     writer.close()

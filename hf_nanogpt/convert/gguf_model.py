@@ -4,7 +4,8 @@ from typing import Any, Literal
 
 from ..configuration_nanogpt import NanoGPTConfig
 
-GGUFType = Literal["f32", "f16"]
+GGUFType = Literal["f32", "f16", "q8_0"]
+_FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7}  # llama.cpp's numbers for most of a file's matrices
 
 # What an architecture computes, as the values of our fields that it takes.
 _ALL: dict[str, tuple] = {
@@ -74,4 +75,4 @@ def describe_model(config: NanoGPTConfig, name: str, dtype: GGUFType) -> dict[st
         own["rope.freq_base"] = float(rope["rope_theta"])
         if rope["rope_type"] == "linear":
             own |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(rope["factor"])}
-    return {"general.file_type": int(dtype == "f16")} | {f"{name}.{k}": v for k, v in own.items()}
+    return {"general.file_type": _FILE_TYPES[dtype]} | {f"{name}.{k}": v for k, v in own.items()}
