@@ -1,7 +1,7 @@
 """Text from a prompt: a thin layer over transformers' `generate()`."""
 
 from collections.abc import Iterator, Sequence
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
 import torch
@@ -41,7 +41,7 @@ def generate_text(
 def stream_text(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompt: str,
+    prompt: str | torch.Tensor,
     *,
     max_new_tokens: int | None = None,
     temperature: float = 1.0,
@@ -53,12 +53,15 @@ def stream_text(
     stop_at_eos: bool = True,
     compile: bool = False,
     seed: int | None = None,
-) -> Iterator[str]:
+    streamer: Any = None,
+) -> Iterator[Any]:
     """Yield the text that follows `prompt` in pieces, as it is produced.
 
-    A setting that is `None` is what the checkpoint's `generation_config.json` says, or off.
+    A setting that is `None` is what the checkpoint's `generation_config.json` says, or off. Whoever
+    closes the iterator stops the model, too.
 
     Args:
+        prompt: what to go on from, as text or as token ids (1, T).
         max_new_tokens: by default 100, or as many as the context has room for.
         temperature: 0 always takes the likeliest token (greedy); above 0 samples, below 1 more
             cautiously, above 1 more freely.
@@ -71,6 +74,8 @@ def stream_text(
         compile: decode by torch.compile with a static cache; the first text of a length waits for
             it, a minute perhaps, and later ones are faster.
         seed: makes sampling repeatable.
+        streamer: makes something else of the tokens than text, as a `BaseStreamer` that can be
+            iterated over.
 
     Raises:
         ValueError: a setting is out of range, the prompt leaves no room in the model's context, or
@@ -84,7 +89,7 @@ def stream_text(
     _check_settings(
         temperature=temperature, top_k=top_k, stop_strings=stop_strings, seed=seed, **given
     )
-    ids = encode_prompt(model, tokenizer, prompt)
+    ids = encode_prompt(model, tokenizer, prompt) if isinstance(prompt, str) else prompt
     if temperature > 0:
         given |= {"temperature": temperature, "top_k": top_k}
     if stop_strings:
@@ -99,7 +104,9 @@ def stream_text(
         "pad_token_id": 0,  # one row is never padded; without an id transformers warns
         **(compiled_decoding() if compile else {}),
     }
-    return _stream(model, tokenizer, settings | given, seed)
+    if streamer is None:
+        streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    return _stream(model, settings | given, seed, streamer)
 
 
 def compiled_decoding() -> dict[str, Any]:
@@ -143,10 +150,11 @@ def encode_prompt(
     return torch.tensor([ids], device=model.device)
 
 
-def _stream(model, tokenizer, settings, seed) -> Iterator[str]:
+def _stream(model, settings, seed, streamer) -> Iterator[Any]:
     if seed is not None:
         set_seed(seed)
-    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    abandoned = Event()
+    settings["stopping_criteria"] = [lambda ids, scores: abandoned.is_set()]
     errors: list[BaseException] = []
 
     def work() -> None:
@@ -158,8 +166,11 @@ def _stream(model, tokenizer, settings, seed) -> Iterator[str]:
 
     thread = Thread(target=work, daemon=True)
     thread.start()
-    yield from streamer
-    thread.join()
+    try:
+        yield from streamer
+    finally:
+        abandoned.set()
+        thread.join()
     if errors:
         raise errors[0]
 

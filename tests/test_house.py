@@ -22,6 +22,8 @@ ORDER = [
     ["token_files"],
     ["tokenized"],
     ["info", "explain"],
+    ["stepping"],
+    ["playground"],
     ["callbacks"],
     ["comparison"],
     ["arguments"],

@@ -12,6 +12,7 @@ VERBS: dict[str, str] = {
     "tokenize": "turn a text into tokens once, in a folder to train from",
     "generate": "go on from a prompt, printed as it is produced",
     "explain": "show what a model expected at each token of a text, and where its heads look",
+    "playground": "a page in the browser: text with each token's chances, and other ways to go on",
     "eval": "measure checkpoints on a text, in bits per byte, or on tasks of lm-eval",
     "convert": "turn a GPT-1, GPT-2, GPT-Neo, Llama, Qwen3, nanochat or nanoGPT model into ours",
     "export": "turn a model of ours into one of those, for tools without hf_nanogpt",
@@ -25,6 +26,7 @@ _MODULES = {
     "train": ["train", "tokenize"],
     "generate": ["generate", "explain"],
     "convert": ["convert", "export"],
+    "playground": ["playground"],
     "measure": ["eval", "info", "bench"],
     "hub": ["push", "pull"],
 }
