@@ -12,6 +12,7 @@ from html import escape
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,14 +27,16 @@ BANDS = {
     0.5: "50 to 90 %",
     0.1: "10 to 50 %",
     0.01: "1 to 10 %",
-    0.0: "less",
+    0.0: "below 1 %",
 }
+# Seconds between two pictures of a text that is being written: each costs gradio some hundredths.
+PAUSE = 0.1
 _HEAD = (
     "<h1>Playground</h1><p>The colour of a token tells how probable the model found it: its own "
-    "probability, before temperature, top k and top p.<br>Click a token to see what else might "
-    "have come, and go on from there.</p>"
+    "probability, before temperature, top k and top p.</p>"
 )
-_EMPTY = "<p class='note'>Press Generate: the text appears here.</p>"
+_NO_TEXT = "<p>Press Generate: the text appears here.</p>"
+_NO_TOKEN = "<p>Click a token to see what else might have come, and to go on from there.</p>"
 
 
 # the tokens as HTML
@@ -42,15 +45,18 @@ _EMPTY = "<p class='note'>Press Generate: the text appears here.</p>"
 def render_legend() -> str:
     """Return the colours and what they mean."""
     bands = [f'<span class="token band{i}">{text}</span>' for i, text in enumerate(BANDS.values())]
-    return f'<p class="legend">Probability of the token: {" ".join(bands)}</p>'
+    return (
+        f'<p class="legend">Probability: {" ".join(bands)} <b>bold</b> is the prompt, '
+        "<u>underlined</u> what you chose</p>"
+    )
 
 
 def render_text(prompt: str, steps: Sequence[Step], note: str = "", *, error: bool = False) -> str:
     """Return the prompt, each token in the colour of its probability, and a line below."""
     tokens = [_render_token(step, place) for place, step in enumerate(steps)]
     text = f'<span class="given">{_show(prompt)}</span>{"".join(tokens)}'
-    kind = "note error" if error else "note"
-    return f'<div class="text">{text}</div><p class="{kind}">{escape(note)}</p>'
+    kind = "said error" if error else "said"
+    return f'<div class="tokens">{text}</div><p class="{kind}">{escape(note)}</p>'
 
 
 def _render_token(step: Step, place: int) -> str:
@@ -66,7 +72,7 @@ def _render_token(step: Step, place: int) -> str:
 def render_candidates(step: Step, place: int) -> str:
     """Return the likeliest tokens at a place, each to go on from, and the one that came."""
     rows = [
-        f'<div class="row{" came" if candidate == step.came else ""}" role="button" tabindex="0" '
+        f'<div class="way{" came" if candidate == step.came else ""}" role="button" tabindex="0" '
         f'data-place="{place}" data-choice="{i}"><span>{escape(show_token(candidate.text))}</span>'
         f'<b><i style="width:{100 * candidate.probability:.1f}%"></i></b>'
         f"<span>{_percent(candidate.probability)}</span></div>"
@@ -74,8 +80,8 @@ def render_candidates(step: Step, place: int) -> str:
     ]
     came = f"“{escape(show_token(step.came.text))}” ({_percent(step.came.probability)})"
     return (
-        f"<h3>The model's choices at token {place + 1}</h3><p>Here came {came}, number {step.rank} "
-        f"of its list. Click another to go on with it.</p>{''.join(rows)}"
+        f"<h3>What might come at token {place + 1}</h3><p>Here came {came}, number {step.rank} of "
+        f"the model's list. Click another to go on with it.</p>{''.join(rows)}"
     )
 
 
@@ -116,12 +122,14 @@ class Speaker:
         self, prompt: str, steps: Sequence[Step], settings: dict[str, Any]
     ) -> Iterator[tuple[str, tuple[str, list[Step]]]]:
         """Yield the text so far as HTML, and the prompt and steps that it is of."""
-        steps = list(steps)
+        steps, shown = list(steps), monotonic()
         yield render_text(prompt, steps, "Reading …"), (prompt, steps)
         try:
             for step in stream_steps(self.model, self.tokenizer, prompt, steps=steps, **settings):
                 steps.append(step)
-                yield render_text(prompt, steps, "Writing …"), (prompt, steps)
+                if monotonic() - shown > PAUSE:
+                    yield render_text(prompt, steps, "Writing …"), (prompt, steps)
+                    shown = monotonic()
             yield render_text(prompt, steps, self._tell_end(steps)), (prompt, steps)
         except ValueError as error:
             yield render_text(prompt, steps, str(error), error=True), (prompt, steps)
@@ -194,7 +202,7 @@ def _build_page(speakers: Sequence[Speaker]):
         prompt = gradio.Textbox(label="Prompt", lines=2, elem_id="prompt")
         settings = _build_settings(speakers)
         with gradio.Row():
-            start = gradio.Button("Generate", variant="primary", elem_id="generate")
+            start = gradio.Button("Generate", variant="primary", scale=3, elem_id="generate")
             stop = gradio.Button("Stop", elem_id="stop")
         gradio.HTML(render_legend())
         with gradio.Row():
@@ -244,16 +252,19 @@ def _build_column(speaker: Speaker, prompt, settings: dict[str, Any], start) -> 
     """Add what shows one speaker; return the events that generate."""
     import gradio
 
-    with gradio.Column(elem_classes="column"):
+    with gradio.Column(elem_classes="speaker"):
         gradio.HTML(speaker.describe())
-        text = gradio.HTML(_EMPTY, js_on_load=_CLICKS)
-        candidates = gradio.HTML("", js_on_load=_CLICKS, elem_classes="candidates")
+        with gradio.Row():  # below each other where there is no room for both
+            with gradio.Column(scale=3, min_width=340):
+                text = gradio.HTML(_NO_TEXT, js_on_load=_CLICKS)
+            with gradio.Column(scale=2, min_width=340):
+                candidates = gradio.HTML(_NO_TOKEN, js_on_load=_CLICKS, elem_classes="candidates")
         story = gradio.State(("", []))
 
     def begin(prompt, *values):
         given = dict(zip(settings, values, strict=True))
         for shown, now in speaker.write(prompt, [], given):
-            yield shown, "", now
+            yield shown, _NO_TOKEN, now
 
     def reveal(event: gradio.EventData, story):
         place = int(event.place)

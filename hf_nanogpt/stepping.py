@@ -102,8 +102,7 @@ class _StepStreamer(BaseStreamer):
             yield step
 
     def _step(self, came: int, shares: torch.Tensor) -> Step:
-        order = shares.argsort(descending=True, stable=True).tolist()
-        ids = [came, *order[: self.num_likeliest]]
+        ids = [came, *shares.topk(min(self.num_likeliest, len(shares))).indices.tolist()]
         texts = spell_tokens(self.tokenizer, ids)
         first, *others = map(Candidate, ids, texts, shares[ids].tolist())
-        return Step(first, order.index(came) + 1, others)
+        return Step(first, int((shares > shares[came]).sum()) + 1, others)
