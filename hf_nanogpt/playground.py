@@ -188,7 +188,9 @@ def serve_playground(
         run_history=False,
         ssr_mode=False,
         mcp_server=False,
-        theme=gradio.themes.Default(primary_hue="blue"),
+        theme=gradio.themes.Default(primary_hue="blue").set(
+            body_text_color_subdued="*neutral_600", block_info_text_color="*neutral_600"
+        ),
         css=files(__package__).joinpath("playground.css").read_text(encoding="utf-8"),
     )
     return page
@@ -199,7 +201,9 @@ def _build_page(speakers: Sequence[Speaker]):
 
     with gradio.Blocks(title="hf_nanogpt playground", analytics_enabled=False) as page:
         gradio.HTML(_HEAD)
-        prompt = gradio.Textbox(label="Prompt", lines=2, elem_id="prompt")
+        prompt = gradio.Textbox(
+            label="Prompt", lines=2, placeholder="A text to go on from", elem_id="prompt"
+        )
         settings = _build_settings(speakers)
         with gradio.Row():
             start = gradio.Button("Generate", variant="primary", scale=3, elem_id="generate")
