@@ -130,11 +130,12 @@ class Speaker:
                 if monotonic() - shown > PAUSE:
                     yield render_text(prompt, steps, "Writing …"), (prompt, steps)
                     shown = monotonic()
-            yield render_text(prompt, steps, self._tell_end(steps)), (prompt, steps)
+            yield render_text(prompt, steps, self.tell_end(steps)), (prompt, steps)
         except ValueError as error:
             yield render_text(prompt, steps, str(error), error=True), (prompt, steps)
 
-    def _tell_end(self, steps: list[Step]) -> str:
+    def tell_end(self, steps: list[Step]) -> str:
+        """Return how long a text is, and whether the model has ended it."""
         ended = steps[-1].came.id == self.tokenizer.eos_token_id
         return f"{len(steps)} tokens{': the model has ended the text' if ended else ''}."
 
@@ -210,12 +211,8 @@ def _build_page(speakers: Sequence[Speaker]):
             stop = gradio.Button("Stop", elem_id="stop")
         gradio.HTML(render_legend())
         with gradio.Row():
-            runs = [
-                run
-                for speaker in speakers
-                for run in _build_column(speaker, prompt, settings, start)
-            ]
-        stop.click(None, cancels=runs)
+            for speaker in speakers:
+                _build_column(speaker, prompt, settings, start, stop)
     return page
 
 
@@ -252,8 +249,8 @@ element.addEventListener('keydown', choose);
 """
 
 
-def _build_column(speaker: Speaker, prompt, settings: dict[str, Any], start) -> list[Any]:
-    """Add what shows one speaker; return the events that generate."""
+def _build_column(speaker: Speaker, prompt, settings: dict[str, Any], start, stop) -> None:
+    """Add what shows one speaker, and what happens when something is pressed."""
     import gradio
 
     with gradio.Column(elem_classes="speaker"):
@@ -283,12 +280,14 @@ def _build_column(speaker: Speaker, prompt, settings: dict[str, Any], start) -> 
             yield shown, candidates, now
 
     # One at a time: what is sampled depends on the one source of chance of the process.
-    alone = {"concurrency_id": "model", "concurrency_limit": 1, "show_progress": "hidden"}
-    private = {"api_visibility": "private"}
+    def halt(story):
+        return render_text(*story, speaker.tell_end(story[1])) if story[1] else _NO_TEXT
+
+    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+    alone = quiet | {"concurrency_id": "model", "concurrency_limit": 1}
     widgets, outputs = list(settings.values()), [text, candidates, story]
-    first = gradio.on(
-        [start.click, prompt.submit], begin, [prompt, *widgets], outputs, **alone, **private
-    )
-    text.click(reveal, story, candidates, show_progress="hidden", **private)
-    again = candidates.click(go_on, [story, *widgets], outputs, cancels=[first], **alone, **private)
-    return [first, again]
+    triggers = [start.click, prompt.submit]
+    first = gradio.on(triggers, begin, [prompt, *widgets], outputs, **alone)
+    text.click(reveal, story, candidates, **quiet)
+    again = candidates.click(go_on, [story, *widgets], outputs, cancels=[first], **alone)
+    stop.click(halt, story, text, cancels=[first, again], **quiet)
