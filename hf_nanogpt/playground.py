@@ -279,12 +279,12 @@ def _build_column(speaker: Speaker, prompt, settings: dict[str, Any], start, sto
         for shown, now in speaker.write(story[0], steps, given):
             yield shown, candidates, now
 
-    # One at a time: what is sampled depends on the one source of chance of the process.
     def halt(story):
         return render_text(*story, speaker.tell_end(story[1])) if story[1] else _NO_TEXT
 
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-    alone = quiet | {"concurrency_id": "model", "concurrency_limit": 1}
+    # One at a time: what is sampled depends on the one source of chance of the process.
+    alone: dict[str, Any] = quiet | {"concurrency_id": "model", "concurrency_limit": 1}
     widgets, outputs = list(settings.values()), [text, candidates, story]
     triggers = [start.click, prompt.submit]
     first = gradio.on(triggers, begin, [prompt, *widgets], outputs, **alone)
