@@ -176,6 +176,9 @@ def serve_playground(
     check_address(host, port)
     speakers = [Speaker(str(name), *load_checkpoint(name)) for name in checkpoints]
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
+    # gradio asks its own server whether it is up, which a proxy need not know of
+    direct = [os.environ.get("no_proxy") or os.environ.get("NO_PROXY"), "localhost", host]
+    os.environ["no_proxy"] = ",".join(filter(None, direct))
     import gradio
 
     page = _build_page(speakers)
@@ -280,7 +283,8 @@ def _build_column(speaker: Speaker, prompt, settings: dict[str, Any], start, sto
             yield shown, candidates, now
 
     def halt(story):
-        return render_text(*story, speaker.tell_end(story[1])) if story[1] else _NO_TEXT
+        prompt, steps = story
+        return render_text(prompt, steps, speaker.tell_end(steps)) if steps else _NO_TEXT
 
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
     # One at a time: what is sampled depends on the one source of chance of the process.

@@ -195,7 +195,7 @@ def test_bad_input_to_the_command_is_one_sentence(checkpoint, tmp_path, capsys):
 @pytest.mark.skipif(bool(MISSING), reason=f"needs the Debian packages of {', '.join(MISSING)}")
 def test_page_works_in_a_browser_without_a_network(checkpoint):
     command = [sys.executable, "-m", "hf_nanogpt", "playground", checkpoint, checkpoint]
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    env = os.environ | {"PYTHONPATH": str(ROOT), "http_proxy": "http://127.0.0.1:9"}
     offline = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env) as server:
         try:
