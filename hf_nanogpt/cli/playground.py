@@ -16,11 +16,9 @@ def run_playground(argv: list[str]) -> None:
     parser.add_argument("--port", type=int, help="default 7860, or the next that is free")
     args = parser.parse(argv)
 
-    from ..playground import check_address, check_gradio, serve_playground
-
-    check_gradio()
-    check_address(args.host, args.port)
     quiet_libraries()
+    from ..playground import serve_playground
+
     checkpoints = [name for name in (args.checkpoint, args.second) if name is not None]
     page = serve_playground(checkpoints, host=args.host, port=args.port)
     print(f"The playground is at {page.local_url} (Ctrl-C ends it).", flush=True)
