@@ -99,12 +99,13 @@ def _encode(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: st
 
 def _judge(tokenizer, ids: list[int], logs: torch.Tensor, num_likeliest: int) -> Iterator[Position]:
     """Yield the first position, and one for each row of `logs` (T, V), the logs of chances."""
-    tokens = _spell(tokenizer, ids)
+    tokens = spell_tokens(tokenizer, ids)
     yield Position(tokens[0], None, None, [])
     for t, row in enumerate(logs, start=1):
         order = row.argsort(descending=True, stable=True)
         top = order[:num_likeliest]
-        likeliest = list(zip(_spell(tokenizer, top.tolist()), row[top].exp().tolist(), strict=True))
+        texts = spell_tokens(tokenizer, top.tolist())
+        likeliest = list(zip(texts, row[top].exp().tolist(), strict=True))
         if t == len(ids):
             yield Position(None, None, None, likeliest)
             return
@@ -133,7 +134,7 @@ def _check_weights(model: PreTrainedModel, length: int) -> None:
         )
 
 
-def _spell(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
+def spell_tokens(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
     """Return the text of each token; bytes that are no text by themselves as <E2><82>."""
     texts = []
     for raw, i in zip(tokenizer.convert_ids_to_tokens(ids), ids, strict=True):

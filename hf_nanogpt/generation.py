@@ -55,13 +55,15 @@ def stream_text(
     compile: bool = False,
     past_key_values: Cache | None = None,
     seed: int | None = None,
-) -> Generator[str, None, None]:
-    """Yield the text that follows `prompt` in pieces, as it is produced, until closed or done.
+    streamer: Any = None,
+) -> Generator[Any, None, None]:
+    """Yield the text that follows `prompt` in pieces, as it is produced.
 
-    A setting that is `None` is what the checkpoint's `generation_config.json` says, or off.
+    A setting that is `None` is what the checkpoint's `generation_config.json` says, or off. Whoever
+    closes the iterator stops the model, too.
 
     Args:
-        prompt: a text, or the token ids of one, (1, T).
+        prompt: what to go on from, as text or as token ids (1, T).
         max_new_tokens: by default 100, or as many as the context has room for.
         temperature: 0 always takes the likeliest token (greedy); above 0 samples, below 1 more
             cautiously, above 1 more freely.
@@ -75,6 +77,8 @@ def stream_text(
             it, a minute perhaps, and later ones are faster.
         past_key_values: what the model has kept of the prompt's first tokens; it grows.
         seed: makes sampling repeatable.
+        streamer: makes something else of the tokens than text, as a `BaseStreamer` that can be
+            iterated over.
 
     Raises:
         ValueError: a setting is out of range, the prompt leaves no room in the model's context, or
@@ -104,7 +108,9 @@ def stream_text(
         "pad_token_id": 0,  # one row is never padded; without an id transformers warns
         **(compiled_decoding() if compile else {}),
     }
-    return _stream(model, tokenizer, settings | given, seed)
+    if streamer is None:
+        streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    return _stream(model, settings | given, seed, streamer)
 
 
 def compiled_decoding() -> dict[str, Any]:
@@ -154,17 +160,16 @@ def encode_prompt(
     return torch.tensor([ids], device=model.device)
 
 
-def _stream(model, tokenizer, settings, seed) -> Generator[str, None, None]:
+def _stream(model, settings, seed, streamer) -> Generator[Any, None, None]:
     if seed is not None:
         set_seed(seed)
-    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    abandoned = Event()
+    settings["stopping_criteria"] = [lambda *_, **__: abandoned.is_set()]
     errors: list[BaseException] = []
-    closed = Event()
 
     def work() -> None:
         try:
-            stop = [lambda *_, **__: torch.tensor(closed.is_set())]
-            model.generate(**settings, streamer=streamer, stopping_criteria=stop)
+            model.generate(**settings, streamer=streamer)
         except BaseException as error:  # handed to the reader below, which raises it
             errors.append(error)
             streamer.end()
@@ -174,8 +179,8 @@ def _stream(model, tokenizer, settings, seed) -> Generator[str, None, None]:
     try:
         yield from streamer
     finally:
-        closed.set()
-    thread.join()
+        abandoned.set()
+        thread.join()
     if errors:
         raise errors[0]
 

@@ -14,6 +14,7 @@ VERBS: dict[str, str] = {
     "chat": "talk with a model in the terminal",
     "serve": "answer OpenAI's API on this machine, for any client of it",
     "explain": "show what a model expected at each token of a text, and where its heads look",
+    "playground": "a page in the browser: text with each token's chances, and other ways to go on",
     "eval": "measure checkpoints on a text, in bits per byte, or on tasks of lm-eval",
     "convert": "turn a GPT-1, GPT-2, GPT-Neo, Llama, Qwen3, nanochat or nanoGPT model into ours",
     "export": "turn a model of ours into one of those, for tools without hf_nanogpt",
@@ -28,6 +29,7 @@ _MODULES = {
     "generate": ["generate", "explain"],
     "chat": ["chat", "serve"],
     "convert": ["convert", "export"],
+    "playground": ["playground"],
     "measure": ["eval", "info", "bench"],
     "hub": ["push", "pull"],
 }
