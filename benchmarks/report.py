@@ -3,6 +3,7 @@
 from pathlib import Path
 from statistics import median
 
+from generation import RUNS as GENERATION
 from results_file import read_results
 
 HERE = Path(__file__).parent
@@ -153,6 +154,45 @@ Forward, backward and fused AdamW of models of one shape on the same batch, in t
 {step_speed("step_speed", "python benchmarks/step_speed.py")}"""
 
 
+def generation() -> str:
+    parts = []
+    for name in GENERATION:
+        report = read_results(name)
+        lengths = list(report["rows"][0]["tokens_per_second"])
+        rows = []
+        for row in report["rows"]:
+            least, ratio, most = row["speed_to_ours"]
+            share, same = row["bandwidth_share"], row["same_tokens"]
+            rows.append(
+                [
+                    row["name"],
+                    *(f"{row['tokens_per_second'][length]:,.0f}" for length in lengths),
+                    "" if share is None else f"{median(share.values()):.0%}",
+                    "" if same is None else f"{same:.0%}",
+                    "1" if row is report["rows"][0] else f"{ratio:.2f} ({least:.2f} to {most:.2f})",
+                    f"{row['warm_up_seconds']:.0f} s",
+                ]
+            )
+        columns = ["", *lengths, "of bandwidth", "same", "speed, ours = 1", "warm-up"]
+        texts, size = report["settings"]["batch_size"], report["parameters"] / 1e6
+        parts.append(f"""### {size:.0f} M parameters, {texts} text{"s" * (texts > 1)}
+
+{table(columns, rows)}
+![Tokens per second against the length of the text]({name}.png)
+
+{header(report, f"python benchmarks/generation.py {name}")}""")
+    content = "\n".join(parts)
+    return f"""## Speed of generation
+
+Greedy `generate()` on shapes of GPT-2 with random weights: tokens a second, all texts together,
+where the text is so long; in turns in one process, medians of the rounds. "Of bandwidth" is the
+median share of what these threads read in matrix-vector products of the model's size; "same" are
+the tokens that ours has too. Warm-up is the first turn at all lengths together, with the
+compiler's time.
+
+{content}"""
+
+
 def llama_cpp() -> str:
     report = read_results("llama_cpp")
     columns, tables = ["", "tokens/s", "speed, ours of the bits = 1", "same"], []
@@ -176,7 +216,7 @@ its defaults, keys and values in f16. "same" are the tokens that ours has too, i
 {header(report, "python benchmarks/llama_cpp.py")}"""
 
 
-SECTIONS = (race, choice, ablations, equal_time, speed, llama_cpp)
+SECTIONS = (race, choice, ablations, equal_time, speed, generation, llama_cpp)
 
 
 def render() -> str:

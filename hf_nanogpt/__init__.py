@@ -37,7 +37,8 @@ _WHERE = {
     "hub": ["pull_checkpoint", "push_to_hub", "render_model_card"],
     "arguments": ["NanoGPTTrainingArguments", "list_recipes"],
     "tokenized": ["tokenize_corpus"],
-    "training": ["NanoGPTTrainer", "TrainingResult", "train"],
+    "trainer": ["NanoGPTTrainer"],
+    "training": ["TrainingResult", "train"],
 }
 _MODULES = {name: module for module, names in _WHERE.items() for name in names}
 __all__ = sorted(_MODULES)

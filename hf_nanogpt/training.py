@@ -1,29 +1,22 @@
-"""Training: transformers' Trainer with our optimizer, packed batches and exact metrics."""
+"""Training from settings to a written checkpoint, by `NanoGPTTrainer`."""
 
 import json
-import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import FullyShardedDataParallelPlugin
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
-from transformers.integrations import TensorBoardCallback
-from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_callback import ProgressCallback as StockProgressCallback
 from transformers.utils import logging
 
 from .adapters import add_adapter, describe_adapter, merge_adapter
 from .arguments import NanoGPTTrainingArguments, as_flags, make_config, parse_settings
 from .callbacks import (
     PlotCallback,
-    ProgressCallback,
     SampleCallback,
-    SpeedCallback,
     draw_sample,
     plot_losses,
 )
@@ -39,112 +32,16 @@ from .checkpoint import (
 from .configuration_nanogpt import NanoGPTConfig
 from .conversations import add_chat_template
 from .data import STDLIB, DataArguments
-from .evaluation import check_context_length, sum_losses, summarize_losses
+from .evaluation import check_context_length
 from .facts import collect_facts
 from .hub import render_model_card, write_card
-from .hub.trainer import HubTrainer
 from .interruption import check_settings, describe_settings, stop_on_signals
 from .modeling_nanogpt import NanoGPTForCausalLM
-from .optim import build_optimizer
-from .packing import PackedBlocks, PackedCollator, PackedStream, cut_blocks
-from .tokenization import token_byte_counts
+from .packing import PackedBlocks, PackedStream, cut_blocks
 from .tokenized import load_tokens
+from .trainer import NanoGPTTrainer
 
 logger = logging.get_logger(__name__)
-
-
-class NanoGPTTrainer(HubTrainer):
-    """Train on packed blocks by the optimizer of `args.optim_recipe`.
-
-    Takes all that `Trainer` takes. With a `processing_class` (the tokenizer) it collates blocks by
-    `PackedCollator` and evaluates `eval_loss`, `eval_perplexity` and `eval_bits_per_byte` as exact
-    sums over tokens, whatever the batch size; a `data_collator` or `compute_metrics` of one's own
-    wins. The log tells tokens per second and MFU, see `SpeedCallback`.
-    """
-
-    args: NanoGPTTrainingArguments
-    optimizer: torch.optim.Optimizer | None
-
-    def __init__(self, model=None, args=None, **kwargs):
-        tokenizer = kwargs.get("processing_class")
-        self.byte_counts = None
-        if isinstance(tokenizer, PreTrainedTokenizerBase):
-            if kwargs.get("data_collator") is None:
-                kwargs["data_collator"] = PackedCollator(tokenizer.eos_token_id)
-            if kwargs.get("compute_metrics") is None:
-                kwargs["compute_metrics"] = _compute_metrics
-                self.byte_counts = token_byte_counts(tokenizer)
-        super().__init__(model, args, **kwargs)
-        if self.args.lora and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            raise ValueError("lora=True needs whole weights: train it without FSDP and DeepSpeed.")
-        if self.is_fsdp_enabled:
-            _prepare_fsdp(self.accelerator.state.fsdp_plugin)
-        self.remove_callback(PrinterCallback)
-        if self.pop_callback(StockProgressCallback) is not None:
-            self.add_callback(ProgressCallback)
-        self.speed = SpeedCallback()
-        self.add_callback(self.speed)
-        for callback in self.callback_handler.callbacks:
-            if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
-                callback.logging_dir = os.path.join(self.args.output_dir, "tensorboard")
-
-    def log(self, logs, start_time=None):
-        """Log as `Trainer` does, with `tokens_per_second` and `mfu` beside the training loss."""
-        if "loss" in logs:
-            logs.update(self.speed.read(self.state))
-        super().log(logs, start_time)
-
-    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
-        if self.optimizer is None:
-            args = self.args
-            self.optimizer = build_optimizer(
-                self.model if model is None else model,
-                recipe=args.optim_recipe,
-                learning_rate=args.learning_rate,
-                weight_decay=args.weight_decay,
-                betas=(args.adam_beta1 or 0.0, args.adam_beta2 or 0.0),
-                eps=args.adam_epsilon,
-            )
-        return self.optimizer
-
-    def get_eval_dataloader(self, eval_dataset=None):
-        """Give every block to the evaluation, which would not be exact without the last batch."""
-        kept, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
-        try:
-            return super().get_eval_dataloader(eval_dataset)
-        finally:
-            self.args.dataloader_drop_last = kept
-
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Hand the sums of each row to Trainer's loop as "logits", which it gathers."""
-        if self.byte_counts is None:
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            sums = sum_losses(model, self._prepare_inputs(inputs), self.byte_counts)
-        return None, sums, sums
-
-
-def _prepare_fsdp(plugin: FullyShardedDataParallelPlugin) -> None:
-    """Keep losses and the sums of gradients in float32, where weights are used in bfloat16."""
-    if plugin.fsdp_version == 1:
-        raise ValueError(
-            "fsdp_version=1 flattens the matrices that Muon needs: set fsdp_version to 2, as "
-            "examples/accelerate/fsdp2.yaml does."
-        )
-    if policy := plugin.mixed_precision_policy:
-        policy = replace(policy, reduce_dtype=torch.float32, output_dtype=None)
-        plugin.mixed_precision_policy = policy
-
-
-def _compute_metrics(prediction) -> dict[str, float]:
-    result = summarize_losses(torch.as_tensor(prediction.predictions))
-    return {
-        "loss": result.loss,
-        "perplexity": result.perplexity,
-        "bits_per_byte": result.bits_per_byte,
-        "tokens": result.num_tokens,
-        "bytes": result.num_bytes,
-    }
 
 
 @dataclass(frozen=True)
@@ -187,8 +84,52 @@ def train(
             checkpoint was saved first.
     """
     data_args, architecture, args = parse_settings(recipe, flags, **settings)
-    words = [*as_flags(settings), *flags]  # as on the command line
     check_output_dir(args.output_dir, overwrite=overwrite, resume=resume)
+    last_checkpoint = find_last_checkpoint(args.output_dir) if resume else None
+    if resume and not last_checkpoint and args.should_save:
+        logger.warning(f"{args.output_dir} has no checkpoint yet: training begins at the start.")
+    trainer, length = _make_trainer(data_args, architecture, args, start_from, last_checkpoint)
+    held_out = next(iter(trainer.eval_dataset))["input_ids"]
+    prompt = _choose_prompt(args, data_args, trainer.processing_class, held_out)
+    if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        trainer.add_callback(SampleCallback(prompt, trainer.speed))
+    trainer.add_callback(PlotCallback(trainer.speed))
+    sample = _draw(trainer, trainer.model, prompt) if start_from and args.should_save else ""
+    if args.should_save and (overwrite or resume):
+        (clear_output_dir if overwrite else clear_unfinished)(args.output_dir)
+    with stop_on_signals(trainer):
+        trainer.train(resume_from_checkpoint=last_checkpoint)
+    seconds = time.perf_counter() - trainer.started
+    if args.lora:
+        trainer.model = merge_adapter(
+            trainer.model, trainer.processing_class, args.output_dir, save=args.should_save
+        )
+    metrics = _collect_metrics(trainer, seconds)
+    if start_from and (first := _evaluations(trainer)[0])["step"] == 0:
+        metrics["before"] = _pick_figures(first) | {"sample": sample}
+    metrics |= collect_facts(
+        str(recipe),
+        [*as_flags(settings), *flags],  # as on the command line
+        start_from=start_from,
+        data_args=data_args,
+        args=args,
+        context_length=length,
+    )
+    metrics["is_chat"] = bool((held_out < 0).any())
+    result = _write_artifacts(trainer, metrics, prompt=prompt)
+    if args.push_to_hub:
+        trainer.push_to_hub()
+    return result
+
+
+def _make_trainer(
+    data_args: DataArguments,
+    architecture: dict[str, Any],
+    args: NanoGPTTrainingArguments,
+    start_from: str | Path | None,
+    last_checkpoint: str | None,
+) -> tuple[NanoGPTTrainer, int]:
+    """Return the trainer of a model on its data, and the tokens in a block."""
     model, own = _load_start(start_from, architecture, args)
     known = len(own) if own else 0
     if own:
@@ -196,10 +137,6 @@ def train(
     # Refuse an impossible architecture now, not after minutes of preparing data for it.
     config = model.config if model else make_config(architecture, vocab_size=data_args.vocab_size)
     check_context_length(config, data_args.context_length)
-    last_checkpoint = find_last_checkpoint(args.output_dir) if resume else None
-    if resume and not last_checkpoint and args.should_save:
-        logger.warning(f"{args.output_dir} has no checkpoint yet: training begins at the start.")
-
     with args.main_process_first(desc="preparing the data"):
         if last_checkpoint:
             own = AutoTokenizer.from_pretrained(last_checkpoint)
@@ -239,37 +176,7 @@ def train(
     )
     trainer.settings = settings
     trainer.speed.context_length = length
-    held_out_ids = next(iter(validation))["input_ids"]
-    prompt = _choose_prompt(args, data_args, tokenizer, held_out_ids)
-    if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
-        trainer.add_callback(SampleCallback(prompt, trainer.speed))
-    trainer.add_callback(PlotCallback(trainer.speed))
-    sample = _draw(trainer, trainer.model, prompt) if start_from and args.should_save else ""
-    if args.should_save and (overwrite or resume):
-        (clear_output_dir if overwrite else clear_unfinished)(args.output_dir)
-    with stop_on_signals(trainer):
-        trainer.train(resume_from_checkpoint=last_checkpoint)
-    seconds = time.perf_counter() - trainer.started
-    if args.lora:
-        trainer.model = merge_adapter(
-            trainer.model, tokenizer, args.output_dir, save=args.should_save
-        )
-    metrics = _collect_metrics(trainer, seconds)
-    if start_from and (first := _evaluations(trainer)[0])["step"] == 0:
-        metrics["before"] = _pick_figures(first) | {"sample": sample}
-    metrics |= collect_facts(
-        str(recipe),
-        words,
-        start_from=start_from,
-        data_args=data_args,
-        args=args,
-        context_length=length,
-    )
-    metrics["is_chat"] = bool((held_out_ids < 0).any())
-    result = _write_artifacts(trainer, metrics, prompt=prompt)
-    if args.push_to_hub:
-        trainer.push_to_hub()
-    return result
+    return trainer, length
 
 
 def _load_start(

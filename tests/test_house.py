@@ -29,6 +29,7 @@ ORDER = [
     ["arguments"],
     ["facts", "interruption"],
     ["hub"],
+    ["trainer"],
     ["training"],
     ["benchmark"],
     ["cli"],

@@ -14,7 +14,7 @@ from ..optim import build_optimizer
 from ..packing import PackedBlocks, PackedCollator
 from ..presets import load_preset
 from ..tokenization import train_tokenizer
-from ..training import NanoGPTTrainer
+from ..trainer import NanoGPTTrainer
 
 
 def measure_trainer_overhead(*, rounds: int = 5, steps: int = 100) -> list[float]:
