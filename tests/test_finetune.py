@@ -226,11 +226,12 @@ def test_another_adapter_or_another_start_is_no_resumption(base, adapted, text, 
 
 def test_the_best_adapter_is_loaded_and_merged_at_the_end(base, text, tmp_path):
     best = {"load_best_model_at_end": True, "eval_steps": 1, "save_steps": 1, "max_steps": 4}
-    result = tune(base, text, tmp_path / "run", lora=True, learning_rate=3.0, **best)
+    best["greater_is_better"] = True  # then it is an early one, as losses fall
+    result = tune(base, text, tmp_path / "run", lora=True, learning_rate=1e-2, **best)
     state = json.loads((tmp_path / "run/checkpoint-4/trainer_state.json").read_text())
     losses = [row["eval_loss"] for row in state["log_history"] if "eval_loss" in row]
-    assert result.metrics["eval_loss"] == pytest.approx(min(losses[1:]), abs=1e-6)
-    assert min(losses[1:]) < losses[-1]
+    assert result.metrics["eval_loss"] == pytest.approx(max(losses[1:]), abs=1e-6)
+    assert max(losses[1:]) > losses[-1]
     measured = evaluate(tmp_path / "run", text, held_out=0.1)
     assert measured.loss == pytest.approx(result.metrics["eval_loss"], abs=1e-5)
 
