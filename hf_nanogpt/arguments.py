@@ -48,6 +48,9 @@ class NanoGPTTrainingArguments(LoraArguments, TrainingArguments):
     adam_beta2: float | None = field(default=None)  # type: ignore[assignment]
     weight_decay: float | None = field(default=None)  # type: ignore[assignment]
     max_grad_norm: float | None = field(default=None)  # type: ignore[assignment]
+    momentum_warmup_steps: int = field(
+        default=0, metadata={"help": "Steps in which Muon's momentum rises from 0.85 to 0.95."}
+    )
     num_threads: int | None = field(
         default=None, metadata={"help": "CPU threads for torch; by default as many as cores."}
     )
@@ -84,6 +87,11 @@ class NanoGPTTrainingArguments(LoraArguments, TrainingArguments):
             if self.num_threads < 1:
                 raise ValueError(f"num_threads={self.num_threads} is not possible: give 1 or more.")
             torch.set_num_threads(self.num_threads)
+        if self.momentum_warmup_steps < 0:
+            raise ValueError(
+                f"momentum_warmup_steps={self.momentum_warmup_steps} is not possible: give 0 or "
+                "more."
+            )
         if not torch.accelerator.is_available():
             self.dataloader_pin_memory = False
         if self.sample_steps is not None and not (

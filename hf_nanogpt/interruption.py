@@ -36,7 +36,8 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # from the checkpoint, whatever is asked for.
 _DECISIVE = (
     *("optim_recipe", "learning_rate", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay"),
-    *("max_grad_norm", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "seed"),
+    *("max_grad_norm", "momentum_warmup_steps", "lr_scheduler_type", "lr_scheduler_kwargs"),
+    *("warmup_steps", "seed"),
     *("data_seed", "bf16", "fp16", "label_smoothing_factor", "neftune_noise_alpha"),
     *("train_sampling_strategy", "dataloader_drop_last"),
 )

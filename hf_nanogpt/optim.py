@@ -91,8 +91,8 @@ class MuonAdamW(torch.optim.Optimizer):
     """Step each group by its `algorithm`: `"muon"` (matrices only) or `"adamw"`.
 
     Both decay weights apart from the gradient. Matrices of one shape are orthogonalised together in
-    one batched product. `"muon"` groups use `momentum` (Nesterov), `"adamw"` groups `betas` and
-    `eps`. Parameters may be sharded (`DTensor`), as FSDP2 and tensor parallelism do it.
+    one batched product. `"muon"` groups use `momentum` (Nesterov), which rises to that from 0.1 less
+    during the first `momentum_warmup` steps, `"adamw"` groups `betas` and `eps`. Parameters may be sharded (`DTensor`), as FSDP2 and tensor parallelism do it.
     """
 
     def __init__(
@@ -103,10 +103,12 @@ class MuonAdamW(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         momentum: float = 0.95,
+        momentum_warmup: int = 0,
         weight_decay: float = 0.0,
     ):
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "momentum": momentum}
-        super().__init__(params, defaults | {"weight_decay": weight_decay, "algorithm": "adamw"})
+        adamw = {"betas": betas, "eps": eps, "algorithm": "adamw"}
+        muon = {"momentum": momentum, "momentum_warmup": momentum_warmup, "steps": 0}
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay} | adamw | muon)
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -120,9 +122,12 @@ class MuonAdamW(torch.optim.Optimizer):
                 same = [p for p in params if isinstance(p, DTensor) is sharded]
                 if same:
                     (self._muon if group["algorithm"] == "muon" else self._adamw)(same, group)
+            group["steps"] += 1
         return loss
 
     def _muon(self, params: list[torch.Tensor], group: dict[str, Any]) -> None:
+        missing = 1 - group["steps"] / group["momentum_warmup"] if group["momentum_warmup"] else 0
+        momentum = group["momentum"] - 0.1 * max(0.0, missing)
         shapes = defaultdict(list)
         for p in params:
             shapes[p.shape].append(p)
@@ -132,8 +137,8 @@ class MuonAdamW(torch.optim.Optimizer):
                 if "momentum_buffer" not in self.state[p]:
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
             buffers = [self.state[p]["momentum_buffer"] for p in same]
-            torch._foreach_lerp_(buffers, list(grads.unbind()), 1 - group["momentum"])
-            updates = orthogonalize(grads.lerp(torch.stack(buffers), group["momentum"]))
+            torch._foreach_lerp_(buffers, list(grads.unbind()), 1 - momentum)
+            updates = orthogonalize(grads.lerp(torch.stack(buffers), momentum))
             torch._foreach_mul_(same, 1 - group["lr"] * group["weight_decay"])
             scale = max(1.0, rows / columns) ** 0.5
             torch._foreach_add_(same, list(updates.unbind()), alpha=-group["lr"] * scale)
@@ -173,6 +178,7 @@ def build_optimizer(
     weight_decay: float | None = None,
     betas: tuple[float, float] | None = None,
     eps: float = 1e-8,
+    momentum_warmup: int = 0,
 ) -> torch.optim.Optimizer:
     """Make the optimizer of a recipe; what is `None` comes from `OPTIM_DEFAULTS`.
 
@@ -214,7 +220,7 @@ def build_optimizer(
     for group, parameter in members:
         groups[group].setdefault("params", []).append(parameter)
     filled = [{"name": name, **group} for name, group in groups.items() if "params" in group]
-    return MuonAdamW(filled, lr=lr, betas=betas, eps=eps)
+    return MuonAdamW(filled, lr=lr, betas=betas, eps=eps, momentum_warmup=momentum_warmup)
 
 
 def _muon_group(name: str, parameter: nn.Parameter, tied: bool) -> str:

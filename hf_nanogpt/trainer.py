@@ -70,6 +70,7 @@ class NanoGPTTrainer(HubTrainer):
                 weight_decay=args.weight_decay,
                 betas=(args.adam_beta1 or 0.0, args.adam_beta2 or 0.0),
                 eps=args.adam_epsilon,
+                momentum_warmup=args.momentum_warmup_steps,
             )
         return self.optimizer
 

@@ -80,21 +80,28 @@ def test_the_muon_recipe_gives_embeddings_head_and_norms_to_adamw():
 # Muon
 
 
-def test_a_muon_step_equals_the_update_written_out():
+@pytest.mark.parametrize("warmup", [0, 3])
+def test_a_muon_step_equals_the_update_written_out(warmup):
     shapes = [*SHAPES.values(), SHAPES["tall"], SHAPES["wide"]]  # two are stepped together
     params = [torch.nn.Parameter(random_matrix(*s, seed=i)) for i, s in enumerate(shapes)]
     expected = [p.detach().clone() for p in params]
     momenta = [torch.zeros_like(p) for p in expected]
     optimizer = MuonAdamW(
-        [{"params": params, "algorithm": "muon"}], lr=0.1, momentum=0.9, weight_decay=0.5
+        [{"params": params, "algorithm": "muon"}],
+        lr=0.1,
+        momentum=0.9,
+        momentum_warmup=warmup,
+        weight_decay=0.5,
     )
-    for seed in range(4):
+    rising = [0.8, 0.8 + 0.1 / 3, 0.8 + 0.2 / 3, 0.9]
+    for seed, momentum in enumerate(rising if warmup else [0.9] * 4):
         gradients(params, seed)
         optimizer.step()
         for i, (rows, columns) in enumerate(shapes):
             grad = params[i].grad
-            momenta[i] = 0.9 * momenta[i] + 0.1 * grad
-            update = orthogonalize(0.1 * grad + 0.9 * momenta[i])  # Nesterov looks ahead
+            momenta[i] = momentum * momenta[i] + (1 - momentum) * grad
+            update = (1 - momentum) * grad + momentum * momenta[i]  # Nesterov looks ahead
+            update = orthogonalize(update)
             scale = max(1, rows / columns) ** 0.5
             expected[i] = expected[i] * (1 - 0.1 * 0.5) - 0.1 * scale * update
             torch.testing.assert_close(params[i].detach(), expected[i], rtol=1e-4, atol=1e-5)
@@ -226,7 +233,7 @@ def test_an_unknown_recipe_is_refused_with_the_nearest():
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_reloaded_state_goes_on_bitwise_the_same(recipe):
     model = tiny_model("nano")
-    optimizer = build_optimizer(model, recipe=recipe)
+    optimizer = build_optimizer(model, recipe=recipe, momentum_warmup=5)
     for seed in range(3):
         step(optimizer, model, seed)
     saved = io.BytesIO()
