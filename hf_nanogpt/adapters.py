@@ -43,12 +43,17 @@ def _check_peft() -> None:
 
 
 def add_adapter(
-    model: PreTrainedModel, args: LoraArguments, *, with_embeddings: bool = False
+    model: PreTrainedModel,
+    args: LoraArguments,
+    *,
+    with_embeddings: bool = False,
+    revision: str | None = None,
 ) -> torch.nn.Module:
     """Return the model with a new adapter, which alone is trainable and changes nothing yet.
 
     Args:
         with_embeddings: embedding and head are trained whole beside it, as new tokens need it.
+        revision: of the model on the Hub, for whoever loads the adapter.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -57,6 +62,7 @@ def add_adapter(
         r=args.lora_rank,
         lora_alpha=args.lora_alpha,
         modules_to_save=["embed_tokens", "lm_head"] if with_embeddings else None,
+        revision=revision,
         ensure_weight_tying=with_embeddings and model.config.tie_word_embeddings,
     )
     with warnings.catch_warnings():  # PEFT asks for something by its former name

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 import torch
 import yaml
+from accelerate.utils import parse_flag_from_env
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.integrations.integration_utils import (
     INTEGRATION_TO_CALLBACK,
@@ -104,6 +105,11 @@ class NanoGPTTrainingArguments(LoraArguments, TrainingArguments):
         LoraArguments.__post_init__(self)
         TrainingArguments.__post_init__(self)
         if self.lora:
+            flags = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
+            if self.fsdp or self.deepspeed or any(map(parse_flag_from_env, flags)):
+                raise ValueError(
+                    "lora=True needs whole weights: train it without FSDP and DeepSpeed."
+                )
             self.hub_strategy = HubStrategy.END  # before, there are adapters and no whole model
         for name in self.report_to or []:
             _check_tracker(name)
@@ -248,9 +254,15 @@ def _read_recipe(recipe: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
             f"recipe={recipe} is not valid YAML: {' '.join(str(error).split())}"
         ) from error
     names = ("data", "model", "training", "lora")
-    if not isinstance(sections, dict) or set(sections) - set(names):
+    kinds = dict | None  # an empty section is None
+    if (
+        not isinstance(sections, dict)
+        or set(sections) - set(names)
+        or not all(isinstance(part, kinds) for part in sections.values())
+    ):
         raise ValueError(
-            f"recipe={recipe} must have the sections {', '.join(names)} and no others."
+            f"recipe={recipe} must have the sections {', '.join(names)}, each with settings, and "
+            "no others."
         )
     with_lora = sections.pop("lora", None) or {}
     always = {name: value for part in sections.values() for name, value in (part or {}).items()}

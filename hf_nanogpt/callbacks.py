@@ -81,7 +81,7 @@ class SpeedCallback(TrainerCallback):
         return self._figures(self.start, 0.0, state)
 
     def _figures(self, tokens: int, seconds: float, state: TrainerState) -> dict[str, float]:
-        if not state.num_input_tokens_seen:  # include_num_input_tokens_seen="no"
+        if state.num_input_tokens_seen == tokens:  # not counted, or resumed at the end
             return {}
         speed = (state.num_input_tokens_seen - tokens) / max(self.seconds - seconds, 1e-9)
         mfu = {} if self.share is None else {"mfu": round(speed * self.share, 4)}

@@ -45,7 +45,7 @@ class Chat:
     """Answers messages in turn; the oldest turns are left out when the context is full.
 
     `settings` are those of `stream_text`; an answer has room for `max_new_tokens`, or less in a
-    small context.
+    small context. The model's `generation_config` then ends at each of `find_turn_ends`.
 
     Raises:
         ValueError: the checkpoint has no chat template, or a setting is out of range.
@@ -187,8 +187,9 @@ class Chat:
         try:
             with Path(name).expanduser().open("x", encoding="utf-8") as file:
                 file.write(conversation + "\n")
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # RuntimeError: of `expanduser`, no such user
+            why = getattr(error, "strerror", None) or error
             raise ValueError(
-                f"{name!r} cannot be written ({error.strerror}): give the name of a new file."
+                f"{name!r} cannot be written ({why}): give the name of a new file."
             ) from error
         return f"{name} has the conversation."

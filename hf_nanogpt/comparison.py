@@ -64,7 +64,7 @@ def compare_on_tasks(
 
 def _load(checkpoint: str, quantize: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     model, tokenizer = load_checkpoint(checkpoint)
-    return (quantize_model(model) if quantize else model), tokenizer
+    return (quantize_model(model.float()) if quantize else model), tokenizer
 
 
 def format_table(rows: Sequence[Sequence[str]]) -> str:

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from datasets import Dataset, Features, IterableDataset, List, Value
+from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -136,13 +137,29 @@ class ConversationEncoder:
                 "The chat template does not mark the answers by {% generation %}, so all tokens "
                 "are learnt, those of the questions too."
             )
+        question = self._apply([{"role": "user", "content": "?"}], add_generation_prompt=True)
+        if tokenizer.eos_token_id in question["input_ids"][1:]:
+            raise ValueError(
+                f"The chat template ends each message by the eos_token {tokenizer.eos_token!r}, "
+                "which ends a document here, so that no answer would see its question: train with "
+                "examples/trl/sft.py."
+            )
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[np.ndarray]]:
         return {"input_ids": [self._encode(messages) for messages in batch[MESSAGES]]}
 
-    def _encode(self, messages: list[dict[str, str]]) -> np.ndarray:
+    def _apply(self, messages: list[dict[str, str]], **settings: Any) -> Any:
         quiet = {"verbose": False}  # about conversations longer than the context, which are cut
-        out = self.tokenizer.apply_chat_template(messages, tokenizer_kwargs=quiet, **self.settings)
+        settings = self.settings | settings
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenizer_kwargs=quiet, **settings)
+        except TemplateError as error:
+            raise ValueError(
+                f"The chat template refuses the conversation {messages!r:.80}: {error}."
+            ) from error
+
+    def _encode(self, messages: list[dict[str, str]]) -> np.ndarray:
+        out = self._apply(messages)
         ids, eos = np.array(out["input_ids"], dtype=self.kind), self.tokenizer.eos_token_id
         if self.is_marked:
             ids = np.where(np.array(out["assistant_masks"]) == 1, ids, ~ids)

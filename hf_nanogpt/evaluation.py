@@ -159,7 +159,9 @@ def evaluate(
     finally:
         model.train(was_training)
     if not total[1]:
-        raise ValueError(f"data={data} holds no text: there is nothing to measure on.")
+        raise ValueError(
+            f"data={data} holds no text, or no answers: there is nothing to measure on."
+        )
     return summarize_losses(total)
 
 

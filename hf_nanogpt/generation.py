@@ -50,7 +50,7 @@ def stream_text(
     top_p: float | None = None,
     min_p: float | None = None,
     repetition_penalty: float | None = None,
-    stop_strings: Sequence[str] = (),
+    stop_strings: str | Sequence[str] = (),
     stop_at_eos: bool = True,
     compile: bool = False,
     past_key_values: Cache | None = None,
@@ -84,6 +84,7 @@ def stream_text(
         ValueError: a setting is out of range, the prompt leaves no room in the model's context, or
             the tokenizer is of another model.
     """
+    stop_strings = [stop_strings] if isinstance(stop_strings, str) else stop_strings
     own = model.generation_config
     if top_k is None:
         top_k = own.top_k or 0  # and not the 50 that transformers falls back on

@@ -91,8 +91,9 @@ class MuonAdamW(torch.optim.Optimizer):
     """Step each group by its `algorithm`: `"muon"` (matrices only) or `"adamw"`.
 
     Both decay weights apart from the gradient. Matrices of one shape are orthogonalised together in
-    one batched product. `"muon"` groups use `momentum` (Nesterov), which rises to that from 0.1 less
-    during the first `momentum_warmup` steps, `"adamw"` groups `betas` and `eps`. Parameters may be sharded (`DTensor`), as FSDP2 and tensor parallelism do it.
+    one batched product. `"muon"` groups use `momentum` (Nesterov), which rises to that from 0.1
+    less during the first `momentum_warmup` steps, `"adamw"` groups `betas` and `eps`. Parameters
+    may be sharded (`DTensor`), as FSDP2 and tensor parallelism do it.
     """
 
     def __init__(

@@ -122,7 +122,8 @@ def pack_documents(
 
     The last block may be shorter; `PackedCollator` pads it. The tokens of a `Dataset` are memory-
     mapped from Arrow files in the cache of `datasets`, so the corpus may be larger than memory; an
-    `IterableDataset` is tokenised and packed as it streams.
+    `IterableDataset` is tokenised and packed as it streams. Of conversations, a token that is not
+    to be learnt is written as its complement `~id`, see `PackedCollator`.
     """
     tokens = tokenize_documents(documents, tokenizer, num_proc=num_proc)
     return cut_blocks(tokens, context_length=context_length, eos_token_id=tokenizer.eos_token_id)

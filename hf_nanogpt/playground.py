@@ -17,6 +17,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .chat import find_turn_ends
 from .checkpoint import load_checkpoint
 from .explain import show_token
 from .stepping import Step, choose_candidate, stream_steps
@@ -136,7 +137,7 @@ class Speaker:
 
     def tell_end(self, steps: list[Step]) -> str:
         """Return how long a text is, and whether the model has ended it."""
-        ended = steps[-1].came.id == self.tokenizer.eos_token_id
+        ended = steps[-1].came.id in find_turn_ends(self.model, self.tokenizer)
         return f"{len(steps)} tokens{': the model has ended the text' if ended else ''}."
 
 
@@ -151,6 +152,8 @@ def check_gradio() -> None:
 
 def check_address(host: str, port: int | None) -> None:
     """Raise a `ValueError` unless a server can listen there; without a port, on any."""
+    if port == 0:
+        raise ValueError("port=0 is not possible: leave --port out for the first free one.")
     try:
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -163,7 +166,7 @@ def check_address(host: str, port: int | None) -> None:
 
 def serve_playground(
     checkpoints: Sequence[str | Path], *, host: str = "127.0.0.1", port: int | None = None
-):
+) -> Any:
     """Serve the page of one checkpoint or several, and return it, a running `gradio.Blocks`.
 
     The page fetches nothing from elsewhere, and tells nobody. Without a `port` it is the first free
@@ -238,11 +241,12 @@ def _build_settings(speakers: Sequence[Speaker]) -> dict[str, Any]:
         }
 
 
-# A click, or Enter, on what can be focused is an event that brings its data-* attributes along.
+# A click, Enter or the space bar on what can be focused is an event with its data-* attributes.
 _CLICKS = """
 const choose = event => {
   const found = event.target.closest('[tabindex]');
-  if (!found || (event.key && event.key !== 'Enter')) return;
+  if (!found || (event.key && !['Enter', ' '].includes(event.key))) return;
+  if (event.key) event.preventDefault();  // the space bar would scroll
   element.querySelectorAll('[aria-pressed]').forEach(one => one.removeAttribute('aria-pressed'));
   found.setAttribute('aria-pressed', true);
   trigger('click', {...found.dataset});
@@ -294,4 +298,5 @@ def _build_column(speaker: Speaker, prompt, settings: dict[str, Any], start, sto
     first = gradio.on(triggers, begin, [prompt, *widgets], outputs, **alone)
     text.click(reveal, story, candidates, **quiet)
     again = candidates.click(go_on, [story, *widgets], outputs, cancels=[first], **alone)
+    gradio.on(triggers, None, cancels=[again], **quiet)
     stop.click(halt, story, text, cancels=[first, again], **quiet)

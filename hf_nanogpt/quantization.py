@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 
 class Int8Linear(nn.Module):
@@ -26,7 +27,10 @@ class Int8Linear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         scale = _find_scale(x)
         rows = (x / scale).round_().to(torch.int8).flatten(0, -2)
-        product = torch._int_mm(rows, self.weight.t()).unflatten(0, x.shape[:-1])
+        count = len(rows)
+        if count == 1 and torch.compiler.is_compiling():
+            rows = torch.cat((rows, rows))  # torch 2.13 compiles the product of one row wrongly
+        product = torch._int_mm(rows, self.weight.t())[:count].unflatten(0, x.shape[:-1])
         y = (product * scale).mul_(self.scale)
         return y if self.bias is None else y.add_(self.bias)
 
@@ -43,8 +47,14 @@ def quantize_model(model: PreTrainedModel) -> PreTrainedModel:
     and norms stay as they are.
 
     Raises:
-        ValueError: the model is not in float32 on the CPU.
+        ValueError: the model is not in float32 on the CPU, or has layers of another kind, as
+            transformers' own GPT-2.
     """
+    if any(isinstance(module, Conv1D) for module in model.modules()):
+        raise ValueError(
+            f"int8 weights are for linear layers, and {type(model).__name__} has Conv1D instead: "
+            "make it ours first by hf-nanogpt convert."
+        )
     if model.device.type != "cpu" or model.dtype != torch.float32:
         raise ValueError(
             f"int8 weights are for a float32 model on the CPU, and this one is {model.dtype} on "

@@ -35,6 +35,7 @@ def build_app(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
     Raises:
         ValueError: the tokenizer is of another model.
     """
+    from fastapi.exceptions import RequestValidationError
     from fastapi.responses import JSONResponse
     from starlette.exceptions import HTTPException
     from transformers.cli.serving.chat_completion import ChatCompletionHandler
@@ -62,13 +63,16 @@ def build_app(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
     async def refuse(request: Any, error: Exception) -> JSONResponse:
         no_template = not tokenizer.chat_template and request.url.path != _TEXT
         status, why = 400, " ".join(str(error).split())
+        if isinstance(error, KeyError | TypeError | RequestValidationError):
+            no_template, why = False, f"The request is not as the API has it: {why}."
         if isinstance(error, HTTPException):
             status, why = error.status_code, error.detail
         message = NO_TEMPLATE if no_template and status == 400 else why
         body = {"message": message, "type": "invalid_request_error"}
         return JSONResponse({"error": body}, status)
 
-    for kind in (ValueError, TemplateError, HTTPException):
+    wrong = (ValueError, KeyError, TypeError, RequestValidationError)
+    for kind in (*wrong, TemplateError, HTTPException):
         app.add_exception_handler(kind, refuse)
     return app
 

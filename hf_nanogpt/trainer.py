@@ -41,8 +41,6 @@ class NanoGPTTrainer(HubTrainer):
                 kwargs["compute_metrics"] = _compute_metrics
                 self.byte_counts = token_byte_counts(tokenizer)
         super().__init__(model, args, **kwargs)
-        if self.args.lora and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            raise ValueError("lora=True needs whole weights: train it without FSDP and DeepSpeed.")
         if self.is_fsdp_enabled:
             _prepare_fsdp(self.accelerator.state.fsdp_plugin)
         self.remove_callback(PrinterCallback)
@@ -59,6 +57,11 @@ class NanoGPTTrainer(HubTrainer):
         if "loss" in logs:
             logs.update(self.speed.read(self.state))
         super().log(logs, start_time)
+
+    def _get_num_items_in_batch(self, batch_samples, device):
+        """Count one where there is nothing to learn, so that the loss is 0 and not 0 / 0."""
+        count = super()._get_num_items_in_batch(batch_samples, device)
+        return count.clamp(min=1) if isinstance(count, torch.Tensor) else count and max(count, 1)
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         if self.optimizer is None:

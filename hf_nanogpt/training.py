@@ -27,6 +27,7 @@ from .checkpoint import (
     explain_write_errors,
     find_last_checkpoint,
     load_checkpoint,
+    split_revision,
     staged_folder,
 )
 from .configuration_nanogpt import NanoGPTConfig
@@ -84,6 +85,11 @@ def train(
             checkpoint was saved first.
     """
     data_args, architecture, args = parse_settings(recipe, flags, **settings)
+    if start_from and Path(start_from).resolve().is_relative_to(Path(args.output_dir).resolve()):
+        raise ValueError(
+            f"output_dir={args.output_dir} holds {start_from}, the model to go on with: choose "
+            "another output_dir."
+        )
     check_output_dir(args.output_dir, overwrite=overwrite, resume=resume)
     last_checkpoint = find_last_checkpoint(args.output_dir) if resume else None
     if resume and not last_checkpoint and args.should_save:
@@ -115,7 +121,7 @@ def train(
         args=args,
         context_length=length,
     )
-    metrics["is_chat"] = bool((held_out < 0).any())
+    metrics["is_chat"] = trainer.processing_class.chat_template is not None
     result = _write_artifacts(trainer, metrics, prompt=prompt)
     if args.push_to_hub:
         trainer.push_to_hub()
@@ -143,8 +149,8 @@ def _make_trainer(
         tokenizer, tokens, held_out = load_tokens(data_args, own)
         if model is None:
             config = make_config(architecture, **_vocabulary(tokenizer))
-        length = check_context_length(config, data_args.context_length)
         tokenizer.model_max_length = config.max_position_embeddings
+        length = check_context_length(config, data_args.context_length)
         cut: dict[str, Any] = {"context_length": length, "eos_token_id": tokenizer.eos_token_id}
         seed = args.seed if args.data_seed is None else args.data_seed
         blocks, validation = cut_blocks(tokens, seed=seed, **cut), cut_blocks(held_out, **cut)
@@ -165,15 +171,11 @@ def _make_trainer(
         model = NanoGPTForCausalLM(config)
         add_chat_template(tokenizer, data_args.chat_template, model=model)
     if args.lora:
-        model = add_adapter(model, args, with_embeddings=len(tokenizer) > known)
+        grown, (_, revision) = len(tokenizer) > known, split_revision(str(start_from))
+        model = add_adapter(model, args, with_embeddings=grown, revision=revision)
     args.eval_on_start = (args.eval_on_start or bool(start_from)) and not last_checkpoint
-    trainer = NanoGPTTrainer(
-        model,
-        args,
-        train_dataset=blocks,
-        eval_dataset=validation,
-        processing_class=tokenizer,
-    )
+    datasets = {"train_dataset": blocks, "eval_dataset": validation}
+    trainer = NanoGPTTrainer(model, args, **datasets, processing_class=tokenizer)
     trainer.settings = settings
     trainer.speed.context_length = length
     return trainer, length
@@ -218,7 +220,8 @@ def _choose_prompt(
     if data_args.data == STDLIB:
         return "def main("
     if (held_out < 0).any():
-        return tokenizer.decode(~held_out[: (held_out >= 0).argmax()])
+        end = (held_out >= 0).argmax() or len(held_out) // 2  # else a part of the question
+        return tokenizer.decode(~held_out[:end])
     words = tokenizer.decode(held_out, skip_special_tokens=True).split()
     return " ".join(words[:3])[: min(40, len(held_out) // 2)]
 
@@ -240,6 +243,10 @@ def _check_blocks(
         raise ValueError(
             f"The training text has {tokens} tokens, fewer than one block of context_length="
             f"{length}: give more text, or a smaller block_size or context_length."
+        )
+    elif all((block["input_ids"] < 0).all() for block in blocks):
+        raise ValueError(
+            "No message of the training data is an assistant's: there is nothing to learn."
         )
 
 

@@ -223,6 +223,7 @@ def test_terminal_ends_an_answer_at_ctrl_c_and_the_chat_at_ctrl_d(tmp_path):
     ours = {"stdin": end, "stdout": end, "stderr": end, "cwd": tmp_path}
     environment = os.environ | {"TERM": "dumb", "PYTHONPATH": str(ROOT)}
     chat = subprocess.Popen(command, **ours, env=environment)
+    os.close(end)  # else reading would wait for ever where the chat has ended
     seen = ""
 
     def read_until(mark: str) -> str:
@@ -250,4 +251,3 @@ def test_terminal_ends_an_answer_at_ctrl_c_and_the_chat_at_ctrl_d(tmp_path):
     [asked, said] = json.loads((tmp_path / "chat.jsonl").read_text())["messages"]
     assert asked == user("hello") and 1 < len(said["content"]) < 19_000
     os.close(screen)
-    os.close(end)

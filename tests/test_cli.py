@@ -177,6 +177,7 @@ def _bad_inputs(tmp: Path) -> dict[str, tuple[list, list[str]]]:
     (tmp / "short.txt").write_text("A text of some words, no more.")
     (tmp / "rows.jsonl").write_text('{"body": "a text"}\n' * 30)
     (tmp / "bad.yaml").write_text("data: [")
+    (tmp / "flat.yaml").write_text("data: my.txt")
     (tmp / "typo.yaml").write_text("training:\n  max_step: 3\n")
     good = ["--data", tmp / "good.txt"]
     return {
@@ -190,6 +191,7 @@ def _bad_inputs(tmp: Path) -> dict[str, tuple[list, list[str]]]:
         "unknown preset": ([*good, "--preset=gpt-2"], ["gpt-2", "Did you mean 'gpt2'"]),
         "unknown flag": ([*good, "--max_step=3"], ["--max_step", "--max_steps"]),
         "key in recipe": ([tmp / "typo.yaml"], ["--max_step", "--max_steps"]),
+        "no section": ([tmp / "flat.yaml"], ["flat.yaml", "each with settings"]),
         "bad YAML": ([tmp / "bad.yaml"], ["bad.yaml", "YAML"]),
         "no number": ([*good, "--max_steps=many"], ["max_steps", "many"]),
         "bad choice": ([*good, "--optim_recipe=sgd"], ["optim_recipe", "sgd", "muon"]),
@@ -202,6 +204,7 @@ def _bad_inputs(tmp: Path) -> dict[str, tuple[list, list[str]]]:
         "no folder to resume": ([*good, "--resume", "--output_dir", tmp], ["checkpoint-*"]),
         "offline Hub id": (["--data", "user/corpus"], ["user/corpus", "HF_HUB_OFFLINE"]),
         "tokenizer": ([*good, "--tokenizer=bpee"], ["bpee", "bpe, char, byte"]),
+        "momentum": ([*good, "--momentum_warmup_steps=-1"], ["momentum_warmup_steps=-1"]),
         "threads": ([*good, "--num_threads=0"], ["num_threads=0"]),
         "zero layers": ([*good, "--n_layer=0"], ["num_hidden_layers=0"]),
     }

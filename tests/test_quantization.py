@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import tiny_model
 from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_nanogpt.cli import main
 from hf_nanogpt.quantization import Int8Linear, quantize_model
@@ -18,6 +19,14 @@ def test_int8_linear_is_exact_on_what_8_bits_hold(bias):
     x = torch.randint(-127, 128, (2, 3, 16)).float()
     x[..., 0], x[0, 0] = 127, 0
     torch.testing.assert_close(Int8Linear(linear)(x), linear(x))
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_compiled_int8_linear_gives_the_same(rows):
+    linear, x = Int8Linear(nn.Linear(48, 32)), torch.randn(rows, 1, 48)
+    torch.compiler.reset()
+    with torch.no_grad():  # by the compiler itself: what it makes of whole numbers is at stake
+        torch.testing.assert_close(torch.compile(linear)(x), linear(x))
 
 
 def test_rows_do_not_depend_on_each_other():
@@ -44,6 +53,8 @@ def test_quantized_model_generates_alike_with_and_without_cache(tokens):
 
 
 def test_refusals_are_one_sentence(capsys):
+    with pytest.raises(ValueError, match="GPT2LMHeadModel has Conv1D instead"):
+        quantize_model(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=9)))
     with pytest.raises(ValueError, match="float32 model on the CPU"):
         quantize_model(tiny_model("nano").bfloat16())
     assert main(["generate", "x", "--quantize", "int4"]) == 2

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import pytest
@@ -136,6 +137,16 @@ BAD = {
     "prompts": ({"prompt": ["a", "b"]}, "must be a string"),
     "stop": ({"extra_body": {"top_k": 3}}, "Unexpected fields.*top_k"),
 }
+
+
+@pytest.mark.parametrize("body", [{}, {"messages": [{"content": "a"}]}, {"messages": 3}, 7])
+def test_a_chat_request_of_another_form_gets_a_sentence(body, printed):
+    body = json.dumps({"model": "talker", **body} if isinstance(body, dict) else body).encode()
+    where = f"{address(printed)}/v1/chat/completions"
+    with pytest.raises(HTTPError) as error:
+        urlopen(Request(where, body, {"Content-Type": "application/json"}))
+    assert error.value.code in (400, 422)
+    assert json.load(error.value)["error"]["type"] == "invalid_request_error"
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -2,7 +2,7 @@
 
 Several conversations share a row (packing), each with its own positions, so that they do not see
 each other. `hf-nanogpt train finetune --data CHAT.jsonl --chat_template chatml` learns the same
-without TRL; this way there are LoRA adapters and all other settings of SFTConfig.
+without TRL, by an adapter with `--lora`; this way there are all the settings of SFTConfig.
 
 Run: python examples/trl/sft.py CHECKPOINT OUTPUT_DIR [CHAT.jsonl]
 """
@@ -60,7 +60,7 @@ def main(
     adapters = LoraConfig(
         target_modules="all-linear",
         modules_to_save=tables,
-        ensure_weight_tying=model.config.tie_word_embeddings,
+        ensure_weight_tying=bool(tables) and model.config.tie_word_embeddings,
     )
     trainer = SFTTrainer(
         model,

@@ -17,6 +17,7 @@ from transformers import (
     set_seed,
 )
 
+from ..checkpoint import check_checkpoint, split_revision
 from ..convert import export_checkpoint, find_native_twin
 from ..generation import compiled_decoding
 from ..info import load_config
@@ -131,7 +132,9 @@ def _load(model: str | None, sizes: dict[str, int]) -> PreTrainedModel:
     if sizes:
         raise ValueError(f"{next(iter(sizes))} is for presets: {model} has its own sizes.")
     load_config(model)  # says what is wrong, and which presets there are
-    return NanoGPTForCausalLM.from_pretrained(model).eval()
+    name, revision = split_revision(check_checkpoint(model))
+    loaded = NanoGPTForCausalLM.from_pretrained(name, revision=revision, dtype=torch.float32)
+    return loaded.eval()
 
 
 def _make_contestants(

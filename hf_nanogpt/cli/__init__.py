@@ -8,7 +8,7 @@ from importlib import import_module
 from .parser import find_nearest
 
 VERBS: dict[str, str] = {
-    "train": "train a tokenizer and a GPT from nothing, on your text or on Python's own source",
+    "train": "train a GPT on your text, from nothing or from a checkpoint",
     "tokenize": "turn a text into tokens once, in a folder to train from",
     "generate": "go on from a prompt, printed as it is produced",
     "chat": "talk with a model in the terminal",

@@ -23,6 +23,7 @@ def run_chat(argv: list[str]) -> None:
     from ..checkpoint import load_checkpoint
 
     chat = Chat(*load_checkpoint(given.pop("checkpoint")), **given)
+    sys.stdin.reconfigure(errors="surrogateescape")  # `Chat` refuses what is no text, by message
     person = sys.stdin.isatty()
     if person:
         with suppress(ImportError):  # gives `input` its editing and history
@@ -31,6 +32,9 @@ def run_chat(argv: list[str]) -> None:
     while (line := _read_line(person)) is not None and line.strip() != "/exit":
         try:
             _answer(chat, line.strip())
+        except KeyboardInterrupt:  # ends the answer, and not the chat
+            if not person:
+                raise
         except ValueError as error:
             print(f"({' '.join(str(error).split())})", file=sys.stderr)
 
@@ -50,7 +54,7 @@ def _read_line(person: bool) -> str | None:
 
 
 def _answer(chat, line: str) -> None:
-    """Print what a command says, or the answer to a message; Ctrl-C ends the answer."""
+    """Print what a command says, or the answer to a message."""
     if line.startswith("/"):
         print(chat.run_command(line))
         return
@@ -63,9 +67,6 @@ def _answer(chat, line: str) -> None:
     try:
         for piece in pieces:
             print(piece, end="", flush=True)
-    except KeyboardInterrupt:
-        if not sys.stdin.isatty():
-            raise
     finally:
         pieces.close()
         print()

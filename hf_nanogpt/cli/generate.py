@@ -39,7 +39,7 @@ def run_generate(argv: list[str]) -> None:
     if args.quantize:
         from ..quantization import quantize_model
 
-        quantize_model(model)
+        quantize_model(model.float())
     for i in range(args.num_samples):
         pieces = stream_text(
             model,

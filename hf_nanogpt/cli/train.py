@@ -15,22 +15,7 @@ from .parser import Parser, quiet_libraries
 def run_train(argv: list[str]) -> None:
     given = [word for word in argv if word not in ("--resume", "--overwrite")]
     recipe = argv.pop(0) if argv and not argv[0].startswith("-") else "quickstart"
-    own = Parser(
-        prog="hf-nanogpt train",
-        usage="hf-nanogpt train [RECIPE] [--resume | --overwrite] [--SETTING VALUE ...]",
-        add_help=False,
-        allow_abbrev=False,
-    )
-    own.add_argument("--recipe", help="instead of the first word")
-    own.add_argument(
-        "--from",
-        dest="start_from",
-        metavar="CHECKPOINT",
-        help="go on with this model, do not begin",
-    )
-    own.add_argument("--resume", action="store_true", help="go on where it was stopped")
-    own.add_argument("--overwrite", action="store_true", help="train an existing folder anew")
-    own.add_argument("-h", "--help", action="store_true")
+    own = _make_train_parser()
     args, flags = own.parse_known_args(argv)
     if args.help:
         _print_train_help(own)
@@ -60,6 +45,28 @@ def run_train(argv: list[str]) -> None:
         sys.exit(128 + interruption.signum)
     if os.environ.get("RANK", "0") == "0":
         print(_summary(result))
+
+
+def _make_train_parser() -> Parser:
+    """Return the parser of what is no setting: those have one of their own."""
+    parser = Parser(
+        prog="hf-nanogpt train",
+        usage="hf-nanogpt train [RECIPE] [--from CHECKPOINT] [--resume | --overwrite] "
+        "[--SETTING VALUE ...]",
+        add_help=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--recipe", help="instead of the first word")
+    parser.add_argument(
+        "--from",
+        dest="start_from",
+        metavar="CHECKPOINT",
+        help="go on with this model, do not begin",
+    )
+    parser.add_argument("--resume", action="store_true", help="go on where it was stopped")
+    parser.add_argument("--overwrite", action="store_true", help="train an existing folder anew")
+    parser.add_argument("-h", "--help", action="store_true")
+    return parser
 
 
 def _own_name() -> str:
@@ -107,9 +114,10 @@ def _summary(result: Any) -> str:
         "parameters": f"{m['num_parameters']:,}",
         "tokens": f"{m['train_tokens']:,}",
         "time": f"{m['train_seconds']:,.0f} s",
-        "tokens/s": f"{m['tokens_per_second']:,.0f}"
-        + (f" (MFU {m['mfu']:.0%})" if "mfu" in m else ""),
     }
+    if "tokens_per_second" in m:
+        mfu = f" (MFU {m['mfu']:.0%})" if "mfu" in m else ""
+        rows["tokens/s"] = f"{m['tokens_per_second']:,.0f}{mfu}"
     before = m.get("before")
     if before:
         rows["held-out text"] = f"{'before':>12} {'after':>12}"

@@ -180,11 +180,12 @@ def _describe_architecture(config: PreTrainedConfig, metrics: dict[str, Any]) ->
 def _describe_training(metrics: dict[str, Any]) -> str:
     if "train_tokens" not in metrics:
         return ""
+    speed = metrics.get("tokens_per_second")
     rows = {
         "Data": _say_data(metrics),
         "Tokens": f"{metrics['train_tokens']:,} in {metrics['train_steps']:,} steps",
-        "Time": f"{metrics['train_seconds']:,.0f} s, "
-        f"{metrics['tokens_per_second']:,.0f} tokens per second",
+        "Time": f"{metrics['train_seconds']:,.0f} s"
+        + (f", {speed:,.0f} tokens per second" if speed else ""),
         "Hardware": metrics.get("hardware"),
         "Recipe": metrics.get("recipe"),
         **metrics.get("settings", {}),
@@ -219,7 +220,9 @@ def _describe_evaluation(metrics: dict[str, Any], name: str, revision: str | Non
 def _show_sample(metrics: dict[str, Any]) -> str:
     if not (sample := metrics.get("sample")):
         return ""
-    text = f"From the prompt `{metrics['prompt']}`, as it came:\n\n{_quote(sample)}"
+    prompt = metrics["prompt"]
+    shown = f"`{prompt}`" if "\n" not in prompt else f"\n\n{_quote(prompt)}\n\n"
+    text = f"From the prompt {shown}, as it came:\n\n{_quote(sample)}"
     if before := metrics.get("before", {}).get("sample"):
         text += f"\n\nAnd before this training:\n\n{_quote(before)}"
     return text
@@ -237,9 +240,11 @@ def _admit(config: PreTrainedConfig, metrics: dict[str, Any]) -> str:
             "- It answers as the conversations do that it was trained on, and was taught no more."
         ]
     if tokens := metrics.get("train_tokens"):
+        start = metrics.get("start_from")
+        known = f"besides what {start} knew, it knows" if start else "it knows"
         lines.append(
             f"- It has seen {tokens:,} tokens, {tokens / metrics['num_parameters']:.2g} for each "
-            f"parameter, of {_say_data(metrics)}: it knows nothing else, repeats what is wrong or "
+            f"parameter, of {_say_data(metrics)}: {known} nothing else, repeats what is wrong or "
             "harmful there, and what it writes looks right more often than it is."
         )
     lines.append(f"- What is more than {config.max_position_embeddings:,} tokens back, it forgets.")
