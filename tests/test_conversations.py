@@ -1,0 +1,258 @@
+"""Conversations: what is learnt of them, and that the trained model answers and stops."""
+
+import json
+
+import pytest
+import torch
+from conftest import tiny_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, pipeline
+
+from hf_nanogpt import (
+    DataArguments,
+    NanoGPTConfig,
+    NanoGPTForCausalLM,
+    PackedCollator,
+    add_chat_template,
+    evaluate,
+    export_checkpoint,
+    load_checkpoint,
+    load_preset,
+    tokenize_corpus,
+    train,
+    train_tokenizer,
+)
+from hf_nanogpt.conversations import ConversationEncoder
+from hf_nanogpt.packing import cut_blocks
+from hf_nanogpt.tokenized import load_tokens
+
+FRUIT = ["apple", "pear", "plum", "fig", "lemon", "melon", "grape", "lime", "date", "kiwi"]
+
+
+def talk(question: str, answer: str, system: str = "") -> list[dict]:
+    said = {"system": system, "user": question, "assistant": answer}
+    return [{"role": role, "content": text} for role, text in said.items() if text]
+
+
+CHATS = [talk(f"A {name}?", "Ça va.", "Be brief." if name < "g" else "") for name in FRUIT * 3]
+CHATS[0] += talk("And you?", "Oui.")
+
+
+def write_table(path, chats) -> str:
+    path.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory) -> str:
+    return write_table(tmp_path_factory.mktemp("data") / "chat.jsonl", CHATS)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> str:
+    """A checkpoint that knows of no template."""
+    folder = tmp_path_factory.mktemp("base")
+    tokenizer = train_tokenizer([], kind="byte")
+    shape = {"n_layer": 1, "n_embd": 32, "n_head": 2, "block_size": 96, "vocab_size": 257}
+    torch.manual_seed(0)
+    ids = {f"{name}_token_id": tokenizer.eos_token_id for name in ("bos", "eos", "pad")}
+    NanoGPTForCausalLM(load_preset("nano", **shape, **ids)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def chat(tmp_path_factory, base, table):
+    """`base` fine-tuned on the table, and what its training said."""
+    return train(
+        "finetune",
+        start_from=base,
+        data=table,
+        chat_template="chatml",
+        output_dir=str(tmp_path_factory.mktemp("runs") / "chat"),
+        max_steps=60,
+        learning_rate=1e-2,
+        per_device_train_batch_size=4,
+        eval_steps=60,
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+
+
+def collate(args: DataArguments):
+    tokenizer, tokens, _ = load_tokens(args)
+    blocks = cut_blocks(tokens, context_length=64, eos_token_id=tokenizer.eos_token_id)
+    return tokenizer, PackedCollator(tokenizer.eos_token_id)(list(iter(blocks)))
+
+
+@pytest.mark.parametrize("kind", ["byte", "char", "bpe"])
+def test_only_answers_are_learnt_and_conversations_stay_apart(kind, table):
+    args = DataArguments(
+        data=table, validation_data=table, tokenizer=kind, vocab_size=280, chat_template="chatml"
+    )
+    tokenizer, batch = collate(args)
+    # The last token of a block is the first of the next.
+    ids = torch.cat([batch["input_ids"][0, :1], batch["input_ids"][:, 1:].flatten()])
+    labels = torch.cat([batch["labels"][0, :1], batch["labels"][:, 1:].flatten()])
+    text = "".join(tokenizer.apply_chat_template(chat, tokenize=False) for chat in CHATS)
+    head, found, rest = tokenizer.decode(ids).partition(text)
+    assert found and not head and not rest.replace("<|endoftext|>", "")
+    answers = [m["content"] for chat in CHATS for m in chat if m["role"] == "assistant"]
+    assert tokenizer.decode(labels[labels >= 0]) == "".join(f"{a}<|im_end|>" for a in answers)
+    starts = (batch["input_ids"] == tokenizer.eos_token_id).nonzero(as_tuple=True)
+    assert not batch["position_ids"][starts].any()
+
+
+def test_a_stream_of_conversations_gives_the_same_tokens(table):
+    given = {"data": table, "validation_data": table, "tokenizer": "byte"}
+    whole = collate(DataArguments(**given, chat_template="chatml"))[1]
+    streamed = collate(DataArguments(**given, chat_template="chatml", streaming=True))[1]
+    assert all(whole[name].equal(streamed[name]) for name in whole)
+
+
+@pytest.mark.parametrize(("family", "size"), [("nano", 257), ("gpt2", 257), ("nano", 320)])
+def test_new_tokens_begin_as_the_mean_of_the_others(family, size):
+    tokenizer = train_tokenizer([], kind="byte")
+    model = tiny_model(family, vocab_size=size)
+    before = model.get_output_embeddings().weight.clone(), model.model.embed_tokens.weight.clone()
+    add_chat_template(tokenizer, model=model)
+    assert len(tokenizer) == 259 and model.config.vocab_size == max(size, 259)
+    after = model.get_output_embeddings().weight, model.model.embed_tokens.weight
+    assert (after[0] is after[1]) == model.config.tie_word_embeddings
+    for old, new in zip(before, after, strict=True):
+        torch.testing.assert_close(new[257:259], old[:257].mean(dim=0).expand(2, -1))
+        assert new[:257].equal(old[:257])
+    assert model.generation_config.eos_token_id == [0, 258]
+    once_more = [weight.clone() for weight in after]
+    add_chat_template(tokenizer, model=model)
+    assert len(tokenizer) == 259 and all(map(torch.equal, once_more, after))
+
+
+def test_trained_on_conversations_the_model_answers_and_stops(chat):
+    folder = str(chat.output_dir)
+    assert GenerationConfig.from_pretrained(folder).eos_token_id == [0, 258]
+    answer = pipeline("text-generation", folder, device="cpu")
+    said = answer(talk("A nut?", ""), do_sample=False, max_new_tokens=30)[0]["generated_text"]
+    assert said[-1] == {"role": "assistant", "content": "Ça va."}
+    assert chat.prompt.endswith("<|im_start|>assistant\n") and "Ça va." in chat.sample
+    assert "hf-nanogpt chat" in (chat.output_dir / "README.md").read_text()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_adapter_brings_the_rows_of_new_tokens(tied, base, table, tmp_path):
+    peft = pytest.importorskip("peft", reason="pip install 'hf-nanogpt[finetune]'")
+    start, run = tmp_path / "start", tmp_path / "run"
+    tokenizer = load_checkpoint(base)[1]
+    config = load_checkpoint(base)[0].config.to_dict() | {"tie_word_embeddings": tied}
+    NanoGPTForCausalLM(NanoGPTConfig(**config)).save_pretrained(start)
+    tokenizer.save_pretrained(start)
+    train(
+        "finetune",
+        start_from=start,
+        data=table,
+        chat_template="chatml",
+        lora=True,
+        output_dir=str(run),
+        max_steps=3,
+        sample_steps=0,
+        disable_tqdm=True,
+    )
+    merged, _ = load_checkpoint(run)
+    assert merged.config.tie_word_embeddings == tied
+    again = peft.AutoPeftModelForCausalLM.from_pretrained(run / "adapter").merge_and_unload()
+    known, found = merged.state_dict(), again.state_dict()
+    assert known["lm_head.weight"].shape[0] == len(tokenizer) + 2
+    for name in known:
+        torch.testing.assert_close(found[name], known[name])
+
+
+def test_evaluation_repeats_what_training_measured_on_answers(chat, table):
+    found = evaluate(str(chat.output_dir), data=table, held_out=0.1)
+    assert found.num_tokens == chat.metrics["eval_tokens"]
+    assert found.loss == pytest.approx(chat.metrics["eval_loss"], rel=1e-5)
+    assert chat.metrics["eval_loss"] < 0.1
+
+
+def test_native_twin_keeps_the_template_and_the_end(chat, tmp_path):
+    export_checkpoint(chat.output_dir, tmp_path / "twin")
+    ours, twin = (AutoTokenizer.from_pretrained(f) for f in (chat.output_dir, tmp_path / "twin"))
+    assert twin.chat_template == ours.chat_template and "generation" in twin.chat_template
+    settings = GenerationConfig.from_pretrained(tmp_path / "twin")
+    assert settings.eos_token_id == [0, 258]
+    answer = pipeline("text-generation", str(tmp_path / "twin"), device="cpu")
+    said = answer(talk("A nut?", ""), do_sample=False, max_new_tokens=30)[0]["generated_text"]
+    assert said[-1]["content"] == "Ça va."
+
+
+def test_a_template_that_is_there_is_kept(chat, base, table, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role + ': ' + m.content }}\n{% endfor %}"
+    AutoModelForCausalLM.from_pretrained(base).save_pretrained(tmp_path / "own")
+    tokenizer.save_pretrained(tmp_path / "own")
+    args = DataArguments(data=table, tokenizer=str(tmp_path / "own"), chat_template="chatml")
+    kept, batch = collate(args)
+    assert (len(kept), kept.chat_template) == (257, tokenizer.chat_template)
+    assert (batch["labels"] >= 0).sum() > 1000  # it marks no answers: all is learnt
+    again = train(
+        "finetune",
+        start_from=chat.output_dir,
+        data=table,
+        output_dir=str(tmp_path / "again"),
+        max_steps=1,
+        disable_tqdm=True,
+    )
+    assert AutoTokenizer.from_pretrained(again.output_dir).chat_template
+    assert GenerationConfig.from_pretrained(again.output_dir).eos_token_id == [0, 258]
+
+
+BAD = {
+    "unknown role": ([{"role": "robot", "content": "hi"}], "role='robot': give each one of system"),
+    "no role": ([{"content": "hi"}], "row 2 has a message with role=None"),
+    "no content": ([{"role": "user"}], "row 2 has a message with content=None"),
+    "empty": ([], "row 2 has messages=\\[\\]: give a list of messages"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_conversations_are_refused_by_row(case, tmp_path):
+    messages, words = BAD[case]
+    path = write_table(tmp_path / "bad.jsonl", [CHATS[0], messages])
+    with pytest.raises(ValueError, match=words):
+        load_tokens(DataArguments(data=path, tokenizer="byte", chat_template="chatml"))
+
+
+def test_a_template_whose_messages_end_by_eos_or_that_refuses_is_named(base, table):
+    tokenizer = load_checkpoint(base)[1]
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content + eos_token }}{% endfor %}"
+    with pytest.raises(ValueError, match="no answer would see its question"):
+        ConversationEncoder(tokenizer)
+    tokenizer.chat_template = "{{ raise_exception('No system messages') }}"
+    with pytest.raises(ValueError, match=r"refuses the conversation .*No system messages"):
+        ConversationEncoder(tokenizer)
+
+
+def test_questions_alone_teach_nothing(base, tmp_path):
+    alone = write_table(tmp_path / "alone.jsonl", [talk("A?" * 40, "") for _ in range(20)])
+    given = {"start_from": base, "chat_template": "chatml", "output_dir": str(tmp_path / "run")}
+    with pytest.raises(ValueError, match="nothing to learn"):
+        train("finetune", data=alone, max_steps=2, **given)
+    assert not (tmp_path / "run").exists()
+    chats = [talk("A?" * 90, "") for _ in range(19)] + [talk("A?", "B.")]
+    mixed = write_table(tmp_path / "mixed.jsonl", chats)
+    quiet = {"disable_tqdm": True, "sample_steps": 0, "eval_strategy": "no"}
+    one = {"per_device_train_batch_size": 1, "num_train_epochs": 1, "eval_on_start": False}
+    result = train("finetune", data=mixed, validation_fraction=0.3, **given, **quiet, **one)
+    assert result.metrics["train_steps"] > 10
+
+
+def test_what_does_not_fit_is_refused_in_a_sentence(table, tmp_path):
+    with pytest.raises(ValueError, match="chat_template='alpaca' is unknown: give chatml"):
+        DataArguments(chat_template="alpaca")
+    with pytest.raises(ValueError, match=r"tokenizer has no chat template: .*--chat_template"):
+        load_tokens(DataArguments(data=table, tokenizer="byte"))
+    with pytest.raises(
+        ValueError, match=r"holds conversations .messages., which are not tokenised"
+    ):
+        tokenize_corpus(DataArguments(data=table, tokenizer="byte"), tmp_path / "tokens")
+    (tmp_path / "words.jsonl").write_text('{"messages": ["hi", "ho"]}\n' * 3)
+    with pytest.raises(ValueError, match=r"row 1 has messages=.'hi', 'ho'.: give a list"):
+        load_tokens(DataArguments(data=str(tmp_path / "words.jsonl"), chat_template="chatml"))

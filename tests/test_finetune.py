@@ -304,6 +304,12 @@ def test_wrong_settings_are_refused_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
+def test_the_start_is_never_overwritten(base, text):
+    with pytest.raises(ValueError, match="holds .* the model to go on with"):
+        tune(base, text, base, overwrite=True)
+    assert (base / "model.safetensors").exists()
+
+
 def test_an_adapter_alone_is_no_checkpoint(adapted, capsys):
     for folder in (adapted / "adapter", adapted / "checkpoint-6"):
         assert main(["generate", str(folder), "def "]) == 2
