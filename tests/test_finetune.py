@@ -305,7 +305,7 @@ def test_wrong_settings_are_refused_before_anything_is_written(
 
 
 def test_the_start_is_never_overwritten(base, text):
-    with pytest.raises(ValueError, match="holds .* the model to go on with"):
+    with pytest.raises(ValueError, match=r"holds .* the model to go on with"):
         tune(base, text, base, overwrite=True)
     assert (base / "model.safetensors").exists()
 

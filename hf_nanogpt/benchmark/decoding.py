@@ -318,5 +318,5 @@ def plot_generation(report: dict[str, Any], path: Path) -> None:
     machine = report["machine"]
     axes.set_title(f"{machine['cpu']}, {machine['threads']} threads, batch {batch}", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path)
