@@ -231,16 +231,16 @@ def test_a_template_whose_messages_end_by_eos_or_that_refuses_is_named(base, tab
 
 
 def test_questions_alone_teach_nothing(base, tmp_path):
-    alone = write_table(tmp_path / "alone.jsonl", [talk("A?" * 40, "") for _ in range(20)])
+    questions = [talk(f"{i}?" * 60, "") for i in range(30)]
+    alone = write_table(tmp_path / "alone.jsonl", questions)
     given = {"start_from": base, "chat_template": "chatml", "output_dir": str(tmp_path / "run")}
     with pytest.raises(ValueError, match="nothing to learn"):
         train("finetune", data=alone, max_steps=2, **given)
     assert not (tmp_path / "run").exists()
-    chats = [talk("A?" * 90, "") for _ in range(19)] + [talk("A?", "B.")]
-    mixed = write_table(tmp_path / "mixed.jsonl", chats)
+    mixed = write_table(tmp_path / "mixed.jsonl", [*questions, *CHATS])
     quiet = {"disable_tqdm": True, "sample_steps": 0, "eval_strategy": "no"}
     one = {"per_device_train_batch_size": 1, "num_train_epochs": 1, "eval_on_start": False}
-    result = train("finetune", data=mixed, validation_fraction=0.3, **given, **quiet, **one)
+    result = train("finetune", data=mixed, **given, **quiet, **one)
     assert result.metrics["train_steps"] > 10
 
 

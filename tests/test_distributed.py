@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from hf_nanogpt import NanoGPTForCausalLM, train
-from hf_nanogpt import training as training_module
+from hf_nanogpt import trainer as trainer_module
 
 EXAMPLES = ROOT / "examples" / "accelerate"
 STEPS = 7  # into the second epoch of 5
@@ -165,13 +165,13 @@ def test_fsdp_through_the_trainer_saves_and_resumes_whole_checkpoints(settings, 
 def test_first_version_of_fsdp_is_refused_by_name_of_the_second():
     plugin = FullyShardedDataParallelPlugin(fsdp_version=1)
     with pytest.raises(ValueError, match=r"fsdp_version=1 .* set fsdp_version to 2"):
-        training_module._prepare_fsdp(plugin)
+        trainer_module._prepare_fsdp(plugin)
 
 
 def test_fsdp_in_bf16_keeps_losses_and_sums_of_gradients_in_float32():
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
     plugin.set_mixed_precision("bf16")
-    training_module._prepare_fsdp(plugin)
+    trainer_module._prepare_fsdp(plugin)
     policy = plugin.mixed_precision_policy
     assert policy.param_dtype == torch.bfloat16
     assert policy.reduce_dtype == torch.float32
