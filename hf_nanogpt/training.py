@@ -244,7 +244,7 @@ def _check_blocks(
             f"The training text has {tokens} tokens, fewer than one block of context_length="
             f"{length}: give more text, or a smaller block_size or context_length."
         )
-    elif all((block["input_ids"] < 0).all() for block in blocks):
+    elif all((blocks[i]["input_ids"] < 0).all() for i in range(len(blocks))):
         raise ValueError(
             "No message of the training data is an assistant's: there is nothing to learn."
         )

@@ -1,5 +1,6 @@
 """The verbs `chat` and `serve`."""
 
+import io
 import sys
 from contextlib import suppress
 from importlib.util import find_spec
@@ -23,7 +24,8 @@ def run_chat(argv: list[str]) -> None:
     from ..checkpoint import load_checkpoint
 
     chat = Chat(*load_checkpoint(given.pop("checkpoint")), **given)
-    sys.stdin.reconfigure(errors="surrogateescape")  # `Chat` refuses what is no text, by message
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # `Chat` refuses what is no text
     person = sys.stdin.isatty()
     if person:
         with suppress(ImportError):  # gives `input` its editing and history
