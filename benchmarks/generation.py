@@ -14,7 +14,13 @@ RUNS = {
     "generation_10m": {"batch_size": 1, "rounds": 7, "compile": True},
     "generation_10m_batch8": {"batch_size": 8, "rounds": 7, "compile": True},
     "generation_124m": {"model": "gpt2", "batch_size": 1, "rounds": 5, "tokens": 8},
-    "generation_124m_batch8": {"model": "gpt2", "batch_size": 8, "rounds": 5, "tokens": 8},
+    "generation_124m_batch8": {
+        "model": "gpt2",
+        "batch_size": 8,
+        "rounds": 5,
+        "tokens": 8,
+        "compile": True,
+    },
 }
 
 if __name__ == "__main__":
