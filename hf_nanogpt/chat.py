@@ -120,11 +120,13 @@ class Chat:
         self.forgotten = first
         return ids
 
+    def _begin(self) -> list[dict[str, str]]:
+        return [{"role": "system", "content": self.system}] if self.system else []
+
     def _encode(self, messages: list[dict[str, str]]) -> list[int]:
-        system = [{"role": "system", "content": self.system}] if self.system else []
         try:
             text = self.tokenizer.apply_chat_template(
-                system + messages, add_generation_prompt=True, tokenize=False
+                self._begin() + messages, add_generation_prompt=True, tokenize=False
             )
         except TemplateError as error:
             raise ValueError(f"The chat template refuses this conversation: {error}.") from error
@@ -182,8 +184,7 @@ class Chat:
         return f"{name} = {value}"
 
     def _save(self, name: str) -> str:
-        system = [{"role": "system", "content": self.system}] if self.system else []
-        conversation = json.dumps({"messages": system + self.messages}, ensure_ascii=False)
+        conversation = json.dumps({"messages": self._begin() + self.messages}, ensure_ascii=False)
         try:
             with Path(name).expanduser().open("x", encoding="utf-8") as file:
                 file.write(conversation + "\n")

@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checkpoint import load_checkpoint, staged_folder
+from ..checkpoint import staged_folder
 from ..modeling_nanogpt import NanoGPTForCausalLM, NanoGPTRotaryEmbedding
 from .gguf_model import GGUFType, choose_architecture, describe_model
 from .gguf_vocabulary import describe_tokenizer
+from .one_file import check_new_file, load_own
 
 _MODULES = {
     "model.embed_tokens": "token_embd",
@@ -58,19 +59,13 @@ def export_gguf(
     """
     if dtype not in get_args(GGUFType):
         raise ValueError(f"dtype={dtype!r} is unknown: choose f32, f16 or q8_0.")
-    destination = Path(destination)
-    if destination.suffix != ".gguf":
-        raise ValueError(f"destination={destination} must be a path that ends in .gguf.")
-    if destination.exists():
-        raise ValueError(f"destination={destination} exists already: choose another name.")
+    destination = check_new_file(destination, ".gguf")
     try:
         import gguf
     except ModuleNotFoundError as error:
         raise ValueError("GGUF needs a package: pip install 'hf-nanogpt[gguf]'.") from error
 
-    model, tokenizer = load_checkpoint(checkpoint)
-    if not isinstance(model, NanoGPTForCausalLM):
-        raise ValueError(f"{checkpoint} is no {NanoGPTForCausalLM.__name__}: convert it first.")
+    model, tokenizer = load_own(checkpoint)
     name = choose_architecture(model.config)
     keys = describe_model(model.config, name, dtype)
     keys |= describe_tokenizer(tokenizer, vocab_size=model.config.vocab_size)

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
-from ..checkpoint import check_writable, load_checkpoint, staged_folder
+from ..checkpoint import check_writable, staged_folder
 from ..modeling_nanogpt import NanoGPTForCausalLM
+from .one_file import check_free, check_new_file, load_own
 
 ONE_FILE_BYTES = int(1.5 * 2**30)  # a protobuf ends at 2 GiB; larger weights go beside it
 TOLERANCE = 1e-3  # of the largest logit: rounding stays below it, a fault does not
@@ -57,12 +58,9 @@ def export_onnx(checkpoint: str | Path, destination: str | Path) -> OnnxFile:
             `tokenizer.json`, onnxruntime gives other logits, packages are missing, or the
             destination cannot be written.
     """
-    destination = Path(destination)
-    if destination.suffix != ".onnx":
-        raise ValueError(f"destination={destination} must be a path that ends in .onnx.")
+    destination = check_new_file(destination, ".onnx")
     data = destination.with_name(destination.name + ".data")
-    if taken := [path for path in (destination, data) if path.exists()]:
-        raise ValueError(f"destination={taken[0]} exists already: choose another name.")
+    check_free(data)
     check_writable(destination, name="destination")
     try:
         import onnx  # noqa: F401 (the exporter wants it)
@@ -71,9 +69,7 @@ def export_onnx(checkpoint: str | Path, destination: str | Path) -> OnnxFile:
     except ModuleNotFoundError as error:
         raise ValueError("ONNX needs three packages: pip install 'hf-nanogpt[onnx]'.") from error
 
-    model, tokenizer = load_checkpoint(checkpoint)
-    if not isinstance(model, NanoGPTForCausalLM):
-        raise ValueError(f"{checkpoint} is no {NanoGPTForCausalLM.__name__}: convert it first.")
+    model, tokenizer = load_own(checkpoint)
     metadata = _describe(model, tokenizer)
     step = _Step(model.float())
     program = _trace(step)
