@@ -25,7 +25,7 @@ from ..modeling_nanogpt import NanoGPTForCausalLM
 from ..presets import PRESETS, load_preset
 from ..quantization import quantize_model
 from .contestants import PlainGPT
-from .report import describe_machine, summarize
+from .report import check_counts, describe_machine, summarize
 
 OURS, COMPILED, PLAIN = "ours", "ours, compiled", "nanoGPT's way, no cache"
 INT8, INT8_COMPILED = "ours, int8", "ours, int8, compiled"
@@ -71,12 +71,7 @@ def benchmark_generation(
         ValueError: a number is out of range, or there is no `model`.
     """
     settings = {"batch_size": batch_size, "rounds": rounds, "tokens": tokens}
-    threads = {} if num_threads is None else {"num_threads": num_threads}
-    for name, value in (settings | threads).items():
-        if value < 1:
-            raise ValueError(f"{name}={value} is not possible: give 1 or more.")
-    if num_threads is not None:
-        torch.set_num_threads(num_threads)
+    check_counts(settings, num_threads)
     set_seed(0)
     ours = _load(model, sizes)
     limit = ours.config.max_position_embeddings

@@ -16,6 +16,16 @@ from ..callbacks import BLUE, GREY
 from ..checkpoint import check_writable, staged_folder
 
 
+def check_counts(settings: dict[str, int], num_threads: int | None) -> None:
+    """Raise a `ValueError` for a count below 1; then set torch's threads, if a number is given."""
+    threads = {} if num_threads is None else {"num_threads": num_threads}
+    for name, value in (settings | threads).items():
+        if value < 1:
+            raise ValueError(f"{name}={value} is not possible: give 1 or more.")
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
+
+
 def describe_machine() -> dict[str, Any]:
     """Return what a figure depends on besides the code: processor, threads, load and versions."""
     packages = ("torch", "transformers", "accelerate")

@@ -16,7 +16,7 @@ from ..info import load_config
 from ..throughput import count_flops, find_peak
 from .contestants import GPT2, NANO, make_contestants
 from .overhead import measure_batches, measure_trainer_overhead
-from .report import describe_machine, summarize
+from .report import check_counts, describe_machine, summarize
 
 # Those of the recipe quickstart.
 SIZES = {"n_layer": 4, "n_embd": 192, "n_head": 3, "block_size": 256, "vocab_size": 2048}
@@ -56,12 +56,7 @@ def benchmark_training(
         ValueError: a number is out of range, the sizes do not fit together, or there is no `model`.
     """
     settings = {"batch_size": batch_size, "rounds": rounds, "steps": steps}
-    threads = {} if num_threads is None else {"num_threads": num_threads}
-    for name, value in (settings | threads).items():
-        if value < 1:
-            raise ValueError(f"{name}={value} is not possible: give 1 or more.")
-    if num_threads is not None:
-        torch.set_num_threads(num_threads)
+    check_counts(settings, num_threads)
     sizes = SIZES | ({} if model is None else _read_sizes(model)) | sizes
     machine, models = describe_machine(), make_contestants(sizes)
     flops = {name: 3 * count_flops(models[name]) for name in (NANO, GPT2)}
