@@ -14,7 +14,7 @@ PACKAGE = ROOT / "hf_nanogpt"
 ORDER = [
     ["configuration_nanogpt"],
     ["modeling_nanogpt"],
-    ["auto", "hub_errors"],
+    ["auto", "hub_errors", "untrusted"],
     ["presets", "tokenization", "optim", "checkpoint", "conversations", "throughput"],
     ["data", "encoding", "adapters"],
     ["packing"],

@@ -1,14 +1,14 @@
-"""What is read of a foreign checkpoint: JSON and tensors, one at a time, with every fault named."""
+"""What is read of a foreign checkpoint: tensors, one at a time, with every fault named."""
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from ..untrusted import path_inside, read_json
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -47,7 +47,7 @@ def _weight_files(folder: Path) -> Iterable[Path]:
     shards = read_json(index).get("weight_map")
     if not isinstance(shards, dict):
         raise ValueError(f"{index} has no weight_map that says which file holds which tensor.")
-    return [folder / name for name in sorted(set(shards.values()))]
+    return [path_inside(folder, name) for name in sorted(set(map(str, shards.values())))]
 
 
 def _open_file(path: Path) -> dict[str, LazyTensor]:
@@ -63,17 +63,6 @@ def _open_file(path: Path) -> dict[str, LazyTensor]:
         raise ValueError(
             f"{path} cannot be read, it is missing, cut off or damaged: {error}"
         ) from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file, or raise a `ValueError` that names the file."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, where an object is needed.")
-    return content
 
 
 def check_tensors(found: Mapping[str, LazyTensor], expected: Shapes, *, where: Path) -> None:

@@ -16,7 +16,7 @@ from ..checkpoint import (
     staged_folder,
     unreachable,
 )
-from .files import read_json
+from ..untrusted import read_json
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 _DOWNLOADED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]

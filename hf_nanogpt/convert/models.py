@@ -10,8 +10,9 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from ..configuration_nanogpt import NanoGPTConfig
 from ..modeling_nanogpt import NanoGPTForCausalLM
+from ..untrusted import read_json
 from . import nanogpt
-from .files import LazyTensor, check_tensors, open_weights, read_json
+from .files import LazyTensor, check_tensors, open_weights
 from .rules import Format, Rows, their_shapes, translate
 
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
