@@ -1,9 +1,8 @@
-"""Whether this installation gives right results, and what a bug report should tell of it.
+"""Check that this installation gives right results, and describe it for a bug report.
 
-Each check compares a model with something that cannot share its faults: with itself without a cache,
-with itself before a later token was changed, with the class of transformers that computes the same,
-and with a saved copy. Releases of libraries rename and reorder; a check that fails here names what no
-longer holds.
+Each check compares a model with something that does not share its faults: the model without a
+cache, the model before a later token was changed, the class of transformers that computes the same,
+and a saved copy.
 """
 
 import os

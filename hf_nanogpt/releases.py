@@ -1,17 +1,17 @@
-"""The releases of transformers with which all of this has been tried: `make compat` repeats it."""
+"""The releases of transformers that are tested; `make compat` runs the tests."""
 
 import warnings
 from importlib.metadata import version
 
-# Our checkpoints load in these without our package; the package itself needs what pyproject.toml
-# says. The oldest first.
+# The oldest first. Checkpoints load in all of these without hf_nanogpt; the package itself needs
+# the release that pyproject.toml names.
 TESTED_TRANSFORMERS = ("5.4.0", "5.8.1", "5.12.1", "5.17.0", "5.20.2", "5.23.0", "5.24.0")
 
 
 def warn_of_newer(installed: str | None = None) -> None:
-    """Warn if the installed transformers is newer than any that was tried, in its first two numbers.
+    """Warn if the first two numbers of the installed transformers are newer than any tested.
 
-    Its last number is left out: those releases mend faults and rename nothing.
+    The third number does not count: such a release mends faults and renames nothing.
     """
     installed = installed or version("transformers")
     if _number(installed) > _number(TESTED_TRANSFORMERS[-1]):

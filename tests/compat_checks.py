@@ -1,7 +1,7 @@
-"""What a checkpoint must do in an environment without hf_nanogpt: `tests/compat.py` runs this file.
+"""What a checkpoint must do in an environment without hf_nanogpt; `compat.py` runs this file.
 
-Run: python compat_checks.py FOLDER ..., each of which holds what `compat.make_reference` has written.
-It prints one JSON object: for each folder and check, "ok" or what went wrong.
+Run: python compat_checks.py FOLDER ..., with folders that `compat.make_reference` has written. It
+prints one JSON object: for each folder and check, "ok" or what went wrong.
 """
 
 import json
@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 FOREIGN = {"trust_remote_code": True}
 LENGTH, NEW = 24, 12  # tokens of the prompt and of what follows
 TOLERANCE = 1e-5
+REFUSED = "refused by this release"
 TEXT = "def main(self):\n    return 'é𝔘 £'  # 12"
 
 
@@ -43,7 +44,13 @@ def near(found, expected):
 
 
 def same(found, expected):
-    assert torch.equal(found, expected), f"{found.tolist()} instead of {expected.tolist()}"
+    if not torch.equal(found, expected):
+        difference = (found != expected).sum().item()
+        raise AssertionError(f"{difference} of {found.numel()} values differ")
+
+
+class RefusedError(Exception):
+    """This release of transformers does not do it for any model, and says so."""
 
 
 def check_auto_classes(folder, expected):
@@ -107,8 +114,14 @@ def check_beams(folder, expected):
 
 def check_assisted(folder, expected):
     ids, greedy = expected["ids"][:1], expected["greedy"][:1]
-    same(generate(load(folder), ids, assistant_model=load(folder)), greedy)
-    same(generate(load(folder), ids, prompt_lookup_num_tokens=3), greedy)
+    for helper in ({"assistant_model": load(folder)}, {"prompt_lookup_num_tokens": 3}):
+        try:
+            same(generate(load(folder), ids, **helper), greedy)
+        except ValueError as error:
+            # 5.12 cannot take tokens back out of a sliding layer, of any model, and says so.
+            if "Cannot `crop` a `DynamicSlidingWindowLayer`" not in str(error):
+                raise
+            raise RefusedError(str(error)) from error
 
 
 def check_packed_documents(folder, expected):
@@ -199,6 +212,8 @@ def run_checks(folder):
         try:
             check(folder, expected)
             results[name] = "ok"
+        except RefusedError:
+            results[name] = REFUSED
         except Exception as error:  # whatever it is, it belongs into the table
             results[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     return results

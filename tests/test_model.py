@@ -381,5 +381,5 @@ def test_packed_documents_are_refused_where_a_cache_would_mix_them(kind, tokens)
     if kind == "filled":
         cache = DynamicCache(config=model.config)
         model(tokens, past_key_values=cache)
-    with pytest.raises(ValueError, match="packed documents.*use_cache=False"):
+    with pytest.raises(ValueError, match=r"packed documents.*use_cache=False"):
         model(tokens, position_ids=PACKED, past_key_values=cache)

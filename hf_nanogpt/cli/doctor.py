@@ -27,8 +27,7 @@ def run_doctor(argv: list[str]) -> None:
         count, faults = count + 1, faults + (not finding.is_right)
         print(f"  {'ok  ' if finding.is_right else 'FAIL'}  {finding.check}: {finding.detail}")
     if faults:
-        print(
-            f"\n{faults} of {count} checks failed: results here may be wrong. Please report all of the above."
-        )
+        print(f"\n{faults} of {count} checks failed: results here may be wrong.")
+        print("Please report all of the above.")
         sys.exit(1)
     print("\nAll checks passed.")
