@@ -42,7 +42,7 @@ def workplace(tmp_path_factory) -> Path:
     shutil.copy(ROOT / "README.md", folder)
     (folder / "my_recipe.yaml").write_text(blocks("yaml")[0], encoding="utf-8")
     train(
-        data=str(ROOT / "README.md"),
+        data=str(ROOT / "LICENSE"),
         output_dir=str(folder / "runs/quickstart"),
         tokenizer="byte",
         max_steps=2,
