@@ -17,7 +17,7 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
 	@touch $@
 
-train: $(READY)  ## train a first GPT on Python's own source code, 3 minutes on 2 cores
+train: $(READY)  ## train a first GPT on Python's own source code, about 4 minutes on 2 cores
 	$(BIN)/hf-nanogpt train
 
 test: $(READY)  ## run the test suite
