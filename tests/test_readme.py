@@ -62,6 +62,22 @@ def test_python_snippets_run(workplace):
     assert "parameters, 257 tokens" in done.stdout
 
 
+def test_loading_lines_ask_no_question_where_the_package_is_missing(workplace):
+    [code] = [block for block in blocks("python") if "PreTrainedTokenizerFast" in block]
+    others = """
+from transformers import AutoTokenizer
+other = AutoTokenizer.from_pretrained("runs/quickstart", trust_remote_code=True)
+assert tokenizer("def é").input_ids == other("def é").input_ids
+logits = model(**tokenizer("def", return_tensors="pt", return_token_type_ids=True)).logits
+assert logits.shape == (1, 3, len(tokenizer)), logits.shape
+"""
+    code = "import sys; sys.modules['hf_nanogpt'] = None\n" + code + others
+    command = f"exec {shlex.quote(sys.executable)} -c {shlex.quote(code)} <&-"
+    done = subprocess.run(command, shell=True, cwd=workplace, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "y/N" not in done.stdout + done.stderr
+
+
 def test_commands_work(workplace, monkeypatch, capsys):
     monkeypatch.chdir(workplace)
     lines = [line for block in blocks("bash") for line in block.splitlines()]
