@@ -1,12 +1,10 @@
-"""Share a checkpoint on the Hub in one commit, and fetch one back whole."""
+"""Share a checkpoint on the Hub, in one commit that is checked after it has arrived."""
 
 import hashlib
-import json
 import re
 import shutil
 import tempfile
-import time
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -19,10 +17,10 @@ from huggingface_hub import (
     constants,
     get_token,
 )
-from huggingface_hub.errors import HFValidationError, HTTPError
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
+from jinja2 import TemplateError
 from transformers import AutoConfig
-from transformers.utils import logging
 
 from ..checkpoint import (
     ARTIFACTS,
@@ -32,11 +30,10 @@ from ..checkpoint import (
 )
 from ..configuration_nanogpt import NanoGPTConfig
 from ..convert import export_checkpoint
-from ..hub_errors import LOG_IN, explain_hub_error, is_passing
+from ..hub_errors import FAILURES, LOG_IN, explain_hub_error, retry
+from ..untrusted import path_inside, read_json
 from .card import render_model_card
-from .card_edits import merge_card
-
-logger = logging.get_logger(__name__)
+from .card_edits import merge_card, read_card
 
 # Listed, not found: what else lies in the folder is private, and no pickle is ever among them.
 _RELEASED = (
@@ -50,8 +47,10 @@ _RELEASED = (
 _STATE = ("optimizer.*", "scheduler.pt", "scaler.pt", "rng_state*.pth", "trainer_state.json")
 _CODE = ("configuration_nanogpt.py", "modeling_nanogpt.py")
 _NOT_LOADED = ("README.md", "metrics.json", "loss.png", "samples.jsonl", "LICENSE")
-_WAITS = (0.5, 2.0, 8.0)  # seconds before another attempt
-FAILURES = (OSError, HTTPError, RuntimeError)  # of a request; RuntimeError is of an upload
+# What git forbids in a name (man git-check-ref-format), and names that would mean something else.
+_NOT_A_REF = re.compile(
+    r"[^\w./-]|^[./-]|[./]$|\.\.|//|/\.|\.lock(/|$)|^refs/|^HEAD$|^[0-9a-f]{40}$", re.ASCII
+)
 
 
 @dataclass(frozen=True)
@@ -133,13 +132,17 @@ def push_step(
     branch: str,
     num_parameters: int,
     message: str,
+    private: bool | None = None,
     token: str | None = None,
 ) -> Release:
-    """Push a checkpoint of a running training: no tag, and its loading is not tried first."""
+    """Push a checkpoint of a running training: no tag, and its loading is not tried first.
+
+    `private` is for the repository, should somebody have deleted it meanwhile.
+    """
     with tempfile.TemporaryDirectory(prefix="hf_nanogpt-push-") as folder:
         release = Release(Path(folder), repo_id, branch, branch, None, message)
         facts = {"num_parameters": num_parameters}
-        return send_release(_stage(checkpoint, release, facts), token=token)
+        return send_release(_stage(checkpoint, release, facts), private=private, token=token)
 
 
 def stage_release(
@@ -155,9 +158,7 @@ def stage_release(
 ) -> Release:
     """Write what `push_to_hub` would send to an empty folder, and send nothing."""
     check_repo_id(repo_id)
-    for name, value in (("tag", tag), ("branch", branch)):
-        if value is not None and not re.fullmatch(r"[\w][\w./-]*", value):
-            raise ValueError(f"{name}={value!r} is not possible: use letters, digits, '-', '.'.")
+    check_ref_names(tag=tag, branch=branch)
     source = Path(check_checkpoint(checkpoint))
     if not source.is_dir():
         raise ValueError(f"{checkpoint} is no folder here: pull it first, then push the folder.")
@@ -167,7 +168,9 @@ def stage_release(
             f"{source} is a {model.config.model_type} model, not one of ours: push the checkpoint "
             "that it was exported from, with --native."
         )
-    metrics = _read_json(source / "metrics.json") | {"num_parameters": model.num_parameters()}
+    path = path_inside(source, "metrics.json")
+    metrics = read_json(path) if path.is_file() else {}
+    metrics |= {"num_parameters": model.num_parameters()}
     card = {"license": license, "language": language}
     insist = tuple(name for name, value in card.items() if value)
     release = Release(Path(folder), repo_id, "", branch or "main", tag, insist=insist)
@@ -188,13 +191,15 @@ def _stage(
     kept = (*_RELEASED, *_STATE) if to_branch and not native else _RELEASED
     known = {path.name for pattern in kept for path in source.glob(pattern) if path.is_file()}
     known = {name for name in known if not name.endswith(".part")}
+    # All of them before anything is read: a link may lead to what nobody meant to publish.
+    files = {name: path_inside(source, name) for name in sorted(known)}
     format = None
     if native:
         with LOADING:
             format = export_checkpoint(source, folder).format
-        known &= set(_NOT_LOADED)
-    for name in known:
-        shutil.copyfile(source / name, folder / name)
+        files = {name: path for name, path in files.items() if name in _NOT_LOADED}
+    for name, path in files.items():
+        shutil.copyfile(path, folder / name)
     if not native:
         for name in set(_CODE) - known:
             shutil.copyfile(Path(__file__).parent.with_name(name), folder / name)
@@ -202,16 +207,21 @@ def _stage(
     if tag is None and tag_content and release.branch == "main":
         tag = f"content-{_checksum(folder)}"
     release = replace(release, tag=tag, revision=tag or release.branch)
-    fresh = render_model_card(
-        AutoConfig.from_pretrained(folder),
-        metrics,
-        name=release.repo_id,
-        revision=release.revision,
-        native=format,
-        **(card or {}),
-    )
-    path = source / "README.md"
-    write_card(fresh, path, to=folder / "README.md", insist=release.insist)
+    try:
+        fresh = render_model_card(
+            AutoConfig.from_pretrained(folder, trust_remote_code=False),
+            metrics,
+            name=release.repo_id,
+            revision=release.revision,
+            native=format,
+            **(card or {}),
+        )
+    except (TypeError, ValueError, LookupError, AttributeError, TemplateError) as error:
+        raise ValueError(
+            f"{source / 'metrics.json'} does not hold what a training writes there ({error}): "
+            "correct or delete it, and push again."
+        ) from error
+    write_card(fresh, source / "README.md", to=folder / "README.md", insist=release.insist)
     return release
 
 
@@ -219,7 +229,7 @@ def write_card(
     card: str, path: Path, *, to: Path | None = None, insist: Collection[str] = ()
 ) -> None:
     """Write a card, with what a person changed in an earlier one at `path`, there or elsewhere."""
-    written = path.read_text(encoding="utf-8") if path.is_file() else ""
+    written = read_card(path_inside(path.parent, path.name)) if path.is_file() else ""
     merged = merge_card(card, written, where=str(path), insist=insist)
     (to or path).write_text(merged, encoding="utf-8")
 
@@ -235,13 +245,6 @@ def _checksum(folder: Path) -> str:
     return digest.hexdigest()[:12]
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}.") from error
-
-
 def check_repo_id(repo_id: str) -> None:
     """Raise a `ValueError` unless a repository can have this id."""
     try:
@@ -253,6 +256,18 @@ def check_repo_id(repo_id: str) -> None:
         ) from error
     if repo_id.count("/") != 1:
         raise ValueError(f"repo_id={repo_id!r} must be USER/NAME, such as user/{repo_id}.")
+
+
+def check_ref_names(*, tag: str | None = None, branch: str | None = None) -> None:
+    """Raise a `ValueError` unless the Hub can have a tag and a branch of these names."""
+    for kind, name in (("tag", tag), ("branch", branch)):
+        if name is not None and _NOT_A_REF.search(name):
+            raise ValueError(
+                f"{kind}={name!r} is not possible: use letters, digits, '-', '_', '.' and '/', as "
+                "in v1.0."
+            )
+    if tag is not None and tag in ("main", branch):
+        raise ValueError(f"tag={tag!r} is the name of a branch: choose another tag, such as v1.")
 
 
 # Sending
@@ -276,32 +291,29 @@ def send_release(
 
 def _send(api: HfApi, release: Release, private: bool | None) -> Release:
     name, branch, tag = release.repo_id, release.branch, release.tag
-    _retry(lambda: api.create_repo(name, private=private, exist_ok=True))
-    if private and not api.repo_info(name).private:
+    retry(lambda: api.create_repo(name, private=private, exist_ok=True))
+    if private and not retry(lambda: api.repo_info(name)).private:
         raise ValueError(
             f"{name} exists and is public: make it private on its page, or leave out --private."
         )
-    refs = api.list_repo_refs(name)
-    if branch not in [ref.name for ref in refs.branches]:
-        _retry(lambda: api.create_branch(name, branch=branch, exist_ok=True))
-    tagged = {ref.name: ref.target_commit for ref in refs.tags}
-    release = _retry(lambda: _commit(api, release, tagged.get(tag or "")))
-    found = api.verify_repo_checksums(name, revision=release.commit, local_dir=release.folder)
+    refs = retry(lambda: api.list_repo_refs(name))
+    branches, tags = (
+        {ref.name: ref.target_commit for ref in r} for r in (refs.branches, refs.tags)
+    )
+    if tag in branches or branch in tags:
+        raise ValueError(f"{name} has {tag or branch} as a branch or tag already: choose another.")
+    if branch not in branches:
+        retry(lambda: api.create_branch(name, branch=branch, exist_ok=True))
+    release = retry(lambda: _commit(api, release, tags.get(tag or "")))
+    found = retry(
+        lambda: api.verify_repo_checksums(name, revision=release.commit, local_dir=release.folder)
+    )
     if wrong := [*(m["path"] for m in found.mismatches), *found.extra_paths]:
         raise ValueError(f"{name} arrived damaged ({', '.join(wrong)}): repeat the push.")
-    if tag and tag not in tagged:
-        _retry(lambda: api.create_tag(name, tag=tag, revision=release.commit, exist_ok=True))
+    if tag and tag not in tags:
+        retry(lambda: api.create_tag(name, tag=tag, revision=release.commit, exist_ok=True))
+        _check_tag(api, release, tag)  # somebody else may have been faster
     return release
-
-
-def _retry(request: Callable[[], Any]) -> Any:
-    for wait in (*_WAITS, None):
-        try:
-            return request()
-        except FAILURES as error:
-            if wait is None or not is_passing(error):
-                raise
-            time.sleep(wait)
 
 
 def _commit(api: HfApi, release: Release, tagged: str | None) -> Release:
@@ -315,14 +327,9 @@ def _commit(api: HfApi, release: Release, tagged: str | None) -> Release:
     present = set(api.list_repo_files(name, revision=head))
     card = folder / "README.md"
     if "README.md" in present:
-        theirs = Path(api.hf_hub_download(name, "README.md", revision=head))
+        theirs = read_card(api.hf_hub_download(name, "README.md", revision=head))
         where = f"README.md of {name}"
-        text = merge_card(
-            card.read_text(encoding="utf-8"),
-            theirs.read_text(encoding="utf-8"),
-            where=where,
-            insist=release.insist,
-        )
+        text = merge_card(read_card(card), theirs, where=where, insist=release.insist)
         card.write_text(text, encoding="utf-8")
     ours = {path.name: path for path in folder.iterdir()}
     stale = [
@@ -330,7 +337,7 @@ def _commit(api: HfApi, release: Release, tagged: str | None) -> Release:
         for path in present - set(ours)
         if any(fnmatch(path, pattern) for pattern in (*_RELEASED, *_STATE))
     ]
-    if tagged and release.tag and not release.tag.startswith("content-"):
+    if tagged:
         _check_tag(api, release, tagged)
     operations = [CommitOperationAdd(path, file) for path, file in ours.items()]
     operations += [CommitOperationDelete(path) for path in stale]
@@ -344,10 +351,13 @@ def _commit(api: HfApi, release: Release, tagged: str | None) -> Release:
     return replace(release, commit=info.oid, is_new=info.oid != head)
 
 
-def _check_tag(api: HfApi, release: Release, tagged: str) -> None:
-    found = api.verify_repo_checksums(release.repo_id, revision=tagged, local_dir=release.folder)
+def _check_tag(api: HfApi, release: Release, revision: str) -> None:
+    """Raise a `ValueError` unless a tag that exists has the content of the release."""
+    if release.tag is None or release.tag.startswith("content-"):  # says by itself what it has
+        return
+    name, folder = release.repo_id, release.folder
+    found = retry(lambda: api.verify_repo_checksums(name, revision=revision, local_dir=folder))
     if found.mismatches or found.extra_paths:
         raise ValueError(
-            f"tag={release.tag} is in {release.repo_id} already, with another content: choose "
-            "another tag."
+            f"tag={release.tag} is in {name} already, with another content: choose another tag."
         )
