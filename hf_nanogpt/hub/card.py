@@ -60,7 +60,7 @@ def render_model_card(
         evaluation=_describe_evaluation(metrics),
         versions=", ".join(f"{package} {version}" for package, version in versions.items()),
         shell=shlex.join,
-        quote=_quote,
+        fence=_fence,
     )
     return seal_card(str(card))
 
@@ -176,8 +176,8 @@ def _describe_evaluation(metrics: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def _quote(text: str) -> str:
+def _fence(text: str, language: str = "text") -> str:
     """Return a text in a fence that nothing in it closes."""
     longest = max(map(len, re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
-    return f"{fence}text\n{text}\n{fence}"
+    return f"{fence}{language}\n{text}\n{fence}"
