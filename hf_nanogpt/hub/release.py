@@ -297,11 +297,14 @@ def _send(api: HfApi, release: Release, private: bool | None) -> Release:
             f"{name} exists and is public: make it private on its page, or leave out --private."
         )
     refs = retry(lambda: api.list_repo_refs(name))
-    branches, tags = (
-        {ref.name: ref.target_commit for ref in r} for r in (refs.branches, refs.tags)
-    )
-    if tag in branches or branch in tags:
-        raise ValueError(f"{name} has {tag or branch} as a branch or tag already: choose another.")
+    branches = [ref.name for ref in refs.branches]
+    tags = {ref.name: ref.target_commit for ref in refs.tags}
+    for kind, other, value in (("tag", "branch", tag), ("branch", "tag", branch)):
+        if value in (branches if kind == "tag" else tags):  # a revision must be one thing
+            raise ValueError(
+                f"{kind}={value} is not possible: {name} has a {other} of that name. Choose "
+                "another."
+            )
     if branch not in branches:
         retry(lambda: api.create_branch(name, branch=branch, exist_ok=True))
     release = retry(lambda: _commit(api, release, tags.get(tag or "")))
