@@ -22,6 +22,7 @@ from .untrusted import without_secrets
 # What a card may show of the command: all that decides the result, and no place where a token or a
 # name of somebody's machine is given. What is not listed is not published.
 _PUBLISHED = {
+    *("from", "held_out"),
     *("data", "validation_data", "validation_fraction", "text_column", "dataset_config"),
     *("dataset_split", "streaming", "validation_documents", "tokenizer", "vocab_size"),
     *("context_length", "chat_template"),
@@ -52,14 +53,14 @@ def collect_facts(
     They are made to be published: only listed settings are shown, an address without user and
     query, which may be secrets, and an absolute path by its last part.
     """
-    start = ["--from", _publish(str(start_from))] if start_from else []
+    start = ["--from", str(start_from)] if start_from else []
     batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     return {
         "recipe": Path(recipe).name,
         "data": _publish(data_args.data),
         "datasets": [data_args.data] if _is_hub_dataset(data_args.data) else [],
         "start_from": start_from and _publish(str(start_from)),
-        "command": ["hf-nanogpt", "train", _publish(recipe), *start, *_publish_flags(flags)],
+        "command": _publish_command(["hf-nanogpt", "train", recipe, *start, *flags]),
         "eval_command": _repeat_evaluation(data_args),
         "settings": {
             "Tokenizer": _publish(data_args.tokenizer),
@@ -89,21 +90,35 @@ def _publish(place: str) -> str:
     return Path(place).name if is_private else place
 
 
-def _publish_flags(flags: Sequence[str]) -> list[str]:
-    """Return those of the flags that are made to be published, however they were spelled."""
+def _publish_command(words: Sequence[str]) -> list[str]:
+    """Return a command with those of its flags that may be shown, however they are spelled."""
     kept: list[str] = []
-    shown = False
-    for word in flags:
+    shown = True
+    for word in words:
         if word.startswith("--"):
             flag, equals, value = word.partition("=")
             name = flag.removeprefix("--").replace("-", "_")
             shown = name.removeprefix("no_") in _PUBLISHED
             word = f"--{name}{equals}{_publish(value)}"
-        else:  # a value of the flag before
+        else:  # the value of a flag, or what stands before all flags
             word = _publish(word)
         if shown:
             kept.append(word)
     return kept
+
+
+def publish_facts(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Return the content of a `metrics.json` that an earlier version wrote, fit to be published."""
+    clean = dict(metrics)
+    for name in ("data", "start_from"):
+        if isinstance(value := metrics.get(name), str):
+            clean[name] = _publish(value)
+    for name in ("command", "eval_command"):
+        if isinstance(value := metrics.get(name), list):
+            clean[name] = _publish_command([str(word) for word in value])
+    if isinstance(settings := metrics.get("settings"), dict) and "Tokenizer" in settings:
+        clean["settings"] = settings | {"Tokenizer": _publish(str(settings["Tokenizer"]))}
+    return clean
 
 
 def _is_hub_dataset(data: str) -> bool:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -125,6 +126,19 @@ def test_a_card_that_is_all_a_person_s_keeps_every_line():
     data, kept = split_card(merged)
     assert kept.strip() == text.strip()
     assert data["license"] == "mit" and data["pipeline_tag"] == "text-generation"
+
+
+def test_an_untouched_card_of_the_first_version_is_written_anew():
+    def seal(section: str) -> str:
+        return f"{section}\n<!-- hf-nanogpt: {sha256(section.encode()).hexdigest()[:8]} -->"
+
+    sections = ["# gpt\n\nA GPT.", "## Use\n\nSo."]
+    names = "<!-- hf-nanogpt wrote: title; Use -->\n"
+    old = "\n\n".join(["---\nlicense: mit\n---", *map(seal, sections), names])
+    assert split_card(merge_card(render(), old))[1] == split_card(render())[1]
+    assert "license: mit" in merge_card(render(), old)
+    for edited in (edit(old, "So.", "Thus."), edit(old, "## Use", "Mine.\n\n## Use"), old + "End."):
+        assert split_card(merge_card(render(), edited))[1].strip() == split_card(edited)[1].strip()
 
 
 def test_edits_here_and_on_the_hub_are_united_or_refused():

@@ -22,6 +22,7 @@ from hf_nanogpt import DataArguments, NanoGPTTrainingArguments, pull_checkpoint,
 from hf_nanogpt.arguments import ModelArguments, parse_settings
 from hf_nanogpt.checkpoint import clear_abandoned, staged_folder
 from hf_nanogpt.cli import main
+from hf_nanogpt.facts import _publish_command
 from hf_nanogpt.hub.queue import PushQueue
 
 ROOT = Path(__file__).parent.parent
@@ -191,13 +192,25 @@ def test_no_secret_in_any_flag_or_variable_is_written_or_sent(
 
 @pytest.mark.parametrize("form", ["--{}={}", "--{} {}"])
 def test_no_spelling_of_a_flag_that_is_not_listed_is_published(form):
-    from hf_nanogpt.facts import _publish_flags
-
     names = [field.name for field in fields(NanoGPTTrainingArguments)]
     for name in (*names, "hub_token", "push_to_hub_token", "anything_new"):
         for spelled in (name, name.replace("_", "-")):
-            shown = _publish_flags(form.format(spelled, "hf_marked").split(" "))
+            shown = _publish_command(form.format(spelled, "hf_marked").split(" "))
             assert not shown or not takes_text(name)
+
+
+def test_what_an_earlier_version_wrote_is_cleaned_before_it_is_pushed(hub, run, text_server):
+    command = ["hf-nanogpt", "train", "quickstart", "--from", "/home/hf_marked/model"]
+    command += ["--hub-token", "hf_marked", "--max_steps", "7", "--run_name=hf_marked"]
+    address = f"{text_server}?X-Signature=hf_marked"
+    facts = {"command": command, "data": address, "eval_command": ["--data", address]}
+    (run / "metrics.json").write_text(json.dumps(facts | {"settings": {"Tokenizer": address}}))
+    push_to_hub(run, "user/gpt")
+    files = hub.repos["user/gpt"].files()
+    assert not [name for name, content in files.items() if b"hf_marked" in content]
+    cleaned = "hf-nanogpt train quickstart --from model --max_steps 7"
+    assert cleaned in files["README.md"].decode()
+    assert json.loads(files["metrics.json"])["command"] == cleaned.split()
 
 
 # A private repository stays private
@@ -313,6 +326,7 @@ def stop(source, target):
     replace(source, target)
 os.replace = stop
 from hf_nanogpt.cli import main
+from hf_nanogpt.facts import _publish_command
 from hf_nanogpt.hub.queue import PushQueue
 sys.exit(main(sys.argv[2:]))
 """

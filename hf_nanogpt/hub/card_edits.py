@@ -57,7 +57,7 @@ def merge_card(
     our_data, our_text = split_card(ours)
     data, text = split_card(theirs, where=where)
     merged = _merge_data(our_data, data, {*_OURS, *insist})
-    if not text.strip():
+    if not text.strip() or _is_of_first_version(text):
         return _join(merged, our_text.strip())
     (fresh, here), (sealed, there) = _split_text(our_text), _split_text(text)
     words = _choose_longer(here, there, where)
@@ -90,6 +90,14 @@ def _split_text(text: str) -> tuple[str, str]:
         if _sum(text[: seal.start()].strip()) == seal[1]:
             return text[: seal.end()].strip(), text[seal.end() :].strip()
     return "", text.strip()
+
+
+def _is_of_first_version(text: str) -> bool:
+    """Say whether this is a card of version 0.1, with a checksum for each section, not edited."""
+    parts = re.split(r"\n<!-- hf-nanogpt: ([0-9a-f]{8}) -->\s*", text)  # section, checksum, ...
+    sections = zip(parts[::2], parts[1::2], strict=False)
+    whole = re.fullmatch(r"<!-- hf-nanogpt wrote: .* -->\s*", parts[-1])
+    return bool(whole) and all(_sum(section.strip())[:8] == seal for section, seal in sections)
 
 
 def _choose_longer(here: str, there: str, where: str) -> str:

@@ -1,6 +1,7 @@
 """Share a checkpoint on the Hub, in one commit that is checked after it has arrived."""
 
 import hashlib
+import json
 import re
 import shutil
 import tempfile
@@ -30,6 +31,7 @@ from ..checkpoint import (
 )
 from ..configuration_nanogpt import NanoGPTConfig
 from ..convert import export_checkpoint
+from ..facts import publish_facts
 from ..hub_errors import FAILURES, LOG_IN, explain_hub_error, retry
 from ..untrusted import path_inside, read_json
 from .card import render_model_card
@@ -169,7 +171,7 @@ def stage_release(
             "that it was exported from, with --native."
         )
     path = path_inside(source, "metrics.json")
-    metrics = read_json(path) if path.is_file() else {}
+    metrics = publish_facts(read_json(path)) if path.is_file() else {}
     metrics |= {"num_parameters": model.num_parameters()}
     card = {"license": license, "language": language}
     insist = tuple(name for name, value in card.items() if value)
@@ -200,6 +202,9 @@ def _stage(
         files = {name: path for name, path in files.items() if name in _NOT_LOADED}
     for name, path in files.items():
         shutil.copyfile(path, folder / name)
+    if "metrics.json" in files:
+        text = json.dumps(metrics, indent=2) + "\n"
+        (folder / "metrics.json").write_text(text, encoding="utf-8")
     if not native:
         for name in set(_CODE) - known:
             shutil.copyfile(Path(__file__).parent.with_name(name), folder / name)
