@@ -11,7 +11,7 @@ from ..checkpoint import split_revision
 from ..convert.folders import check_destination, written_folder
 from ..hub_errors import FAILURES, explain_hub_error, retry
 from ..untrusted import path_inside, read_json
-from .release import check_repo_id
+from .staging import check_repo_id
 
 
 def pull_checkpoint(

@@ -12,7 +12,8 @@ from ..hub_errors import explain_hub_error, retry
 from ..interruption import InterruptibleTrainer
 from .card import render_model_card
 from .queue import PushQueue
-from .release import Release, check_ref_names, push_to_hub, write_card
+from .release import push_to_hub
+from .staging import Release, check_ref_names, write_card
 
 logger = logging.get_logger(__name__)
 
