@@ -200,7 +200,7 @@ def test_no_spelling_of_a_flag_that_is_not_listed_is_published(form):
 
 
 def test_what_an_earlier_version_wrote_is_cleaned_before_it_is_pushed(hub, run, text_server):
-    command = ["hf-nanogpt", "train", "quickstart", "--from", "/home/hf_marked/model"]
+    command = ["hf-nanogpt", "train", "quickstart", "--from", "/srv/hf_marked/model"]
     command += ["--hub-token", "hf_marked", "--max_steps", "7", "--run_name=hf_marked"]
     address = f"{text_server}?X-Signature=hf_marked"
     facts = {"command": command, "data": address, "eval_command": ["--data", address]}
@@ -211,6 +211,16 @@ def test_what_an_earlier_version_wrote_is_cleaned_before_it_is_pushed(hub, run, 
     cleaned = "hf-nanogpt train quickstart --from model --max_steps 7"
     assert cleaned in files["README.md"].decode()
     assert json.loads(files["metrics.json"])["command"] == cleaned.split()
+
+
+@pytest.mark.parametrize(
+    "content",
+    ['{"train_tokens": "many"}', '{"eval_loss": []}', '{"settings": 3, "train_tokens": 1}', "[1]"],
+)
+def test_metrics_of_the_wrong_type_are_one_sentence_that_names_the_file(hub, run, capsys, content):
+    (run / "metrics.json").write_text(content)
+    assert "metrics.json" in refuse(capsys, "push", run, "user/gpt")
+    assert not hub.repos
 
 
 # A private repository stays private

@@ -134,22 +134,23 @@ def stage(
     if tag is None and tag_content and release.branch == "main":
         tag = f"content-{_checksum(folder)}"
     release = replace(release, tag=tag, revision=tag or release.branch)
-    try:
-        fresh = render_model_card(
-            AutoConfig.from_pretrained(folder, trust_remote_code=False),
-            metrics,
-            name=release.repo_id,
-            revision=release.revision,
-            native=format,
-            **(card or {}),
-        )
-    except (TypeError, ValueError, LookupError, AttributeError, TemplateError) as error:
-        raise ValueError(
-            f"{source / 'metrics.json'} does not hold what a training writes there ({error}): "
-            "correct or delete it, and push again."
-        ) from error
+    path = source / "metrics.json"
+    options = {"name": release.repo_id, "revision": release.revision, "native": format}
+    fresh = _render(folder, metrics, path, **options, **(card or {}))
     write_card(fresh, source / "README.md", to=folder / "README.md", insist=release.insist)
     return release
+
+
+def _render(folder: Path, metrics: dict[str, Any], path: Path, **options: Any) -> str:
+    """Render the card of a folder; a `ValueError` names the file that the metrics are from."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    try:
+        return render_model_card(config, metrics, **options)
+    except (TypeError, ValueError, LookupError, AttributeError, TemplateError) as error:
+        raise ValueError(
+            f"{path} does not hold what a training writes there ({error}): correct or delete it, "
+            "and push again."
+        ) from error
 
 
 def write_card(
