@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-import yaml
 from accelerate.utils import parse_flag_from_env
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.integrations.integration_utils import (
@@ -26,6 +25,7 @@ from .configuration_nanogpt import NanoGPTConfig
 from .data import DataArguments
 from .optim import OPTIM_DEFAULTS, OptimRecipe
 from .presets import load_preset
+from .untrusted import parse_json, parse_yaml
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -195,7 +195,9 @@ def parse_settings(
     _refuse_unknown(unknown, parser)
     architecture = {name: value for name, value in vars(model).items() if value is not None}
     if "rope_parameters" in architecture:
-        architecture["rope_parameters"] = _parse_json("rope_parameters", model.rope_parameters)
+        architecture["rope_parameters"] = parse_json(
+            model.rope_parameters, where=f"rope_parameters={model.rope_parameters:.80}"
+        )
     return data, architecture, training
 
 
@@ -248,11 +250,10 @@ def _read_recipe(recipe: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
         known = ", ".join(list_recipes())
         raise ValueError(f"recipe={recipe} is unknown. {hint}Known: {known}, or a .yaml file.")
     try:
-        sections = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"recipe={recipe} is not valid YAML: {' '.join(str(error).split())}"
-        ) from error
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"recipe={recipe} is not valid YAML: {error}") from error
+    sections = parse_yaml(text, where=f"recipe={recipe}")
     names = ("data", "model", "training", "lora")
     kinds = dict | None  # an empty section is None
     if (
@@ -279,10 +280,3 @@ def as_flags(settings: dict[str, Any]) -> list[str]:
         values = value if isinstance(value, list | tuple) else [value]
         flags += [f"--{name}={values[0]}"] if len(values) == 1 else [f"--{name}", *map(str, values)]
     return flags
-
-
-def _parse_json(name: str, text: str) -> dict[str, Any]:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{name}={text} is not a JSON object: {error}.") from error

@@ -5,20 +5,20 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, HTTPError
 from safetensors import SafetensorError
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from . import auto  # noqa: F401 (importing it registers the Auto classes)
+from .foreign import TOKENIZERS, read_model, read_tokenizer
 from .hub_errors import explain_hub_error
 
 # Written last: a folder with this file is complete, one without it cannot be taken for a model.
@@ -52,6 +52,9 @@ ARTIFACTS = (
     _STEPS,
     f"{_STAGED}*",
 )
+# What loading needs of a repository: no pickle, and no code.
+TOKENIZER_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
+_DOWNLOADED = (*TOKENIZER_FILES, "model*.safetensors")
 
 
 # While it loads, transformers replaces `tie_weights` for all models of the process, and two at once
@@ -97,33 +100,51 @@ def split_revision(checkpoint: str | Path) -> tuple[str, str]:
 def load_checkpoint(checkpoint: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the model, ready for use (`eval` mode), and the tokenizer of a folder or Hub id.
 
-    A Hub id may name a branch, tag or commit: `user/name@revision`.
+    A Hub id may name a branch, tag or commit: `user/name@revision`. Nothing that the folder brings
+    is run: what is read are numbers and text.
 
     Raises:
-        ValueError: it is neither, or the Hub cannot be reached and has never been asked for it.
+        ValueError: it is neither, a file in it is damaged or hostile, or the Hub cannot be reached
+            and has never been asked for it.
     """
+    folder = local_folder(checkpoint)
+    model = load_model(checkpoint, folder)
+    if not any((folder / file).is_file() for file in TOKENIZERS):
+        raise ValueError(
+            f"{folder} has no tokenizer: put the tokenizer.json that the model was trained with "
+            "into it."
+        )
+    tokenizer = read_tokenizer(folder)
+    tokenizer.name_or_path = model.name_or_path
+    return model, tokenizer
+
+
+def load_model(checkpoint: str | Path, folder: Path | None = None) -> PreTrainedModel:
+    """Load the model alone, as `load_checkpoint` does; `folder` is where it was downloaded to."""
+    folder = folder or local_folder(checkpoint)
+    with LOADING:
+        model = read_model(folder)
+    model.name_or_path = model.config._name_or_path = split_revision(checkpoint)[0]
+    return model.eval()
+
+
+def local_folder(checkpoint: str | Path, files: Sequence[str] = _DOWNLOADED) -> Path:
+    """Return the folder of a checkpoint; of a Hub id the one in which `files` were downloaded."""
     name, revision = split_revision(check_checkpoint(checkpoint))
+    return Path(name) if Path(name).is_dir() else download(name, revision, files)
+
+
+def download(
+    name: str, revision: str, files: Sequence[str] = _DOWNLOADED, *, what: str = "checkpoint folder"
+) -> Path:
+    """Return the folder of the cache with the files of a Hub id, which match the patterns."""
     try:
-        # False: without it transformers would ask on the terminal whether to run foreign code.
-        own = {"trust_remote_code": False, "revision": revision}
-        with LOADING:
-            auto_class = AutoModelForCausalLM
-            model, report = auto_class.from_pretrained(name, output_loading_info=True, **own)
-        tokenizer = AutoTokenizer.from_pretrained(name, **own)
-    except Exception as error:  # of several libraries, which share no base class
-        if isinstance(error, OSError) and not Path(name).is_dir():
-            raise ValueError(unreachable(str(checkpoint), "checkpoint folder", error)) from error
-        words = ("tokenizer.json", "tokenizer.model", "vocab.json")
-        if Path(name).is_dir() and not any((Path(name) / file).is_file() for file in words):
-            raise ValueError(
-                f"{name} has no tokenizer: put the tokenizer.json that the model was trained with "
-                "into it."
-            ) from error
-        why = " ".join(str(error).split())
-        raise ValueError(f"{name} cannot be loaded: {why}") from error
-    if missing := sorted(report["missing_keys"]):
-        raise ValueError(f"{name} has no weights for {', '.join(missing[:3])}: it is not whole.")
-    return model.eval(), tokenizer
+        folder = snapshot_download(
+            name, revision=revision, allow_patterns=list(files), ignore_patterns="*/*"
+        )
+    except (OSError, HTTPError, HFValidationError) as error:
+        raise ValueError(unreachable(name, what, error)) from error
+    return Path(folder)
 
 
 def unreachable(name: str, what: str, error: BaseException | None = None) -> str:

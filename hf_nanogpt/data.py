@@ -19,11 +19,12 @@ from datasets import (
     load_dataset,
 )
 from datasets.fingerprint import Hasher
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from .checkpoint import split_revision, unreachable
+from .checkpoint import TOKENIZER_FILES, download, split_revision, unreachable
 from .conversations import MESSAGES, Documents, check_chat_template, read_conversations
+from .foreign import read_tokenizer
 from .tokenization import TokenizerKind, train_tokenizer
 
 logger = logging.get_logger(__name__)
@@ -386,15 +387,15 @@ def load_tokenizer(args: DataArguments, documents: Documents) -> PreTrainedToken
         raise ValueError(
             f"tokenizer={args.tokenizer!r} is none of bpe, char, byte, no folder and no Hub id."
         )
-    try:
-        name, revision = split_revision(args.tokenizer)
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-    except (OSError, ValueError) as error:
-        if Path(args.tokenizer).is_dir():
-            why = " ".join(str(error).split())
-            raise ValueError(f"tokenizer={args.tokenizer} cannot be loaded: {why}") from error
-        where = unreachable(args.tokenizer, "tokenizer (bpe, char, byte, or a folder)", error)
-        raise ValueError(f"tokenizer={where}") from error
+    name, revision = split_revision(args.tokenizer)
+    folder = Path(name)
+    if not folder.is_dir():
+        try:
+            what = "tokenizer (bpe, char, byte, or a folder)"
+            folder = download(name, revision, TOKENIZER_FILES, what=what)
+        except ValueError as error:
+            raise ValueError(f"tokenizer={error}") from error
+    tokenizer = read_tokenizer(folder)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"tokenizer={args.tokenizer} has no eos_token, which separates documents.")
     return tokenizer

@@ -49,6 +49,7 @@ from .data import (
 from .encoding import DocumentEncoder
 from .packing import Tokens, tokenize_documents
 from .token_files import find_token_files, load_token_files
+from .untrusted import read_json
 
 _CHARACTERS = 10_000_000  # of text in one file; a run that is stopped loses no more per process
 _SPLITS = ("train", "validation")
@@ -121,7 +122,7 @@ def read_description(folder: Path) -> dict[str, Any]:
     """Return the content of a tokenised folder's `tokenized.json`."""
     path = folder / TOKENIZED
     try:
-        described = json.loads(path.read_text(encoding="utf-8"))
+        described = read_json(path)
         described["settings"]
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.utils import logging
 
 from .adapters import add_adapter, describe_adapter, merge_adapter
@@ -35,6 +35,7 @@ from .conversations import add_chat_template
 from .data import STDLIB, DataArguments
 from .evaluation import check_context_length
 from .facts import collect_facts
+from .foreign import read_tokenizer
 from .hub import render_model_card, write_card
 from .interruption import check_settings, describe_settings, stop_on_signals
 from .modeling_nanogpt import NanoGPTForCausalLM
@@ -145,7 +146,7 @@ def _make_trainer(
     check_context_length(config, data_args.context_length)
     with args.main_process_first(desc="preparing the data"):
         if last_checkpoint:
-            own = AutoTokenizer.from_pretrained(last_checkpoint)
+            own = read_tokenizer(Path(last_checkpoint))
         tokenizer, tokens, held_out = load_tokens(data_args, own)
         if model is None:
             config = make_config(architecture, **_vocabulary(tokenizer))
@@ -291,7 +292,9 @@ def _gather_model(trainer: NanoGPTTrainer) -> NanoGPTForCausalLM:
     state_dict = trainer.accelerator.get_state_dict(trainer.model)  # every process takes part
     if not trainer.args.should_save:
         return model
-    whole = NanoGPTForCausalLM.from_pretrained(None, config=model.config, state_dict=state_dict)
+    whole = NanoGPTForCausalLM.from_pretrained(
+        None, config=model.config, state_dict=state_dict, trust_remote_code=False
+    )
     whole.generation_config = model.generation_config
     return whole
 

@@ -15,6 +15,8 @@ ORDER = [
     ["configuration_nanogpt"],
     ["modeling_nanogpt"],
     ["auto", "hub_errors", "untrusted"],
+    ["weights"],
+    ["foreign"],
     ["presets", "tokenization", "optim", "checkpoint", "conversations", "throughput"],
     ["data", "encoding", "adapters"],
     ["packing"],

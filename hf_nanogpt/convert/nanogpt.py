@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from ..configuration_nanogpt import NanoGPTConfig
+from ..weights import LazyTensor, in_memory
 from . import gpt2
-from .files import LazyTensor, in_memory
 from .rules import TRANSPOSE
 
 # GPT-2's names and fused projection, kept by nn.Linear instead of Conv1D.

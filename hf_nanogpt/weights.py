@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..untrusted import path_inside, read_json
+from .untrusted import path_inside, read_json
 
 Shapes = Mapping[str, tuple[int, ...]]
 
