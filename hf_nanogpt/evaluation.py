@@ -16,6 +16,7 @@ from .checkpoint import load_checkpoint
 from .data import DataArguments, Documents, load_documents, load_text
 from .packing import PackedBlocks, PackedCollator, PackedStream, pack_documents
 from .tokenization import token_byte_counts
+from .untrusted import without_secrets
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,8 @@ def evaluate(
         model.train(was_training)
     if not total[1]:
         raise ValueError(
-            f"data={data} holds no text, or no answers: there is nothing to measure on."
+            f"data={without_secrets(data)} holds no text, or no answers: there is nothing to "
+            "measure on."
         )
     return summarize_losses(total)
 

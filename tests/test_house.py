@@ -15,7 +15,7 @@ ORDER = [
     ["configuration_nanogpt"],
     ["modeling_nanogpt"],
     ["auto", "hub_errors", "untrusted"],
-    ["weights"],
+    ["weights", "web"],
     ["foreign"],
     ["presets", "tokenization", "optim", "checkpoint", "conversations", "throughput"],
     ["data", "encoding", "adapters"],
