@@ -139,12 +139,14 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             read_json(folder / name)
     if (folder / CONFIG).is_file():  # names the class where tokenizer_config.json does not
         check_fields(read_json(folder / CONFIG), folder / CONFIG)
-    code = "auto_map" in (read_json(path) if (path := folder / _OF_TOKENIZER[3]).is_file() else {})
-    what = f"The tokenizer of {folder} cannot be loaded"
-    if code:
-        what += " (code that it brings is never run)"
-    with explain_errors(what):
-        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    files = [name for name in (*_OF_TOKENIZER, "tokenizer.model") if (folder / name).is_file()]
+    with explain_errors(f"The tokenizer in {folder} ({', '.join(files)}) cannot be loaded"):
+        try:
+            return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+        except ValueError as error:
+            if "trust_remote_code" not in str(error):  # which transformers advises to set
+                raise
+            raise ValueError("it needs code that it brings, which is never run") from error
 
 
 # The model

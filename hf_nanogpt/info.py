@@ -22,7 +22,10 @@ def describe(model: str) -> dict[str, str]:
     """
     config = load_config(model)
     source = {"from": describe_source(model)} if model in PRESETS else {}
-    with explain_errors(f"{model} describes a model that cannot be built"), torch.device("meta"):
+    with (
+        explain_errors(f"{model}: its configuration (config.json) cannot be built"),
+        torch.device("meta"),
+    ):
         lm = NanoGPTForCausalLM(config)
     total = lm.num_parameters()
     tables = [lm.model.embed_tokens, lm.model.embed_positions]

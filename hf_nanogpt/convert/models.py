@@ -16,6 +16,7 @@ from ..weights import LazyTensor, check_tensors, open_weights
 from . import nanogpt
 from .rules import Format, Rows, their_shapes, translate
 
+_CONFIG = "config.json"
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 Weights = Mapping[str, LazyTensor]
 
@@ -23,7 +24,7 @@ Weights = Mapping[str, LazyTensor]
 def read_native_model(native: Format, folder: Path) -> PreTrainedModel:
     """Read a folder of one of transformers' classes into a model of ours."""
     theirs = _read_config(CONFIG_MAPPING[native.model_type], folder)
-    with explain_errors(f"{folder / 'config.json'} cannot be expressed by ours"):
+    with explain_errors(f"{folder / _CONFIG} cannot be expressed by ours"):
         config = NanoGPTConfig(**native.read_config(theirs.to_dict()))
     weights: Weights = _clean(open_weights(folder), native)
     if newer := [name for name in weights if re.search(native.newer, name)]:
@@ -34,7 +35,11 @@ def read_native_model(native: Format, folder: Path) -> PreTrainedModel:
     weights = _untie(weights, native.embedding, theirs, folder)
     check_tensors(weights, _shapes(_skeleton(_native_class(native), theirs, folder)), where=folder)
     return _fill(
-        _skeleton(NanoGPTForCausalLM, config, folder), native.rows, weights, config, where=folder
+        _skeleton(NanoGPTForCausalLM, config, folder),
+        native.rows,
+        weights,
+        config,
+        where=folder,
     )
 
 
@@ -61,17 +66,17 @@ def make_native_model(
 
 def read_our_config(folder: Path) -> NanoGPTConfig:
     """Return the configuration of a folder of ours, or raise a `ValueError`."""
-    kind = read_json(folder / "config.json").get("model_type")
+    kind = read_json(path := folder / _CONFIG).get("model_type")
     if kind != NanoGPTConfig.model_type:
         raise ValueError(
-            f"{folder} is a {kind} model, and only ours ({NanoGPTConfig.model_type}) are exported: "
-            "convert it first."
+            f"{path} is that of a {kind!s:.80} model, and only ours "
+            f"({NanoGPTConfig.model_type}) are exported: convert it first."
         )
     return _read_config(NanoGPTConfig, folder)
 
 
 def _read_config(config_class: type[PreTrainedConfig], folder: Path) -> PreTrainedConfig:
-    path = folder / "config.json"
+    path = folder / _CONFIG
     fields = read_json(path) | {"model_type": config_class.model_type}
     check_fields(fields, path)
     if fields.get("quantization_config") is not None:
@@ -88,7 +93,10 @@ def _skeleton(
     model_class: type[PreTrainedModel], config: PreTrainedConfig, where: Path
 ) -> PreTrainedModel:
     """Build a model whose tensors have shapes and no memory."""
-    with explain_errors(f"{where} describes a model that cannot be built"), torch.device("meta"):
+    with (
+        explain_errors(f"{where}: its configuration (config.json) cannot be built"),
+        torch.device("meta"),
+    ):
         return model_class(config)
 
 
