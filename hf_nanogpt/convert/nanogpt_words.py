@@ -84,9 +84,8 @@ def read_characters(path: Path) -> PreTrainedTokenizerFast:
             raise ValueError(f"it has {size:,} bytes, more than any alphabet needs")
         content = path.read_bytes()
         # A few bytes of a pickle can ask for a table of 2**32 places, which is made at once.
-        if any(
-            isinstance(n, int) and "PUT" in op.name and n > size for op, n, _ in genops(content)
-        ):
+        puts = (place for operation, place, _ in genops(content) if "PUT" in operation.name)
+        if any(place is not None and place > size for place in puts):
             raise ValueError("it numbers more values than it can hold")
         ids = _PlainUnpickler(io.BytesIO(content)).load()["stoi"]
         model = models.WordLevel(vocab=ids)
