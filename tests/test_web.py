@@ -1,12 +1,14 @@
 """Texts of the web: fetched by what a plain install has, kept, and without a word of passwords."""
 
 import base64
+import os
 import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from conftest import ROOT
 from datasets import config
 
 from hf_nanogpt import DataArguments, load_documents, load_text, tokenize_corpus
@@ -68,7 +70,13 @@ def test_a_plain_install_reads_an_address(site, tmp_path):
         "print(ascii(''.join(row['text'] for row in load_text(sys.argv[1]))))"
     )
     url = f"http://{site.address}/a.txt"
-    run = subprocess.run([sys.executable, "-c", script, url], capture_output=True, text=True)
+    own = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
+    run = subprocess.run(
+        [sys.executable, "-c", script, url],
+        env=os.environ | own,
+        capture_output=True,
+        text=True,
+    )
     assert run.stdout.strip() == ascii(TEXT), run.stderr
 
 
