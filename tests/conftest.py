@@ -28,6 +28,7 @@ import torch  # noqa: E402
 from datasets.utils.logging import disable_progress_bar  # noqa: E402
 
 from hf_nanogpt import NanoGPTConfig, NanoGPTForCausalLM, load_preset  # noqa: E402
+from hf_nanogpt.modeling_nanogpt import CACHE  # noqa: E402
 
 disable_progress_bar()
 
@@ -53,6 +54,11 @@ FAMILIES = {
     "qwen3": {"preset": "qwen3-0.6b", "num_key_value_heads": 2, "head_dim": 16},
     "nanochat": {"preset": "nanochat-d12"},
 }
+
+
+def cache_of(output):
+    """Return the cache in a model's output, by the name that this transformers release has."""
+    return getattr(output, CACHE)
 
 
 def tiny_config(family: str, **overrides) -> NanoGPTConfig:

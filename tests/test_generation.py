@@ -9,7 +9,7 @@ from functools import cache
 
 import pytest
 import torch
-from conftest import FAMILIES, TINY, tiny_model
+from conftest import FAMILIES, TINY, cache_of, tiny_model
 from transformers import AutoModelForCausalLM, GenerationConfig, StaticCache, set_seed
 from transformers.generation import BaseStreamer, ContinuousBatchingConfig
 
@@ -221,7 +221,7 @@ def test_banded_layers_keep_a_bounded_cache_while_they_generate(kind, batch):
     model = tiny_model("gpt3", eos_token_id=None)
     window, kinds = model.config.sliding_window, model.config.layer_types
     given = {"max_new_tokens": 40, "do_sample": False, "return_dict_in_generate": True}
-    cache = model.generate(**batch, **given, cache_implementation=kind).past_key_values
+    cache = cache_of(model.generate(**batch, **given, cache_implementation=kind))
     for layer, name in zip(cache.layers, kinds, strict=True):
         length = layer.keys.shape[-2]
         assert length >= 59 if name == "full_attention" else length <= window
