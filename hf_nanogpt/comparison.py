@@ -120,3 +120,9 @@ def check_picture(path: str | Path) -> None:
         raise ValueError(f"plot={path} cannot be written: there is no folder {path.parent}.")
     if path.is_dir():
         raise ValueError(f"plot={path} is a folder: give the path of a file.")
+    part = path.with_name(f"{path.name}.part")  # as `replace_file` will write it
+    try:
+        part.touch()
+        part.unlink()
+    except OSError as error:
+        raise ValueError(f"plot={path} cannot be written: {error.strerror}.") from error

@@ -16,7 +16,7 @@ ORDER = [
     ["modeling_nanogpt"],
     ["auto", "hub_errors", "untrusted"],
     ["presets", "tokenization", "optim", "checkpoint", "conversations", "throughput"],
-    ["data", "encoding", "adapters"],
+    ["data", "encoding", "adapters", "locking"],
     ["packing"],
     ["convert", "evaluation", "generation", "quantization", "tasks"],
     ["token_files"],
