@@ -201,6 +201,7 @@ def parse_settings(
     if _asks_for_lora([*as_flags(defaults), *words]):
         defaults |= defaults_of_lora
     given = [*as_flags(defaults), *words]
+    check_text(str(recipe), *given)
     parser = make_parser()
     data, model, training, unknown = parser.parse_args_into_dataclasses(
         given, return_remaining_strings=True, look_for_args_file=False
@@ -210,6 +211,18 @@ def parse_settings(
     if "rope_parameters" in architecture:
         architecture["rope_parameters"] = _parse_json("rope_parameters", model.rope_parameters)
     return data, architecture, training
+
+
+def check_text(*words: str) -> None:
+    """Raise a `ValueError` unless the words can be written to the card at the end of training."""
+    for word in words:
+        try:
+            word.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{word!a} is not UTF-8 text, and the model card has to repeat it: give "
+                "another name or text, or use a UTF-8 locale."
+            ) from error
 
 
 def _asks_for_lora(given: list[str]) -> bool:

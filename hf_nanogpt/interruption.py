@@ -235,9 +235,9 @@ class _ResumeCallback(TrainerCallback):
         if state.global_step == state.max_steps:
             logger.warning("All steps of this training are done: nothing is left but its results.")
         state.compute_steps(args, state.max_steps)  # flags win over what the checkpoint says
-        if state.best_model_checkpoint is not None:  # a path from a file, perhaps of elsewhere
+        if state.best_global_step is not None:  # the path in the file may lead elsewhere
             best = path_inside(args.output_dir, f"checkpoint-{state.best_global_step}")
-            state.best_model_checkpoint = str(best)
+            state.best_model_checkpoint = str(best) if best.is_dir() else None
         if not record:
             return
         losses = record["running_losses"]

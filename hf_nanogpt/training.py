@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .adapters import add_adapter, describe_adapter, merge_adapter
-from .arguments import NanoGPTTrainingArguments, as_flags, make_config, parse_settings
+from .arguments import NanoGPTTrainingArguments, as_flags, check_text, make_config, parse_settings
 from .callbacks import (
     PlotCallback,
     SampleCallback,
@@ -88,6 +88,7 @@ def train(
         TrainingInterrupted: a `KeyboardInterrupt`; Ctrl-C, SIGTERM or SIGHUP came while it trained,
             and a checkpoint was saved first.
     """
+    check_text(str(start_from))
     data_args, architecture, args = parse_settings(recipe, flags, **settings)
     if start_from and Path(start_from).resolve().is_relative_to(Path(args.output_dir).resolve()):
         raise ValueError(
