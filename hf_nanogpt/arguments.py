@@ -6,6 +6,7 @@ it stood on the command line before them, so that both are checked alike and fla
 
 import difflib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
@@ -104,6 +105,7 @@ class NanoGPTTrainingArguments(LoraArguments, TrainingArguments):
             )
         LoraArguments.__post_init__(self)
         TrainingArguments.__post_init__(self)
+        _check_processes(self.world_size)
         if self.lora:
             flags = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
             if self.fsdp or self.deepspeed or any(map(parse_flag_from_env, flags)):
@@ -113,6 +115,17 @@ class NanoGPTTrainingArguments(LoraArguments, TrainingArguments):
             self.hub_strategy = HubStrategy.END  # before, there are adapters and no whole model
         for name in self.report_to or []:
             _check_tracker(name)
+
+
+def _check_processes(world_size: int) -> None:
+    """Raise a `ValueError` if processes that were launched together would train apart."""
+    launched = os.environ.get("WORLD_SIZE")
+    if launched and launched != str(world_size):
+        raise ValueError(
+            f"WORLD_SIZE={launched} processes were launched, but each would train by itself, all "
+            "into one output_dir: add --use_cpu to the flags of train, or use a machine with a GPU "
+            "for each process. To train in one process, unset WORLD_SIZE."
+        )
 
 
 def _check_tracker(name: str) -> None:
@@ -188,6 +201,7 @@ def parse_settings(
     if _asks_for_lora([*as_flags(defaults), *words]):
         defaults |= defaults_of_lora
     given = [*as_flags(defaults), *words]
+    check_text(str(recipe), *given)
     parser = make_parser()
     data, model, training, unknown = parser.parse_args_into_dataclasses(
         given, return_remaining_strings=True, look_for_args_file=False
@@ -199,6 +213,18 @@ def parse_settings(
             model.rope_parameters, where=f"rope_parameters={model.rope_parameters:.80}"
         )
     return data, architecture, training
+
+
+def check_text(*words: str) -> None:
+    """Raise a `ValueError` unless the words can be written to the card at the end of training."""
+    for word in words:
+        try:
+            word.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{word!a} is not UTF-8 text, and the model card has to repeat it: give "
+                "another name or text, or use a UTF-8 locale."
+            ) from error
 
 
 def _asks_for_lora(given: list[str]) -> bool:

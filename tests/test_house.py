@@ -18,7 +18,7 @@ ORDER = [
     ["auto", "weights", "web"],
     ["foreign"],
     ["presets", "tokenization", "optim", "checkpoint", "conversations", "throughput"],
-    ["data", "encoding", "adapters"],
+    ["data", "encoding", "adapters", "locking"],
     ["packing"],
     ["convert", "evaluation", "generation", "quantization", "tasks"],
     ["token_files"],

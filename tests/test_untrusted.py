@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from hf_nanogpt import convert_checkpoint, load_checkpoint, train_tokenizer
 from hf_nanogpt.arguments import parse_settings
+from hf_nanogpt.checkpoint import find_intact_checkpoint, find_last_checkpoint
 from hf_nanogpt.cli import main
 from hf_nanogpt.untrusted import explain_errors, parse_json, parse_yaml, without_secrets
 
@@ -71,6 +72,7 @@ EvilTokenizer = EvilModel
 """
 ANSWER_YES = """
 import json, sys
+from hf_nanogpt.checkpoint import find_intact_checkpoint, find_last_checkpoint
 from hf_nanogpt.cli import main
 assert sys.stdin.isatty()
 for words in json.loads(sys.argv[1]):
@@ -241,6 +243,47 @@ def test_every_verb_answers_a_hostile_file_with_one_sentence_that_names_it(
         assert file in said or (file in (WEIGHTS, "added_tokens.json") and "run" in said), words
         assert len(said) < 1000, words
     assert not (tmp_path / "out").exists() and not (tmp_path / "new" / CONFIG).exists()
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"global_step": "1"},
+        {"global_step": 1.5},
+        {"log_history": 5},
+        {"log_history": [5]},
+        {"log_history": [{"step": "x", "eval_loss": 1.0}]},
+        {"is_world_process_zero": "yes"},
+        {"save_steps": []},
+        {"unknown": 1},
+    ],
+)
+def test_a_hostile_state_is_refused_by_name(state, folder):
+    step = folder / "checkpoint-1"
+    step.mkdir()
+    (step / "trainer_state.json").write_text(json.dumps(state))
+    with pytest.raises(ValueError, match=r"damaged are .*checkpoint-1/trainer_state\.json"):
+        find_intact_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        DEEP,
+        "[]",
+        '{"stateful_callbacks": []}',
+        '{"stateful_callbacks": {"InterruptibleTrainer": 5}}',
+        '{"stateful_callbacks": {"InterruptibleTrainer": {"sizes": [1]}}}',
+        '{"stateful_callbacks": {"InterruptibleTrainer": {"sizes": {"config.json": "x"}}}}',
+        '{"stateful_callbacks": {"InterruptibleTrainer": {"sizes": {"../x": 1}}}}',
+        '{"stateful_callbacks": {"InterruptibleTrainer": {"checksums": 7}}}',
+    ],
+)
+def test_a_step_with_a_hostile_record_is_not_whole(text, folder):
+    step = folder / "checkpoint-1"
+    step.mkdir()
+    (step / "trainer_state.json").write_text(text)
+    assert find_last_checkpoint(folder) is None
 
 
 def test_a_conversion_refuses_weights_that_are_not_finite(tmp_path):
