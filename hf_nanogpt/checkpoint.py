@@ -311,13 +311,14 @@ def read_record(step: str | Path) -> dict[str, Any]:
 def _get_record(state: dict[str, Any]) -> dict[str, Any]:
     callbacks = state.get("stateful_callbacks", {})
     record = callbacks.get(RECORD, {}) if isinstance(callbacks, dict) else None
-    parts = [record.get(name, {}) for name in ("sizes", "checksums")] if record else []
-    sizes = parts[0].values() if parts and isinstance(parts[0], dict) else ()
+    known = record if isinstance(record, dict) else {}
+    parts = [known.get(name, {}) for name in ("sizes", "checksums")]
+    sizes = parts[0].values() if isinstance(parts[0], dict) else ()
     if not all(isinstance(part, dict) for part in (record, *parts)) or not all(
         isinstance(size, int) for size in sizes
     ):
         raise ValueError(f"{_STATE} has a record that no training wrote.")
-    return record
+    return known
 
 
 def _is_state(state: dict[str, Any]) -> bool:
