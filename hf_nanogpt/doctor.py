@@ -156,7 +156,7 @@ def _check_native(model: PreTrainedModel, ids: torch.Tensor) -> tuple[bool, str]
 def _check_copy(model: PreTrainedModel, ids: torch.Tensor) -> tuple[bool, str]:
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        copy = type(model).from_pretrained(folder).to(ids.device).eval()
+        copy = type(model).from_pretrained(folder, trust_remote_code=False).to(ids.device).eval()
     difference = (_logits(copy, ids) - _logits(model, ids)).abs().max().item()
     return difference == 0, f"largest difference {difference:.2g}"
 

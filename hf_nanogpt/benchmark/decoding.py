@@ -11,13 +11,12 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 from transformers import (
-    AutoModelForCausalLM,
     PreTrainedModel,
     StoppingCriteria,
     set_seed,
 )
 
-from ..checkpoint import check_checkpoint, split_revision
+from ..checkpoint import load_model
 from ..convert import export_checkpoint, find_native_twin
 from ..generation import compiled_decoding
 from ..info import load_config
@@ -127,9 +126,7 @@ def _load(model: str | None, sizes: dict[str, int]) -> PreTrainedModel:
     if sizes:
         raise ValueError(f"{next(iter(sizes))} is for presets: {model} has its own sizes.")
     load_config(model)  # says what is wrong, and which presets there are
-    name, revision = split_revision(check_checkpoint(model))
-    loaded = NanoGPTForCausalLM.from_pretrained(name, revision=revision, dtype=torch.float32)
-    return loaded.eval()
+    return load_model(model).float()
 
 
 def _make_contestants(
@@ -148,9 +145,9 @@ def _make_contestants(
         ours.save_pretrained(Path(folder, "ours"))
         if find_native_twin(ours.config) is not None:
             export_checkpoint(Path(folder, "ours"), Path(folder, "twin"))
-            twin = AutoModelForCausalLM.from_pretrained(Path(folder, "twin")).eval()
+            twin = load_model(Path(folder, "twin"))
             contestants[type(twin).__name__] = (_by_generate(twin), 4 * weights)
-        rounded = quantize_model(NanoGPTForCausalLM.from_pretrained(Path(folder, "ours")))
+        rounded = quantize_model(load_model(Path(folder, "ours")))
     contestants[INT8] = (_by_generate(rounded), weights)
     if compile:
         contestants[INT8_COMPILED] = (_by_generate(rounded, **compiled_decoding()), weights)
