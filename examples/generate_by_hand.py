@@ -7,6 +7,7 @@ import sys
 import time
 
 import torch
+from transformers import DynamicCache
 
 from hf_nanogpt import load_checkpoint
 
@@ -14,13 +15,14 @@ from hf_nanogpt import load_checkpoint
 @torch.no_grad()
 def generate_by_hand(model, ids, mask, *, new_tokens, temperature=0.0, use_cache=True):
     """Append `new_tokens` to each row of `ids` (B, T), which are padded on the left (mask 0)."""
-    config, cache = model.generation_config, None
+    config = model.generation_config
+    cache = DynamicCache(config=model.config) if use_cache else None  # it grows with each step
     running = torch.ones(len(ids), 1, dtype=torch.bool)
     for _ in range(new_tokens):
         new = slice(cache.get_seq_length() if cache else 0, None)  # what the model has not read
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, new]
         output = model(ids[:, new], mask, positions, cache, use_cache=use_cache)
-        logits, cache = output.logits[:, -1], output.past_key_values  # of the last position (B, V)
+        logits = output.logits[:, -1]  # of the last position (B, V)
         if temperature == 0:
             token = logits.argmax(dim=-1, keepdim=True)
         else:

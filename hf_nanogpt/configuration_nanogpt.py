@@ -63,7 +63,7 @@ class NanoGPTConfig(PreTrainedConfig):
     """
 
     model_type = "nanogpt"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
     attribute_map = {
         "n_layer": "num_hidden_layers",
         "n_head": "num_attention_heads",

@@ -14,6 +14,8 @@ from transformers import (
     set_seed,
 )
 
+from .modeling_nanogpt import CACHE
+
 
 def generate_text(
     model: PreTrainedModel,
@@ -105,7 +107,7 @@ def stream_text(
         "max_new_tokens": _choose_length(model, ids.shape[1], max_new_tokens),
         "do_sample": temperature > 0,
         "eos_token_id": eos if stop_at_eos else None,
-        "past_key_values": past_key_values,
+        CACHE: past_key_values,
         "pad_token_id": 0,  # one row is never padded; without an id transformers warns
         **(compiled_decoding() if compile else {}),
     }

@@ -24,17 +24,45 @@ from transformers.modeling_layers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
-from transformers.modeling_utils import (
-    ALL_ATTENTION_FUNCTIONS,
-    PreTrainedModel,
-    slice_logits_to_keep,
-)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_nanogpt import NanoGPTConfig
+
+# Where transformers 5.4 to 5.24 differ; nothing below this block asks for a release.
+# 5.24 renamed `past_key_values` to `cache`: as an argument of `forward` and of the functions that
+# make masks, and as a field of the outputs. The model takes both names and answers by the name that
+# the installed release has. Before 5.24, `cache` was the paged cache of continuous batching, which
+# concerned the attention function alone.
+CACHE = "cache" if "cache" in BaseModelOutputWithPast.__annotations__ else "past_key_values"
+# What a model may be handed beyond the arguments that it names: for all models, for the loss, and
+# for paged attention and vLLM, which their attention functions read.
+KEYWORDS = frozenset(TransformersKwargs.__annotations__) | {
+    *("num_items_in_batch", "shift_labels", "ignore_index"),
+    *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"),
+    *("cache", "block_table", "read_index", "write_index", "logits_indices"),
+    *("logits_processor_args", "max_seqlen_q", "max_seqlen_k", "attention_instances"),
+    *("return_dict", "token_type_ids"),  # Llama ignores these two as well
+}
+
+
+def take_cache(past_key_values: Cache | None, kwargs: dict) -> Cache | None:
+    """Return the cache, under whichever of its names it came, and take it out of `kwargs`.
+
+    Raises:
+        TypeError: two caches were given, or a keyword argument that no part of the model reads.
+    """
+    if unknown := [name for name in kwargs if name not in KEYWORDS and kwargs[name] is not None]:
+        raise TypeError(f"forward() got an unexpected keyword argument {unknown[0]!r}.")
+    if CACHE != "cache" and not isinstance(kwargs.get("cache"), Cache | None):
+        return past_key_values  # the paged cache of an older release stays where it is
+    cache = kwargs.pop("cache", None)
+    if cache is not None and past_key_values is not None and cache is not past_key_values:
+        raise TypeError("forward() got two caches: give past_key_values or cache, not both.")
+    return past_key_values if cache is None else cache
 
 
 def _is_eager_cpu(x: torch.Tensor) -> bool:
@@ -224,7 +252,8 @@ class NanoGPTAttention(nn.Module):
         if position_embeddings is not None:
             query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)  # (B, G, S, D)
+            # A paged cache reads from `kwargs` which pages to write, and adds what to attend to.
+            key, value = past_key_values.update(key, value, self.layer_idx, kwargs=kwargs)
 
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -317,6 +346,13 @@ class NanoGPTCacheLayer(DynamicLayer):
         return self.keys, self.values
 
 
+def is_empty(cache: Cache | None) -> bool:
+    """Say whether a cache has neither content nor, as a static one has, room for the future."""
+    if not isinstance(cache, Cache):
+        return cache is None
+    return not cache.is_compileable and cache.get_seq_length() == 0
+
+
 class NanoGPTPreTrainedModel(PreTrainedModel):
     """What all heads share: initialisation, saving, and what transformers may do with the model."""
 
@@ -324,7 +360,7 @@ class NanoGPTPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["NanoGPTDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -398,32 +434,51 @@ class NanoGPTModel(NanoGPTPreTrainedModel):
         """Map `input_ids` or `inputs_embeds`, one of the two, to hidden states (B, T, C).
 
         `position_ids` (B, T) that start again at 0 mark packed documents, which then do not see
-        each other; that holds for `attention_mask=None` and `use_cache=False` only.
+        each other; that holds for `attention_mask=None`.
+
+        Raises:
+            ValueError: neither or both of the two were given, or a cache cannot be used as asked.
+            TypeError: a keyword argument that no part of the model reads.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        past_key_values = take_cache(past_key_values, kwargs)
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            # The backward pass runs each layer again, which would fill the cache twice.
+            if not is_empty(past_key_values):
+                raise ValueError(
+                    "Gradient checkpointing cannot continue a cache: leave out past_key_values, or "
+                    "call model.gradient_checkpointing_disable()."
+                )
+            past_key_values, use_cache = None, False
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        past_seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-        if type(past_key_values) is DynamicCache and past_seen == 0:
+        is_new = is_empty(past_key_values)
+        if type(past_key_values) is DynamicCache and is_new:
             for layer in past_key_values.layers:
                 if type(layer) is DynamicLayer:
                     layer.__class__ = NanoGPTCacheLayer
         if position_ids is None:
+            past_seen = 0 if is_new else past_key_values.get_seq_length()
             steps = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)
             position_ids = (steps + past_seen).unsqueeze(0)
+        elif attention_mask is None and not is_new:
+            self._check_not_packed(position_ids, past_key_values)
 
         masks = attention_mask  # `generate` hands over one mask per kind of layer for static caches
         if not isinstance(masks, dict):
+            # transformers looks for packed documents only where it is given no cache.
             masks = create_masks_for_generate(
                 config=self.config,
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
-                past_key_values=past_key_values,
                 position_ids=position_ids,
+                **{CACHE: None if is_new and attention_mask is None else past_key_values},
             )
+        if not isinstance(masks, dict):  # 5.5 to 5.12 make one mask where all layers are alike
+            masks = dict.fromkeys(self.config.layer_types, masks)
 
         hidden_states, position_embeddings = inputs_embeds, None
         if self.embed_positions is not None:
@@ -443,8 +498,19 @@ class NanoGPTModel(NanoGPTPreTrainedModel):
                 **kwargs,
             )
         return BaseModelOutputWithPast(
-            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values
+            last_hidden_state=self.norm(hidden_states), **{CACHE: past_key_values}
         )
+
+    @staticmethod
+    def _check_not_packed(position_ids: torch.Tensor, cache: Cache):
+        """Raise where packed documents would see each other through a static or filled cache."""
+        if not isinstance(cache, Cache) or torch.compiler.is_compiling():
+            return
+        if position_ids.shape[1] > 1 and bool((position_ids.diff(dim=-1) != 1).any()):
+            raise ValueError(
+                "position_ids that start again mark packed documents, which a static or filled "
+                "cache cannot keep apart: use use_cache=False, or give an attention_mask."
+            )
 
     def _check_positions(self, position_ids: torch.Tensor):
         """Raise before a learned table is read past its end (on CPU; a GPU would have to wait)."""
@@ -457,6 +523,23 @@ class NanoGPTModel(NanoGPTPreTrainedModel):
                 f"max_position_embeddings (block_size)={limit} tokens. Shorten the text, or choose "
                 "position_embedding_type='rope'."
             )
+
+
+def slice_logits_to_keep(
+    hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor
+) -> torch.Tensor:
+    """Keep the last so many positions (0 keeps all) or those of an index, of (B, T, C).
+
+    An index of one dimension serves all rows; one of two has its own positions for each row, or, of
+    booleans, flattens all that are True to (N, C).
+    """
+    if isinstance(logits_to_keep, int):
+        return hidden_states[:, -logits_to_keep:]
+    if logits_to_keep.ndim == 1:
+        return hidden_states[:, logits_to_keep]
+    if logits_to_keep.dtype == torch.bool:
+        return hidden_states[logits_to_keep]
+    return torch.take_along_dim(hidden_states, logits_to_keep[..., None], dim=1)
 
 
 class NanoGPTForCausalLM(NanoGPTPreTrainedModel, GenerationMixin):
@@ -497,7 +580,7 @@ class NanoGPTForCausalLM(NanoGPTPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            past_key_values=take_cache(past_key_values, kwargs),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
@@ -514,7 +597,7 @@ class NanoGPTForCausalLM(NanoGPTPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: getattr(outputs, CACHE)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import cache_of, tiny_model
 from transformers import DynamicCache, StaticCache
 
 LENGTH = 20
@@ -35,7 +35,7 @@ def test_cached_logits_equal_uncached(family, kind, sizes, tokens):
     cached = in_chunks(model, tokens, sizes, make_cache(kind, model.config))
     with torch.no_grad():
         uncached = model(tokens, use_cache=False)
-    assert uncached.past_key_values is None
+    assert cache_of(uncached) is None
     torch.testing.assert_close(cached, uncached.logits, rtol=0, atol=1e-5)
 
 
@@ -50,7 +50,7 @@ def test_position_ids_default_to_the_cached_length(family, tokens):
 
 def test_model_makes_its_own_cache(tokens):
     model = tiny_model("gpt3")
-    cache = model(tokens).past_key_values
+    cache = cache_of(model(tokens))
     assert isinstance(cache, DynamicCache)
     assert cache.get_seq_length() == LENGTH
 
@@ -58,7 +58,7 @@ def test_model_makes_its_own_cache(tokens):
 def test_sliding_layer_remembers_only_its_window(tokens):
     model = tiny_model("gpt3")
     window, kinds = model.config.sliding_window, model.config.layer_types
-    cache = model(tokens).past_key_values
+    cache = cache_of(model(tokens))
     model(tokens[:, :1], past_key_values=cache)
     kept = [layer.keys.shape[-2] for layer in cache.layers]
     assert window < LENGTH
@@ -67,7 +67,7 @@ def test_sliding_layer_remembers_only_its_window(tokens):
 
 def test_grouped_cache_holds_only_the_key_value_heads(tokens):
     model = tiny_model("llama")
-    keys = model(tokens).past_key_values.layers[0].keys
+    keys = cache_of(model(tokens)).layers[0].keys
     assert keys.shape == (2, model.config.num_key_value_heads, LENGTH, model.config.head_dim)
 
 

@@ -8,7 +8,7 @@ import contextlib
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import cache_of, tiny_model
 from torch import nn
 
 KERNELS = ["eager", "sdpa", "flex_attention"]
@@ -46,7 +46,7 @@ def test_last_token_changes_no_earlier_logit_with_cache(family, kernel, tokens):
 
     def steps(ids):
         prefill = model(ids[:, :12], use_cache=True)
-        return model(ids[:, 12:], past_key_values=prefill.past_key_values).logits
+        return model(ids[:, 12:], past_key_values=cache_of(prefill)).logits
 
     change = steps(with_token(tokens, -1)) - steps(tokens)
     assert change[:, :-1].abs().max() == 0.0

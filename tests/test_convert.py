@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, cache_of
 from references import LENGTH, REFERENCES, make_reference, make_tokens
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Tokenizer, PreTrainedModel
@@ -73,7 +73,7 @@ def test_logits_are_the_same(models):
     theirs, ours = models
     tokens = make_tokens()
     expected = theirs(tokens).logits
-    assert expected.std() > 0.1
+    assert expected.std() > 1
     assert difference(ours(tokens).logits, expected) <= TOLERANCE
 
 
@@ -93,7 +93,7 @@ def cached_logits(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
     for start, end in pairwise(cuts):
         output = model(tokens[:, start:end], past_key_values=cache, use_cache=True)
         pieces.append(output.logits)
-        cache = output.past_key_values
+        cache = cache_of(output)
     return torch.cat(pieces, dim=1)
 
 

@@ -120,7 +120,7 @@ class _Step(nn.Module):
         output = self.model(input_ids, attention_mask, positions, cache, use_cache=True)
         present = {
             str(n): {"key": layer.keys, "value": layer.values}
-            for n, layer in enumerate(output.past_key_values.layers)
+            for n, layer in enumerate(cache.layers)
         }
         return {"logits": output.logits, "present": present}
 
