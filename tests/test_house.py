@@ -15,7 +15,7 @@ ORDER = [
     ["configuration_nanogpt"],
     ["modeling_nanogpt"],
     ["hub_errors", "releases", "untrusted"],
-    ["auto"],
+    ["auto", "checksums"],
     ["presets", "tokenization", "optim", "checkpoint", "conversations", "throughput"],
     ["data", "encoding", "adapters", "locking"],
     ["packing"],
