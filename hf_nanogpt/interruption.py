@@ -16,26 +16,18 @@ import time
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import Trainer, TrainerCallback, TrainerState
+from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
 from .arguments import NanoGPTTrainingArguments
-from .checkpoint import (
-    RECORD,
-    explain_write_errors,
-    find_damage,
-    find_last_checkpoint,
-    read_record,
-    sum_file,
-    sum_state,
-)
+from .checkpoint import explain_write_errors, find_last_checkpoint
+from .checksums import RECORD, find_damage, read_record, save_state, sum_file
 from .configuration_nanogpt import NanoGPTConfig
 from .data import DataArguments
 from .packing import PackedBlocks, PackedStream
@@ -97,7 +89,7 @@ class InterruptibleTrainer(Trainer):
         except pickle.UnpicklingError as error:  # torch loads tensors and numbers, and runs no code
             raise ValueError(
                 "The checkpoint to resume from holds more than tensors and numbers in one of its "
-                f"files, which was not loaded. Do not use it: {_first_sentence(error)}"
+                "files, which was not loaded: do not use it."
             ) from error
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -179,7 +171,7 @@ class InterruptibleTrainer(Trainer):
         self._check_finite(sum(self._running_losses))
         run = self._get_output_dir(trial)
         folder = Path(run) / f"checkpoint-{self.state.global_step}"
-        self.state.save_to_json = partial(_save_state, self.state)
+        self.state.save_to_json = partial(save_state, self.state)
         with explain_write_errors(folder, run=run):
             super()._save_checkpoint(model, trial)
         self._saved_step = self.state.global_step
@@ -200,17 +192,6 @@ class InterruptibleTrainer(Trainer):
             "sizes": {name: p.stat().st_size for name, p in files.items()},
             "checksums": {name: sum_file(p) for name, p in files.items()},
         }
-
-
-def _save_state(state: TrainerState, path: str) -> None:
-    """Write trainer_state.json with a checksum of its own."""
-    if record := state.stateful_callbacks.get(RECORD):
-        record["checksum"] = sum_state(json.loads(json.dumps(asdict(state))))
-    TrainerState.save_to_json(state, path)
-
-
-def _first_sentence(error: Exception) -> str:
-    return " ".join(str(error).split()).split(". ")[0] + "."
 
 
 class _ResumeCallback(TrainerCallback):
@@ -253,7 +234,7 @@ class _ResumeCallback(TrainerCallback):
             if args.should_save:
                 state.stateful_callbacks["TrainerControl"] = control.state()
                 path = Path(args.output_dir) / f"checkpoint-{state.global_step}/trainer_state.json"
-                _save_state(state, f"{path}.new")
+                save_state(state, f"{path}.new")
                 os.replace(f"{path}.new", path)
 
     def on_prediction_step(self, args, state, control, **kwargs):

@@ -15,7 +15,7 @@ ORDER = [
     ["configuration_nanogpt"],
     ["modeling_nanogpt"],
     ["hub_errors", "releases", "untrusted"],
-    ["auto", "weights", "web"],
+    ["auto", "checksums", "weights", "web"],
     ["foreign"],
     ["presets", "tokenization", "optim", "checkpoint", "conversations", "throughput"],
     ["data", "encoding", "adapters", "locking"],

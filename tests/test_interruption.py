@@ -28,14 +28,11 @@ from transformers import TrainerState
 
 from hf_nanogpt import NanoGPTForCausalLM, NanoGPTTrainer, NanoGPTTrainingArguments
 from hf_nanogpt.checkpoint import (
-    RECORD,
     clear_unfinished,
-    find_damage,
     find_intact_checkpoint,
     find_last_checkpoint,
-    sum_file,
-    sum_state,
 )
+from hf_nanogpt.checksums import RECORD, find_damage, sum_file, sum_state
 from hf_nanogpt.cli import main
 from hf_nanogpt.interruption import stop_on_signals
 
