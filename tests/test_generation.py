@@ -10,6 +10,7 @@ from functools import cache
 import pytest
 import torch
 from conftest import FAMILIES, TINY, cache_of, certain_model, tiny_model
+from test_quantization import needs_int8
 from transformers import AutoModelForCausalLM, GenerationConfig, StaticCache, set_seed
 from transformers.generation import BaseStreamer, ContinuousBatchingConfig
 
@@ -263,7 +264,7 @@ def test_compiled_model_gives_the_same_logits_without_a_graph_break(family, toke
     torch.testing.assert_close(torch.cat(steps, 1), expected[:, 17:], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("weights", ["fp32", "int8"])
+@pytest.mark.parametrize("weights", ["fp32", pytest.param("int8", marks=needs_int8)])
 def test_compiled_decoding_gives_the_same_tokens(weights):
     ids = torch.arange(1, 25)[None]
     model = certain_model(ids, n_layer=1)

@@ -22,7 +22,7 @@ from ..generation import compiled_decoding
 from ..info import load_config
 from ..modeling_nanogpt import NanoGPTForCausalLM
 from ..presets import PRESETS, load_preset
-from ..quantization import quantize_model
+from ..quantization import multiplies_exactly, quantize_model
 from .contestants import PlainGPT
 from .report import check_counts, describe_machine, summarize
 
@@ -121,7 +121,9 @@ def benchmark_generation(
 
 def _load(model: str | None, sizes: dict[str, int]) -> PreTrainedModel:
     if model is None or model in PRESETS:
-        fields = {"bos_token_id": None, "eos_token_id": None} | ({} if model else SIZES) | sizes
+        # The Muon initialisation has a head of zeros: all would write token 0 and look the same.
+        fields = {"bos_token_id": None, "eos_token_id": None, "initializer_range": 0.02}
+        fields |= ({} if model else SIZES) | sizes
         return NanoGPTForCausalLM(load_preset(model or "gpt2", **fields)).eval()
     if sizes:
         raise ValueError(f"{next(iter(sizes))} is for presets: {model} has its own sizes.")
@@ -147,9 +149,10 @@ def _make_contestants(
             export_checkpoint(Path(folder, "ours"), Path(folder, "twin"))
             twin = load_model(Path(folder, "twin"))
             contestants[type(twin).__name__] = (_by_generate(twin), 4 * weights)
-        rounded = quantize_model(load_model(Path(folder, "ours")))
-    contestants[INT8] = (_by_generate(rounded), weights)
-    if compile:
+        rounded = load_model(Path(folder, "ours"))
+    if multiplies_exactly():  # else int8 weights are refused on this processor
+        contestants[INT8] = (_by_generate(quantize_model(rounded)), weights)
+    if compile and multiplies_exactly():
         contestants[INT8_COMPILED] = (_by_generate(rounded, **compiled_decoding()), weights)
     contestants[PLAIN] = (_without_cache(PlainGPT(ours.config).eval()), None)
     return contestants
