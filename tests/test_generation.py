@@ -9,7 +9,9 @@ from functools import cache
 
 import pytest
 import torch
+import transformers
 from conftest import FAMILIES, TINY, cache_of, certain_model, tiny_model
+from packaging.version import parse
 from test_quantization import needs_int8
 from transformers import AutoModelForCausalLM, GenerationConfig, StaticCache, set_seed
 from transformers.generation import BaseStreamer, ContinuousBatchingConfig
@@ -125,6 +127,8 @@ def draft_of(family: str, how: str) -> dict:
 
 @pytest.mark.parametrize("how", ["draft model", "its own draft", "first layer", "prompt lookup"])
 def test_assisted_decoding_gives_the_greedy_tokens(family, how, tokens):
+    if how == "first layer" and parse(transformers.__version__) < parse("5.20"):
+        pytest.skip("transformers 5.17 cannot shorten the cache of layers that it left out (Qwen3)")
     model, ids = tiny_model(family), tokens[:1]
     greedy = generate(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
     ids = torch.cat([ids, greedy, ids], dim=1)  # what was said before can be looked up
