@@ -159,7 +159,7 @@ import os, signal, sys
 from hf_nanogpt import DataArguments, tokenize_corpus, tokenized
 replace, files = os.replace, []
 def die_before_file_21(staged, path):
-    files.append(path)
+    files.extend([path] * str(path).endswith(".arrow"))
     if len(files) == 21:
         os.kill(os.getpid(), signal.SIGKILL)
     replace(staged, path)

@@ -102,9 +102,10 @@ def test_dpo_makes_its_reference_from_a_saved_checkpoint(chat, tmp_path):
 
 def test_grpo_earns_more_for_what_it_is_paid_for(chat, tmp_path):
     before = AutoModelForCausalLM.from_pretrained(chat).lm_head.weight
-    trainer = run_example("grpo", chat, tmp_path, max_steps=12, learning_rate=3e-3)
+    # So fast that every seed tried ends near 0, from -2.7: it does not take luck.
+    trainer = run_example("grpo", chat, tmp_path, max_steps=20, learning_rate=1e-2)
     rewards = series(trainer, "reward")
-    assert sum(rewards[-4:]) > sum(rewards[:4])
+    assert sum(rewards[-4:]) > sum(rewards[:4]) + 4
     after = load_checkpoint(tmp_path)[0].lm_head.weight
     assert not after.equal(before)
 
