@@ -1,8 +1,8 @@
 """What comes from outside is numbers and text: it never becomes a path elsewhere, or code.
 
 Checkpoints, the Hub and requests are outside. Whoever joins a path with a name that was read from a
-file calls `path_inside`, and whoever reads JSON that somebody else may have written calls
-`read_json`.
+file calls `path_inside`, whoever reads JSON that somebody else may have written calls `read_json`,
+and whoever prints their text on a terminal calls `printable`.
 """
 
 import json
@@ -10,6 +10,20 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 _LARGEST_JSON = 256 * 2**20  # bytes; the largest tokenizers in use have about 30 MB
+
+# What a terminal obeys: all control characters, of which a line's end and a tab are no danger. A
+# carriage return is left out, so that the ends of lines stay what they are.
+_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))}
+_CONTROLS |= {ord("\n"): "\n", ord("\t"): "\t", ord("\r"): ""}
+
+
+def printable(text: object) -> str:
+    r"""Return the text with nothing in it that a terminal obeys, such as `\x1b[2J`.
+
+    >>> print(printable("a\x1b[2Jb\tc"))
+    a\x1b[2Jb	c
+    """
+    return str(text).translate(_CONTROLS)
 
 
 def path_inside(folder: str | Path, name: object) -> Path:

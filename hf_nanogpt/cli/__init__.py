@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from ..untrusted import printable
 from .parser import find_nearest
 
 VERBS: dict[str, str] = {
@@ -69,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("HF_NANOGPT_TRACEBACK") or not _is_users(error):
             raise
-        print(f"hf-nanogpt: {' '.join(str(error).split())}", file=sys.stderr)
+        print(printable(f"hf-nanogpt: {' '.join(str(error).split())}"), file=sys.stderr)
         return 2
     return 0
 
