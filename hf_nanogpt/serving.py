@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 _TEXT, _CHAT = "/v1/completions", "/v1/chat/completions"
 _LARGEST_BODY = 4 * 2**20  # bytes
-_PATIENCE = 5  # seconds that answers have to end by themselves when the server ends
+_PATIENCE = 3  # seconds that answers have to end by themselves when the server ends
 
 
 class _RefusalError(Exception):
@@ -195,6 +195,7 @@ class _Server:
 
     def guard(self, answer: Callable) -> Callable:
         """Wrap what answers a request: it needs the key, and what goes wrong becomes a sentence."""
+        from starlette.requests import ClientDisconnect
         from starlette.responses import JSONResponse
 
         async def guarded(request: "HTTPRequest") -> "Response":
@@ -205,6 +206,8 @@ class _Server:
                 status, message = getattr(error, "status", 400), " ".join(str(error).split())
             except EndedError:
                 status, message = 503, FAILED
+            except ClientDisconnect:
+                status, message = 499, "The client has gone."
             kind = "invalid_request_error" if status < 500 else "server_error"
             return JSONResponse({"error": {"message": message, "type": kind}}, status)
 
@@ -213,7 +216,7 @@ class _Server:
     def check_key(self, request: "HTTPRequest") -> None:
         given = request.headers.get("authorization", "")
         wanted = f"Bearer {self.api_key}".encode()
-        if self.api_key and not hmac.compare_digest(given.encode("utf-8", "replace"), wanted):
+        if self.api_key and not hmac.compare_digest(given.encode("latin-1"), wanted):
             raise _RefusalError(401, "This server needs its key: send Authorization: Bearer KEY.")
 
     async def read_body(self, request: "HTTPRequest") -> dict[str, Any]:
