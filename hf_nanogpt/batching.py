@@ -87,12 +87,12 @@ class Writer:
         for queue in self._waiting:
             queue.put_nowait(EndedError())
 
-    def close(self) -> None:
-        """Wait until no thread uses the model any more."""
-        self._ended.set()
-        self._alone.shutdown(cancel_futures=True)
+    async def close(self) -> None:
+        """End all that is being written, and wait until no thread uses the model any more."""
+        self.abandon()
+        await asyncio.to_thread(self._alone.shutdown, cancel_futures=True)
         if self._manager is not None:
-            self._manager.stop(hard_stop=True)
+            await asyncio.to_thread(self._manager.stop, hard_stop=True)
 
     # in a batch
 
@@ -177,9 +177,9 @@ class Writer:
                 with closing(stream_text(self.model, self.tokenizer, ids, **given)) as tokens:
                     for token in tokens:
                         if gone.is_set() or self._ended.is_set():
-                            break
+                            raise EndedError
                         hand_over(token)
-            except ValueError as error:  # the reader raises it
+            except (ValueError, EndedError) as error:  # the reader raises it
                 last = error
             except Exception:
                 logger.exception("A request could not be answered.")

@@ -146,6 +146,7 @@ def serve_app(app: Any, listener: socket.socket, *, on_ready: Callable[[], None]
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
             asyncio.get_running_loop().call_later(_PATIENCE, writer.abandon)
             await super().shutdown(sockets)
+            await writer.close()
 
     # uvicorn ends well at either signal and then raises it again: both become Ctrl-C's exception.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -155,11 +156,8 @@ def serve_app(app: Any, listener: socket.socket, *, on_ready: Callable[[], None]
         server_header=False,
         timeout_graceful_shutdown=2 * _PATIENCE,
     )
-    try:
-        with suppress(KeyboardInterrupt):
-            Server(config).run(sockets=[listener])
-    finally:
-        writer.close()
+    with suppress(KeyboardInterrupt):
+        Server(config).run(sockets=[listener])
 
 
 def write_request(url: str, name: str, *, chat: bool, with_key: bool = False) -> str:

@@ -40,7 +40,11 @@ class NanoGPTTrainer(HubTrainer):
             if kwargs.get("compute_metrics") is None:
                 kwargs["compute_metrics"] = _compute_metrics
                 self.byte_counts = token_byte_counts(tokenizer)
+        config = getattr(model, "config", None)
+        kept = getattr(config, "use_cache", None)
         super().__init__(model, args, **kwargs)
+        if kept is not None:  # Trainer writes its own wish there, which would be saved
+            config.use_cache = kept
         if self.is_fsdp_enabled:
             _prepare_fsdp(self.accelerator.state.fsdp_plugin)
         self.remove_callback(PrinterCallback)
@@ -57,6 +61,12 @@ class NanoGPTTrainer(HubTrainer):
         if "loss" in logs:
             logs.update(self.speed.read(self.state))
         super().log(logs, start_time)
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        """Return Trainer's loss, by a pass that keeps a cache only if `args.use_cache` says so."""
+        if getattr(self.model.config, "use_cache", None) is not None:
+            inputs = {"use_cache": self.args.use_cache} | inputs
+        return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _get_num_items_in_batch(self, batch_samples, device):
         """Count one where there is nothing to learn, so that the loss is 0 and not 0 / 0."""

@@ -9,15 +9,21 @@ from conftest import tiny_config, tiny_model
 from torch import nn
 from transformers import (
     AttentionInterface,
+    DynamicCache,
     LlamaConfig,
     LlamaForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    StaticCache,
 )
 
 from hf_nanogpt.modeling_nanogpt import (
+    CACHE,
     NanoGPTAttention,
+    NanoGPTForCausalLM,
+    NanoGPTForTokenClassification,
     NanoGPTLayerNorm,
+    NanoGPTModel,
     NanoGPTRMSNorm,
     NanoGPTRotaryEmbedding,
     apply_rotary_pos_emb,
@@ -244,13 +250,13 @@ def test_attention_backend_is_told_all_it_needs(tokens):
 
     AttentionInterface.register("recorder", backend)
     model = tiny_model("gpt3", num_key_value_heads=2, attn_implementation="recorder")
-    model(tokens, tag="from the caller")
+    model(tokens, attention_instances="from the caller")
     windows = [None, model.config.sliding_window, None]
     assert [kwargs["sliding_window"] for _, _, kwargs in calls] == windows
     for layer_idx, (module, key_heads, kwargs) in enumerate(calls):
         assert (module.layer_idx, module.is_causal, key_heads) == (layer_idx, True, 2)
         assert kwargs["scaling"] == model.config.head_dim**-0.5
-        assert kwargs["tag"] == "from the caller"
+        assert kwargs["attention_instances"] == "from the caller"
         assert kwargs["position_ids"].tolist() == [list(range(20))]
 
 
@@ -284,3 +290,96 @@ def test_rotation_written_for_speed_has_the_gradients_of_autograd():
         [ours] = torch.autograd.grad(ours, x, upstream)
         [theirs] = torch.autograd.grad(plain, x, upstream)
         torch.testing.assert_close(ours, theirs)
+
+
+KEYWORDS = {
+    "token_type_ids": torch.zeros(2, 20, dtype=torch.long),
+    "something": None,
+    "num_items_in_batch": torch.tensor(7),
+    "attention_instances": {},
+    "output_router_logits": False,
+}
+
+
+@pytest.mark.parametrize("name", KEYWORDS)
+def test_keywords_that_other_models_take_change_nothing(name, tokens):
+    model = tiny_model()
+    given = {name: KEYWORDS[name]}
+    assert torch.equal(model(tokens, **given).logits, model(tokens).logits)
+
+
+@pytest.mark.parametrize("head", [NanoGPTModel, NanoGPTForCausalLM, NanoGPTForTokenClassification])
+def test_a_keyword_that_nothing_reads_is_refused(head, tokens):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'atention_mask'"):
+        head(tiny_config("nano"))(tokens, atention_mask=torch.ones_like(tokens))
+
+
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_a_cache_is_taken_by_both_of_its_names_and_returned_by_the_installed_one(name, tokens):
+    model = tiny_model()
+    given = DynamicCache(config=model.config)
+    first = model(tokens[:, :12], **{name: given})
+    assert getattr(first, CACHE) is given
+    rest = model(tokens[:, 12:], **{name: given}).logits
+    torch.testing.assert_close(rest, model(tokens).logits[:, 12:], atol=1e-5, rtol=0)
+
+
+def test_two_caches_are_refused(tokens):
+    caches = {name: DynamicCache() for name in ("past_key_values", "cache")}
+    with pytest.raises(TypeError, match="two caches"):
+        tiny_model()(tokens, **caches)
+
+
+def test_gradient_checkpointing_takes_an_empty_cache_and_refuses_a_filled_one(tokens):
+    model = tiny_model().train()
+    model.gradient_checkpointing_enable()
+    cache = DynamicCache(config=model.config)
+    expected = model(tokens, labels=tokens).loss
+    assert model(tokens, labels=tokens, past_key_values=cache).loss == expected
+    assert cache.get_seq_length() == 0
+    with torch.no_grad():
+        model(tokens, past_key_values=cache)
+    with pytest.raises(ValueError, match="Gradient checkpointing cannot continue a cache"):
+        model(tokens, past_key_values=cache)
+
+
+@pytest.mark.parametrize("shape", ["last", "index", "rows", "mask"])
+def test_logits_are_kept_at_the_positions_asked_for(shape, tokens):
+    model = tiny_model()
+    logits = model(tokens).logits
+    rows = torch.tensor([[3, 5], [0, 19]])
+    mask = torch.zeros(2, 20, dtype=torch.bool)
+    mask[0, 4] = mask[1, 7] = mask[1, 8] = True
+    keep, expected = {
+        "last": (3, logits[:, -3:]),
+        "index": (torch.tensor([2, 9]), logits[:, [2, 9]]),
+        "rows": (rows, torch.stack([logits[0, rows[0]], logits[1, rows[1]]])),
+        "mask": (mask, logits[mask]),
+    }[shape]
+    found = model(tokens, logits_to_keep=keep).logits
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+
+
+PACKED = torch.tensor([[*range(8), *range(12)]])
+
+
+def test_packed_documents_are_apart_with_the_default_cache(family, tokens):
+    model = tiny_model(family)
+    changed = tokens.clone()
+    changed[:, :8] = (tokens[:, :8] + 1) % model.config.vocab_size
+    packed = [model(ids, position_ids=PACKED).logits for ids in (tokens, changed)]
+    assert torch.equal(packed[0][:, 8:], packed[1][:, 8:])
+    assert not torch.allclose(packed[0][:, :8], packed[1][:, :8], atol=0.1)
+    alone = torch.cat([model(tokens[:, :8]).logits, model(tokens[:, 8:]).logits], dim=1)
+    torch.testing.assert_close(packed[0], alone, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["static", "filled"])
+def test_packed_documents_are_refused_where_a_cache_would_mix_them(kind, tokens):
+    model = tiny_model()
+    cache = StaticCache(model.config, max_cache_len=40)
+    if kind == "filled":
+        cache = DynamicCache(config=model.config)
+        model(tokens, past_key_values=cache)
+    with pytest.raises(ValueError, match=r"packed documents.*use_cache=False"):
+        model(tokens, position_ids=PACKED, past_key_values=cache)

@@ -93,14 +93,15 @@ def test_the_collator_pads_the_last_block_and_restarts_positions():
         assert batch["position_ids"][i].tolist() == positions + [0] * (50 - count)
 
 
-def test_packed_documents_do_not_see_each_other(family):
+@pytest.mark.parametrize("given", [{}, {"use_cache": True}, {"use_cache": False}], ids=str)
+def test_packed_documents_do_not_see_each_other(family, given):
     model = tiny_model(family, vocab_size=len(TOKENIZER))
     blocks = pack_documents(Dataset.from_dict({"text": DOCUMENTS}), TOKENIZER, context_length=30)
     loader = DataLoader(blocks, batch_size=3, collate_fn=PackedCollator(EOS))
     with torch.no_grad():
         for batch in loader:
             del batch["labels"]
-            logits = model(**batch, use_cache=False).logits
+            logits = model(**batch, **given).logits
             for row, ids in enumerate(batch["input_ids"]):
                 starts = [0, *(i for i in range(1, len(ids)) if ids[i] == EOS), len(ids)]
                 for start, end in pairwise(starts):

@@ -22,6 +22,7 @@ VERBS: dict[str, str] = {
     "push": "share a checkpoint on the Hub: model, tokenizer, code and card in one commit",
     "pull": "download a checkpoint from the Hub to a folder, whole or not at all",
     "info": "describe a checkpoint or a preset: sizes, memory, FLOPs",
+    "doctor": "check that results are right here, and print what a bug report needs",
     "bench": "measure the speed of training or generation here, beside other implementations",
 }
 # A verb is the function `run_VERB` of its module here, which is imported when it is called for.
@@ -32,6 +33,7 @@ _MODULES = {
     "convert": ["convert", "export"],
     "playground": ["playground"],
     "measure": ["eval", "info", "bench"],
+    "doctor": ["doctor"],
     "hub": ["push", "pull"],
 }
 _WHERE = {verb: module for module, verbs in _MODULES.items() for verb in verbs}

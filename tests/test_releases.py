@@ -1,0 +1,104 @@
+"""Other releases of transformers: what we use of it that it does not promise, and newer ones."""
+
+import ast
+import importlib
+import inspect
+import pkgutil
+import warnings
+
+import pytest
+import transformers
+from conftest import ROOT
+
+import hf_nanogpt
+from hf_nanogpt.releases import TESTED_TRANSFORMERS, warn_of_newer
+
+PACKAGE = ROOT / "hf_nanogpt"
+# Every private name of transformers that we override or use, and the last release that has it. Add
+# a line only where there is no public way: each may be gone in the next release.
+OVERRIDDEN = {}
+USED = {}
+
+
+def package_modules():
+    for module in pkgutil.walk_packages([str(PACKAGE)], "hf_nanogpt."):
+        if not module.name.endswith("__main__"):
+            yield importlib.import_module(module.name)
+
+
+def is_private(name):
+    return name.startswith("_") and not name.startswith("__")
+
+
+def find_overridden():
+    """Return the private attributes that our classes replace in those of transformers."""
+    found = set()
+    for module in package_modules():
+        for cls in vars(module).values():
+            if not inspect.isclass(cls) or cls.__module__ != module.__name__:
+                continue
+            theirs = [base for base in cls.__mro__ if base.__module__.startswith("transformers.")]
+            for name in filter(is_private, vars(cls)):
+                found |= {(b.__name__, name) for b in theirs[:1] if hasattr(b, name)}
+    return found
+
+
+def find_used():
+    """Return the private attributes that we read or call and do not define ourselves."""
+    used, ours = set(), set()
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            match node:
+                case ast.FunctionDef(name=name) | ast.ClassDef(name=name):
+                    ours.add(name)
+                case ast.Name(id=name, ctx=ast.Store()) | ast.Attribute(attr=name, ctx=ast.Store()):
+                    ours.add(name)
+                case ast.Attribute(attr=name):
+                    used.add(name)
+    return {name for name in used - ours if is_private(name)}
+
+
+def test_private_names_that_we_override_are_listed_and_exist():
+    assert find_overridden() == set(OVERRIDDEN)
+
+
+def test_private_names_that_we_use_are_listed_and_exist():
+    assert find_used() == {name for _, name in USED}
+    for owner, name in USED:
+        module, _, attribute = owner.rpartition(".")
+        assert hasattr(getattr(importlib.import_module(module), attribute), name), (owner, name)
+
+
+def test_everything_that_we_import_from_transformers_exists():
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("transformers"):
+                module = importlib.import_module(node.module)
+                for alias in node.names:
+                    assert not is_private(alias.name), (path.name, alias.name)
+                    assert hasattr(module, alias.name), (path.name, node.module, alias.name)
+
+
+def test_the_newest_release_is_the_one_that_constraints_name():
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    assert f"transformers=={TESTED_TRANSFORMERS[-1]}" in lines
+
+
+def test_a_release_newer_than_any_tested_is_warned_of_once_and_names_doctor():
+    major, minor, _ = map(int, TESTED_TRANSFORMERS[-1].split("."))
+    with pytest.warns(UserWarning, match=rf"{major}\.{minor + 1}\.0.*hf-nanogpt doctor") as found:
+        warn_of_newer(f"{major}.{minor + 1}.0")
+    assert len(found) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_newer(f"{major}.{minor}.9")
+        warn_of_newer(TESTED_TRANSFORMERS[0])
+        warn_of_newer(f"{major}.{minor}.0.dev0")
+        warn_of_newer(transformers.__version__)
+
+
+def test_importing_the_package_warns_of_nothing():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        importlib.reload(importlib.import_module("hf_nanogpt.auto"))
+    assert hf_nanogpt.NanoGPTConfig.model_type == "nanogpt"
