@@ -109,27 +109,23 @@ def open_socket(host: str, port: int) -> socket.socket:
         ) from error
 
 
-def choose_hosts(host: str, listener: socket.socket, *, api_key: str | None) -> list[str]:
-    """Return the hosts that clients may ask for; all where they need a key to be answered.
+def list_hosts(host: str, address: str) -> list[str]:
+    """Return the hosts that a browser may name: this machine's where only it is served, else all.
 
-    Raises:
-        ValueError: other machines can reach the server, and no key is needed.
+    A page from elsewhere could make its own name mean this machine, and then ask the server.
     """
-    address = listener.getsockname()[0]
-    if ip_address(address.partition("%")[0]).is_loopback:
-        return [
-            "localhost",
-            "127.0.0.1",
-            "[::1]",
-            f"[{address}]" if ":" in address else address,
-            host,
-        ]
-    if not api_key:
+    if not ip_address(address.partition("%")[0]).is_loopback:
+        return ["*"]
+    return ["localhost", "127.0.0.1", "[::1]", f"[{address}]" if ":" in address else address, host]
+
+
+def check_key_is_there(host: str, address: str, api_key: str | None) -> None:
+    """Raise a `ValueError` if other machines can reach the server and no key is needed."""
+    if "*" in list_hosts(host, address) and not api_key:
         raise ValueError(
             f"host={host} lets other machines in, so clients need a key: give --api_key, or set "
             "HF_NANOGPT_API_KEY, or leave --host out to serve this machine only."
         )
-    return ["*"]
 
 
 def serve_app(app: Any, listener: socket.socket, *, on_ready: Callable[[], None]) -> None:

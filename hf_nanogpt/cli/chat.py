@@ -97,17 +97,24 @@ def run_serve(argv: list[str]) -> None:
     quiet_libraries()
     from ..chat import NO_TEMPLATE
     from ..checkpoint import load_checkpoint
-    from ..serving import build_app, choose_hosts, open_socket, serve_app, write_request
+    from ..serving import (
+        build_app,
+        check_key_is_there,
+        list_hosts,
+        open_socket,
+        serve_app,
+        write_request,
+    )
 
     key = args.api_key or os.environ.get("HF_NANOGPT_API_KEY")
     listener = open_socket(args.host, args.port)
-    hosts = choose_hosts(args.host, listener, api_key=key)
+    host, port = listener.getsockname()[:2]
+    check_key_is_there(args.host, host, key)
     model, tokenizer = load_checkpoint(args.checkpoint)
     name = args.checkpoint.rstrip("/")
     if Path(name).is_absolute():  # clients are told the name, and no path of this machine
         name = Path(name).name
-    app = build_app(name, model, tokenizer, api_key=key, hosts=hosts)
-    host, port = listener.getsockname()[:2]
+    app = build_app(name, model, tokenizer, api_key=key, hosts=list_hosts(args.host, host))
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
     def welcome() -> None:
