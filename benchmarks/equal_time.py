@@ -2,7 +2,7 @@
 
 Both sides have the same blocks of the same documents, tokenizer, sizes and batches. Ours trains for
 a number of steps; the time it took, evaluations left out, is what the peer gets, whose steps are
-timed in a short run before. Rows alternate, once for each seed.
+timed in a short run before: the times differ by some percent. Rows alternate, once for each seed.
 
 Run: python benchmarks/equal_time.py [STEPS [SEEDS]] (default 150 and 3; 10 minutes on 2 cores)
 """

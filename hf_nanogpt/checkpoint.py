@@ -1,12 +1,13 @@
 """The checkpoint folder: found and loaded with clear errors, written whole or not at all."""
 
+import fcntl
 import json
 import os
 import shutil
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -244,12 +245,50 @@ def staged_folder(destination: str | Path) -> Iterator[Path]:
     """
     destination = Path(destination)
     destination.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=_STAGED, dir=destination) as staged:
-        yield Path(staged)
-        if (Path(staged) / _MARKER).is_file():  # files of two checkpoints are never to be mixed
+    clear_abandoned(destination)
+    staged, lock = _make_staged(destination)
+    try:
+        yield staged
+        if (staged / _MARKER).is_file():  # files of two checkpoints are never to be mixed
             (destination / _MARKER).unlink(missing_ok=True)
-        for path in sorted(Path(staged).iterdir(), key=lambda p: p.name == _MARKER):
+        for path in sorted(staged.iterdir(), key=lambda p: p.name == _MARKER):
             target = destination / path.name
             if path.is_dir() and target.exists():
                 _delete(target)  # a folder cannot be renamed onto one with files
             os.replace(path, target)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def clear_abandoned(destination: str | Path) -> None:
+    """Delete what killed processes have staged in a folder, and nothing that is still written."""
+    for path in Path(destination).glob(f"{_STAGED}{'[a-z0-9_]' * 8}"):  # as mkdtemp names them
+        with suppress(OSError):  # a living process has the lock
+            lock = _lock(path)
+            shutil.rmtree(path, ignore_errors=True)
+            os.close(lock)
+
+
+def _make_staged(destination: Path) -> tuple[Path, int | None]:
+    """Make a folder with a lock, which the system frees when this process ends, even by a kill."""
+    while True:
+        staged = Path(tempfile.mkdtemp(prefix=_STAGED, dir=destination))
+        try:
+            return staged, _lock(staged)
+        except (BlockingIOError, FileNotFoundError):  # taken for abandoned before it was locked
+            continue
+        except OSError:  # of a file system without locks, where nobody clears either
+            return staged, None
+
+
+def _lock(folder: Path) -> int:
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.stat(folder)  # whoever had it may have deleted it since it was opened
+    except OSError:
+        os.close(handle)
+        raise
+    return handle

@@ -4,6 +4,7 @@ import os
 import platform
 import re
 from collections.abc import Sequence
+from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,31 @@ from typing import Any
 import torch
 
 from . import __version__
-from .arguments import NanoGPTTrainingArguments
+from .arguments import ModelArguments, NanoGPTTrainingArguments
+from .configuration_nanogpt import NanoGPTConfig
 from .data import DataArguments
 from .token_files import find_token_files
 from .tokenized import TOKENIZED
+from .untrusted import without_secrets
+
+# What a card may show of the command: all that decides the result, and no place where a token or a
+# name of somebody's machine is given. What is not listed is not published.
+_PUBLISHED = {
+    *("from", "held_out"),
+    *("data", "validation_data", "validation_fraction", "text_column", "dataset_config"),
+    *("dataset_split", "streaming", "validation_documents", "tokenizer", "vocab_size"),
+    *("context_length", "chat_template"),
+    *("max_steps", "num_train_epochs", "per_device_train_batch_size"),
+    *("gradient_accumulation_steps", "auto_find_batch_size", "train_sampling_strategy"),
+    *("dataloader_drop_last", "seed", "data_seed"),
+    *("optim_recipe", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
+    *("max_grad_norm", "momentum_warmup_steps", "lr_scheduler_type", "warmup_steps"),
+    *("label_smoothing_factor", "neftune_noise_alpha", "average_tokens_across_devices"),
+    *("bf16", "fp16", "tf32", "torch_compile", "gradient_checkpointing"),
+    *("lora", "lora_rank", "lora_alpha"),
+    *(field.name for field in fields(ModelArguments)),
+    *NanoGPTConfig.attribute_map,  # nanoGPT's names
+}
 
 
 def collect_facts(
@@ -28,17 +50,17 @@ def collect_facts(
 ) -> dict[str, Any]:
     """Return data, command, settings, hardware and versions of a training.
 
-    They are made to be published: a path shows its last part only where it is absolute, and what
-    concerns the Hub, a token above all, is left out.
+    They are made to be published: only listed settings are shown, an address without user and
+    query, which may be secrets, and an absolute path by its last part.
     """
-    start = ["--from", _publish(str(start_from))] if start_from else []
+    start = ["--from", str(start_from)] if start_from else []
     batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     return {
         "recipe": Path(recipe).name,
         "data": _publish(data_args.data),
         "datasets": [data_args.data] if _is_hub_dataset(data_args.data) else [],
         "start_from": start_from and _publish(str(start_from)),
-        "command": ["hf-nanogpt", "train", _publish(recipe), *start, *_publish_flags(flags)],
+        "command": _publish_command(["hf-nanogpt", "train", recipe, *start, *flags]),
         "eval_command": _repeat_evaluation(data_args),
         "settings": {
             "Tokenizer": _publish(data_args.tokenizer),
@@ -61,20 +83,42 @@ def _describe_adapter(args: NanoGPTTrainingArguments) -> str | None:
     return f"rank {args.lora_rank}, alpha {args.lora_alpha}, merged" if args.lora else None
 
 
-def _publish(word: str) -> str:
-    name, equals, value = word.rpartition("=")
-    hidden = os.path.isabs(value) or value.startswith("~")
-    return f"{name}{equals}{Path(value).name}" if hidden else word
+def _publish(place: str) -> str:
+    """Return an address without its secrets, or of a path on this machine the last part."""
+    place = without_secrets(place)
+    is_private = os.path.isabs(place) or place.startswith("~")
+    return Path(place).name if is_private else place
 
 
-def _publish_flags(flags: Sequence[str]) -> list[str]:
-    kept, keep = [], True
-    for word in flags:
+def _publish_command(words: Sequence[str]) -> list[str]:
+    """Return a command with those of its flags that may be shown, however they are spelled."""
+    kept: list[str] = []
+    shown = True
+    for word in words:
         if word.startswith("--"):
-            keep = not re.match(r"--(hub_|push_to_hub)", word)
-        if keep:
-            kept.append(_publish(word))
+            flag, equals, value = word.partition("=")
+            name = flag.removeprefix("--").replace("-", "_")
+            shown = name.removeprefix("no_") in _PUBLISHED
+            word = f"--{name}{equals}{_publish(value)}"
+        else:  # the value of a flag, or what stands before all flags
+            word = _publish(word)
+        if shown:
+            kept.append(word)
     return kept
+
+
+def publish_facts(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Return the content of a `metrics.json` that an earlier version wrote, fit to be published."""
+    clean = dict(metrics)
+    for name in ("data", "start_from"):
+        if isinstance(value := metrics.get(name), str):
+            clean[name] = _publish(value)
+    for name in ("command", "eval_command"):
+        if isinstance(value := metrics.get(name), list):
+            clean[name] = _publish_command([str(word) for word in value])
+    if isinstance(settings := metrics.get("settings"), dict) and "Tokenizer" in settings:
+        clean["settings"] = settings | {"Tokenizer": _publish(str(settings["Tokenizer"]))}
+    return clean
 
 
 def _is_hub_dataset(data: str) -> bool:

@@ -1,4 +1,8 @@
-"""Why the Hub did not do what was asked, in a few words for a person."""
+"""Why the Hub did not do what was asked, in a few words for a person; and asking it again."""
+
+import time
+from collections.abc import Callable
+from typing import Any
 
 from huggingface_hub import constants, get_token
 from huggingface_hub.errors import (
@@ -13,6 +17,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+FAILURES = (OSError, HTTPError, RuntimeError)  # of a request; RuntimeError is of an upload
+_WAITS = (0.5, 2.0, 8.0)  # seconds before another attempt
 LOG_IN = "you are not logged in: run `hf auth login`, or set HF_TOKEN"
 _BAD_TOKEN = "the Hub does not accept your token: run `hf auth login`, or set another HF_TOKEN"
 
@@ -55,7 +61,18 @@ def _explain_answer(error: HfHubHTTPError) -> str:
     return f"the Hub answered {status} {said}".strip()
 
 
-def is_passing(error: BaseException) -> bool:
+def retry(request: Callable[[], Any]) -> Any:
+    """Return what a request returns; ask again where it failed for a moment only."""
+    for wait in (*_WAITS, None):
+        try:
+            return request()
+        except FAILURES as error:
+            if wait is None or not _is_passing(error):
+                raise
+            time.sleep(wait)
+
+
+def _is_passing(error: BaseException) -> bool:
     """Say whether the same request may well succeed a moment later."""
     if isinstance(error, HfHubHTTPError):
         return error.response.status_code in (408, 409, 412, 429, 500, 502, 503, 504)

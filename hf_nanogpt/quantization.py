@@ -46,6 +46,10 @@ def quantize_model(model: PreTrainedModel) -> PreTrainedModel:
     Changes the model in place and returns it, for use and not for training or saving. Embeddings
     and norms stay as they are.
 
+    Trained weights lose quality by this: on those of SmolLM2-135M the most likely token stays the
+    same at 86 % of the positions, and the KL divergence from float32 is 0.051. llama.cpp's q8_0 has
+    97 % and 0.0013, see `export_gguf`. Measure your own model by `hf-nanogpt eval --quantize int8`.
+
     Raises:
         ValueError: the model is not in float32 on the CPU, or has layers of another kind, as
             transformers' own GPT-2.

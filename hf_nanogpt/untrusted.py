@@ -1,15 +1,23 @@
 """What comes from outside is numbers and text: it never becomes a path elsewhere, or code.
 
 Checkpoints, the Hub and requests are outside. Whoever joins a path with a name that was read from a
-file calls `path_inside`, whoever reads JSON that somebody else may have written calls `read_json`,
-and whoever prints their text on a terminal calls `printable`.
+file calls `path_inside`; whoever reads JSON or YAML that somebody else may have written calls
+`read_json`, `parse_json` or `parse_yaml`; whoever hands a file of theirs to another library does it
+inside `explain_errors`; and whoever prints their text on a terminal calls `printable`. An address
+is shown as `without_secrets` gives it.
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
+from urllib.parse import urlsplit
+
+import yaml
 
 _LARGEST_JSON = 256 * 2**20  # bytes; the largest tokenizers in use have about 30 MB
+_LARGEST_YAML = 2**20
 
 # What a terminal obeys: all control characters, of which a line's end and a tab are no danger. A
 # carriage return is left out, so that the ends of lines stay what they are.
@@ -71,11 +79,80 @@ def read_json(path: str | Path) -> dict[str, Any]:
     try:
         if (size := path.stat().st_size) > _LARGEST_JSON:
             raise ValueError(f"it has {size:,} bytes, and at most {_LARGEST_JSON:,} are read")
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except RecursionError as error:
-        raise ValueError(f"{path} cannot be read as JSON: it is nested too deeply.") from error
+        text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as JSON: {error}") from error
+    return parse_json(text, where=str(path))
+
+
+def parse_json(text: str, *, where: str) -> dict[str, Any]:
+    """Return the object that a text in JSON describes; `where` names the text in errors."""
+    try:
+        content = json.loads(text)
+    except RecursionError as error:
+        raise ValueError(f"{where} cannot be read as JSON: it is nested too deeply.") from error
+    except ValueError as error:
+        raise ValueError(f"{where} cannot be read as JSON: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, where an object is needed.")
+        raise ValueError(f"{where} holds a {type(content).__name__}, where an object is needed.")
     return content
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """Reads YAML without aliases: a few lines of them can stand for gigabytes."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise yaml.MarkedYAMLError(
+                problem=f"the alias *{event.anchor} is not read: write out what it stands for",
+                problem_mark=event.start_mark,
+            )
+        return super().compose_node(parent, index)
+
+
+def parse_yaml(text: str, *, where: str) -> Any:
+    """Return what a text in YAML describes, as plain values; `where` names the text in errors.
+
+    Raises:
+        ValueError: it is not YAML, is nested too deeply, has aliases or is larger than 1 MB.
+    """
+    if len(text) > _LARGEST_YAML:
+        raise ValueError(f"{where} has more than {_LARGEST_YAML:,} characters: it was not read.")
+    try:
+        return yaml.load(text, _PlainLoader)
+    except RecursionError as error:
+        raise ValueError(f"{where} is not valid YAML: it is nested too deeply.") from error
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2026-99-99
+        why = " ".join(str(error).split())
+        raise ValueError(f"{where} is not valid YAML: {why}") from error
+
+
+@contextmanager
+def explain_errors(what: str) -> Iterator[None]:
+    """Raise whatever a library raises for a hostile or damaged file as a `ValueError`.
+
+    A panic in Rust, as in tokenizers, is not even an `Exception`.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        nested = isinstance(error, RecursionError)
+        why = "it is nested too deeply" if nested else " ".join(str(error).split())
+        raise ValueError(f"{what}: {why or type(error).__name__}") from error
+
+
+def without_secrets(address: str) -> str:
+    """Return an address of the web without user, password, query and fragment; else the text.
+
+    The query may hold a signature, which is as good as a password.
+    """
+    if not address.lower().startswith(("http://", "https://")):
+        return address
+    try:
+        parts = urlsplit(address)
+    except ValueError:  # not an address at all
+        return address.partition("://")[0] + "://..."
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"

@@ -26,6 +26,7 @@ os.environ |= {
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from datasets.utils.logging import disable_progress_bar  # noqa: E402
+from transformers import set_seed  # noqa: E402
 
 from hf_nanogpt import NanoGPTConfig, NanoGPTForCausalLM, load_preset  # noqa: E402
 from hf_nanogpt.modeling_nanogpt import CACHE  # noqa: E402
@@ -33,6 +34,8 @@ from hf_nanogpt.modeling_nanogpt import CACHE  # noqa: E402
 disable_progress_bar()
 
 ROOT = Path(__file__).parent.parent
+# A text to train on that stays as it is: our own source would change what the tests measure.
+CORPUS = (ROOT / "LICENSE").read_text(encoding="utf-8")
 TINY = {
     "vocab_size": 61,
     "n_layer": 3,
@@ -75,6 +78,48 @@ def tiny_model(family: str = "nano", *, seed: int = 0, **overrides) -> NanoGPTFo
     """Return a randomly initialised tiny model in eval mode."""
     torch.manual_seed(seed)
     return NanoGPTForCausalLM(tiny_config(family, **overrides)).eval()
+
+
+def certain_model(ids: torch.Tensor, **overrides) -> NanoGPTForCausalLM:
+    """Return a tiny model that has learnt the ids (1, T) by heart, and so is sure of each next one.
+
+    For what changes logits by more than rounding, as int8 weights do: the tokens of a random model
+    may be decided by a hundredth.
+    """
+    model = tiny_model("nano", **({"initializer_range": 0.1} | overrides)).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(60):
+        optimizer.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        optimizer.step()
+    return model.eval()
+
+
+def find_parameters_without_effect(model) -> set[str]:
+    """Return the names of the parameters that change nothing, so that their gradient is 0.
+
+    A bias of the keys adds the same number to all scores of a query, which their softmax takes
+    away; rotary positions turn it differently at each position. What is left of such a gradient
+    is rounding, and AdamW makes steps of full length from it.
+    """
+    if model.config.position_embedding_type != "learned":
+        return set()
+    return {name for name, _ in model.named_parameters() if name.endswith("k_proj.bias")}
+
+
+def assert_same(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """Compare logits of the same weights and tokens, computed twice: equal but for rounding.
+
+    Weights that were loaded lie elsewhere in memory, and another number of rows or threads splits
+    a matrix product elsewhere: sums may be added in another order on some processors.
+    """
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    """Let no test depend on what those before it drew at random."""
+    set_seed(0)
 
 
 @pytest.fixture(params=FAMILIES)

@@ -92,7 +92,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.requests.append((self.command, path, self.headers["Host"], self.token))
         self.fault = self.server.take_fault(self.command, path)
         if self.fault == "hold":
-            self.server.gate.wait(60)
+            self.server.gate.wait()
         try:
             if self.fault.isdigit():
                 raise _Error(int(self.fault), "As the test asked for")

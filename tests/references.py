@@ -115,6 +115,7 @@ def make_reference(name: str, *, seed: int = 0) -> PreTrainedModel:
         for parameter_name, parameter in model.named_parameters():
             is_norm = parameter.ndim == 1 and parameter_name.endswith("weight")
             parameter.normal_(1.0 if is_norm else 0.0, config.initializer_range)
+        model.get_output_embeddings().weight.mul_(1.5)  # logits of a standard deviation above 1
     return model
 
 

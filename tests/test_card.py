@@ -2,6 +2,7 @@
 
 import json
 import re
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,10 @@ import yaml
 from conftest import tiny_config
 from huggingface_hub import ModelCard, constants
 from transformers import AutoConfig
+from transformers.utils import logging
 
 from hf_nanogpt import render_model_card
-from hf_nanogpt.hub.card_edits import merge_card, split_card, split_sections
+from hf_nanogpt.hub.card_edits import merge_card, read_card, split_card
 
 CARDS = Path(__file__).parent.parent / "model_cards"
 CONFIG = tiny_config("nano")
@@ -64,8 +66,8 @@ def test_the_card_says_only_what_is_known():
     for fact in ("4,000 in 5 steps", "1 x Thing", "1.2346", 'revision="v1"', "--held_out 0.1"):
         assert fact in known
     bare = render_model_card(CONFIG, {"num_parameters": 7}, name="user/gpt")
-    names = list(split_sections(split_card(bare)[1]))
-    assert names == ["title", "Use", "Architecture", "Limitations", "Citation"]
+    names = re.findall(r"^##? (.*)$", bare, re.MULTILINE)
+    assert names == ["gpt", "Use", "Architecture", "Limitations", "Citation"]
     assert "None" not in bare and "model-index" not in bare and "[]" not in bare
 
 
@@ -80,62 +82,119 @@ def test_an_untouched_card_is_wholly_written_anew():
     assert merge_card(again, again) == again
 
 
-def test_whatever_a_person_changes_survives_and_the_rest_is_new():
-    card = render()
-    card = edit(card, "## Limitations\n", "## Mine\n\nMy words.\n\n## Limitations\n\nBeware!\n")
-    card = edit(card, "license: unknown", "license: mit\nextra: kept")
+def test_front_matter_and_text_of_a_person_survive_and_the_rest_is_new():
+    card = edit(render(), "license: unknown", "license: mit\nextra: kept")
     card = edit(card, "- nanogpt\n", "- nanogpt\n- my-tag\n")
-    card = edit(card, "\n# gpt\n", "\nBefore all.\n\n# gpt\n")
-    card = card + "\nAt the end.\n"
+    card = card + "\n## Mine\n\nMy words.\n"
     merged = merge_card(render(eval_loss=0.5), card)
-    for words in ("My words.", "Beware!", "extra: kept", "- my-tag", "Before all.", "At the end."):
+    for words in ("My words.", "extra: kept", "- my-tag"):
         assert merged.count(words) == 1
     assert "license: mit" in merged and "license: unknown" not in merged
     assert "0.5000" in merged and "1.2346" not in merged
-    assert merged.count("## Limitations") == 1
     assert merge_card(render(eval_loss=0.5), merged) == merged
+    over_an_older_one = merge_card(merged, render())
+    assert sorted(over_an_older_one.splitlines()) == sorted(merged.splitlines())
 
 
-def test_a_section_that_a_person_took_out_stays_out_and_a_new_one_comes_in_its_place():
-    bare = render_model_card(CONFIG, {"num_parameters": 7}, name="user/gpt", revision="v1")
-    start, end = bare.index("## Limitations"), bare.index("## Citation")
-    merged = merge_card(render(), bare[:start] + bare[end:])
-    names = list(split_sections(split_card(merged)[1]))
-    assert "Limitations" not in names
-    assert names.index("Training") == names.index("Architecture") + 1
-    assert "Limitations" not in merge_card(render(), merged).replace("; Limitations", "")
-
-
-def test_what_a_poorer_card_left_out_comes_back():
-    bare = render_model_card(CONFIG, {"num_parameters": 7}, name="user/gpt")
-    assert merge_card(render(), merge_card(bare, render())) == render()
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("## Limitations\n", "## Limitations\n\nBeware!\n"),  # changed
+        ("\n# gpt\n", "\nBefore all.\n\n# gpt\n"),  # added above the line
+        ("## Citation\n", ""),  # taken out
+    ],
+)
+def test_a_generated_part_that_was_edited_is_kept_with_a_warning(old, new, caplog):
+    card = edit(render(), old, new)
+    logging.enable_propagation()
+    try:
+        merged = merge_card(render(eval_loss=0.5), card, where=f"README of {new!r}")
+    finally:
+        logging.disable_propagation()
+    assert split_card(merged)[1] == split_card(card)[1]
+    assert "value: 0.5\n" in merged  # the front matter is measured anew
+    [said] = [record.message for record in caplog.records]
+    assert f"README of {new!r} was changed by hand" in said
+    assert merge_card(render(eval_loss=0.5), merged) == merged
+    emptied = card[: card.index("# gpt")].replace("Before all.", "").strip() + "\n"
+    assert merge_card(render(), emptied) == render()  # as the warning says
 
 
 def test_a_card_that_is_all_a_person_s_keeps_every_line():
-    theirs = (
-        "---\nlicense: mit\n---\n\n# My model\n\nHello.\n\n```bash\n# a comment\n## more\n```\n"
-    )
-    merged = merge_card(render(), theirs)
-    assert "# My model\n\nHello.\n\n```bash\n# a comment\n## more\n```" in merged
-    assert "\n# gpt\n" not in merged and "## Evaluation" in merged
+    text = "# My model\n\nHello.\n\n```bash\n# a comment\n## more\n```\n"
+    merged = merge_card(render(), f"---\nlicense: mit\n---\n\n{text}")
+    data, kept = split_card(merged)
+    assert kept.strip() == text.strip()
+    assert data["license"] == "mit" and data["pipeline_tag"] == "text-generation"
 
 
-def test_edits_here_and_on_the_hub_are_both_kept_and_contradictions_refused():
-    here = edit(render(), "## Citation", "## Here\n\nA.\n\n## Citation")
-    there = edit(render(), "## Citation", "## There\n\nB.\n\n## Citation")
-    merged = merge_card(merge_card(render(), here), there)
-    assert "## Here\n\nA." in merged and "## There\n\nB." in merged
-    with pytest.raises(ValueError, match="section 'Here' was edited here and in README of x"):
-        merge_card(merge_card(render(), here), edit(here, "A.", "C."), where="README of x")
+def test_an_untouched_card_of_the_first_version_is_written_anew():
+    def seal(section: str) -> str:
+        return f"{section}\n<!-- hf-nanogpt: {sha256(section.encode()).hexdigest()[:8]} -->"
+
+    sections = ["# gpt\n\nA GPT.", "## Use\n\nSo."]
+    names = "<!-- hf-nanogpt wrote: title; Use -->\n"
+    old = "\n\n".join(["---\nlicense: mit\n---", *map(seal, sections), names])
+    assert split_card(merge_card(render(), old))[1] == split_card(render())[1]
+    assert "license: mit" in merge_card(render(), old)
+    for edited in (edit(old, "So.", "Thus."), edit(old, "## Use", "Mine.\n\n## Use"), old + "End."):
+        assert split_card(merge_card(render(), edited))[1].strip() == split_card(edited)[1].strip()
+
+
+def test_edits_here_and_on_the_hub_are_united_or_refused():
+    mine = render() + "\n## Mine\n\nA.\n"
+    more = mine + "\n## More\n\nB.\n"
+    for here, there in ((mine, more), (more, mine), (more, render()), (render(), more)):
+        assert merge_card(here, there) == merge_card(more, more)
+    other = edit(mine, "A.", "C.")
+    with pytest.raises(ValueError, match="edited here and in README of x"):
+        merge_card(mine, other, where="README of x")
+    changed = edit(render(), "## Citation", "## Cited")
+    assert merge_card(changed, render()) == merge_card(render(), changed)
+    with pytest.raises(ValueError, match="edited here and in"):
+        merge_card(changed, edit(changed, "## Cited", "## Citing"))
+
+
+HOSTILE = [
+    "one\ftwo\vthree\x1cfour\x85five\u2028six",
+    "one\r\ntwo\rthree\r\n",
+    "\x00\x1b]0;title\x07\x7f\x9b",
+    "# Heading\n```\n````\n## more\n~~~",
+    "{{ 7 * 7 }} {% raw %} {# no #}",
+    "---\nlicense: evil\n---\n<!-- hf_nanogpt 0123456789ab: not ours -->",
+]
+
+
+@pytest.mark.parametrize("sample", [*HOSTILE, render()])
+def test_no_sample_makes_a_card_look_edited_or_leaves_its_fence(sample, tmp_path):
+    card, again = render(sample=sample, prompt="a\n" + sample), render(sample=sample, train_steps=9)
+    path = tmp_path / "README.md"
+    path.write_text(card, encoding="utf-8", newline="")
+    text = path.read_bytes()
+    assert not re.search(rb"[\x00-\x08\x0b-\x1f\x7f]", text)
+    path.write_bytes(text.replace(b"\n", b"\r\n"))  # as an editor on Windows saves it
+    assert merge_card(again, read_card(path)) == again
+    assert "9 steps" in again and split_card(again)[0]["license"] == "unknown"
+    fenced = re.compile(r"^(`{3,})(?:text|bash)\n.*?^\1$", re.MULTILINE | re.DOTALL)
+    outside = fenced.sub("", split_card(again)[1])
+    assert re.findall(r"^# (.*)$", outside, re.MULTILINE) == ["gpt"]
+    assert "## more" not in outside and "{{ 7 * 7 }}" in render(sample=HOSTILE[4])
+
+
+def test_a_card_has_one_comment_and_a_card_that_is_not_text_is_refused(tmp_path):
+    assert render().count("<!--") == 1
+    (tmp_path / "README.md").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match="is not UTF-8"):
+        read_card(tmp_path / "README.md")
 
 
 @pytest.mark.parametrize(
     ("front", "line"), [("a: [\n", 3), ("a: 1\nb: {c\n", 4), ("a: 1\n\tb: 2\n", 3)]
 )
 def test_invalid_yaml_is_refused_with_its_line(front, line):
-    with pytest.raises(ValueError, match=f"in line [{line - 1}{line}]: "):
+    with pytest.raises(ValueError, match=rf"README.md is not .* line [{line - 1}{line}]\b"):
         merge_card(render(), f"---\n{front}---\n\ntext\n")
-    with pytest.raises(ValueError, match="no list of"):
+    with pytest.raises(ValueError, match="not `name: value` lines"):
         merge_card(render(), "---\njust words\n---\n")
 
 

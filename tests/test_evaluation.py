@@ -92,9 +92,16 @@ def test_with_a_stride_every_token_has_its_context(kind, stride):
     assert min(lengths[-80:]) >= 20 - stride and max(lengths) <= 19
 
 
+def assert_same_result(found, expected) -> None:
+    """Compare counts exactly, and losses up to what the order of a float32 sum can change."""
+    assert (found.num_tokens, found.num_bytes) == (expected.num_tokens, expected.num_bytes)
+    assert found.loss == pytest.approx(expected.loss, rel=1e-6)
+    assert found.bits_per_byte == pytest.approx(expected.bits_per_byte, rel=1e-6)
+
+
 def test_the_widest_stride_is_that_of_blocks_side_by_side(model):
     blocks = evaluate(model, DOCUMENTS, tokenizer=TOKENIZER)
-    assert evaluate(model, DOCUMENTS, tokenizer=TOKENIZER, stride=63) == blocks
+    assert_same_result(evaluate(model, DOCUMENTS, tokenizer=TOKENIZER, stride=63), blocks)
 
 
 @pytest.mark.parametrize("stride", [-1, 0, 20])
@@ -123,23 +130,22 @@ def test_bytes_are_those_of_the_text_with_every_tokenizer(kind, size):
 def test_batch_size_does_not_change_the_result(model, batch_size):
     one = evaluate(model, DOCUMENTS, tokenizer=TOKENIZER, batch_size=1)
     many = evaluate(model, DOCUMENTS, tokenizer=TOKENIZER, batch_size=batch_size)
-    assert many.loss == pytest.approx(one.loss, rel=1e-8)  # float32 sums within a matrix product
-    assert (many.num_tokens, many.num_bytes) == (one.num_tokens, one.num_bytes)
+    assert_same_result(many, one)
 
 
 def test_a_stream_gives_the_same_result(model):
     stream = DOCUMENTS.to_iterable_dataset()
     expected = evaluate(model, DOCUMENTS, tokenizer=TOKENIZER)
-    assert evaluate(model, stream, tokenizer=TOKENIZER) == expected
+    assert_same_result(evaluate(model, stream, tokenizer=TOKENIZER), expected)
 
 
 def test_a_uniform_model_has_the_entropy_of_its_vocabulary():
     model = tiny_model("nano", vocab_size=SIZE, initializer_range=None)  # the head is zero
     result = evaluate(model, DOCUMENTS, tokenizer=TOKENIZER)
-    assert result.loss == pytest.approx(math.log(SIZE), rel=1e-7)
-    assert result.perplexity == pytest.approx(SIZE, rel=1e-6)
+    assert result.loss == pytest.approx(math.log(SIZE), rel=1e-6)
+    assert result.perplexity == pytest.approx(SIZE, rel=1e-5)
     bits = math.log2(SIZE) * (NUM_BYTES + len(ROWS)) / NUM_BYTES
-    assert result.bits_per_byte == pytest.approx(bits, rel=1e-7)
+    assert result.bits_per_byte == pytest.approx(bits, rel=1e-6)
 
 
 @pytest.mark.parametrize("name", ["whole.txt", "pieces.txt", "t.jsonl"])
@@ -158,7 +164,8 @@ def test_a_folder_gives_the_same_result_as_its_model(model, tmp_path):
     model.save_pretrained(tmp_path)
     TOKENIZER.save_pretrained(tmp_path)
     expected = evaluate(model, DOCUMENTS, tokenizer=TOKENIZER)
-    assert evaluate(tmp_path, DOCUMENTS) == evaluate(str(tmp_path), DOCUMENTS) == expected
+    for folder in (tmp_path, str(tmp_path)):
+        assert_same_result(evaluate(folder, DOCUMENTS), expected)
 
 
 @pytest.mark.parametrize("training", [False, True])

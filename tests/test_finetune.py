@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILIES, ROOT, tiny_model
+from conftest import CORPUS, FAMILIES, ROOT, assert_same, tiny_model
 from references import make_reference
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, normalizers
@@ -30,7 +30,7 @@ STEPS = {"max_steps": 8, "per_device_train_batch_size": 4, "logging_steps": 2, "
 @pytest.fixture(scope="module")
 def text(tmp_path_factory) -> str:
     path = tmp_path_factory.mktemp("corpus") / "text.txt"
-    path.write_text(Path(__file__).read_text(encoding="utf-8")[:6000], encoding="utf-8")
+    path.write_text(CORPUS[:6000], encoding="utf-8")
     return str(path)
 
 
@@ -85,11 +85,11 @@ def test_an_adapter_loads_with_its_model_by_peft_and_by_transformers(base, tmp_p
     model.save_pretrained(tmp_path / "adapter")
     expected = logits(model)
     loaded = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
-    assert logits(loaded).equal(expected)
-    assert logits(AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")).equal(expected)
+    assert_same(logits(loaded), expected)
+    assert_same(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")), expected)
     plain = AutoModelForCausalLM.from_pretrained(base)
     plain.load_adapter(str(tmp_path / "adapter"))
-    assert logits(plain).equal(expected)
+    assert_same(logits(plain), expected)
     plain.disable_adapters()
     assert logits(plain).equal(logits(AutoModelForCausalLM.from_pretrained(base)))
 
@@ -102,7 +102,7 @@ def test_add_adapter_of_transformers_finds_the_matrices_too(base, tmp_path):
     assert not (tmp_path / "config.json").exists()  # the adapter alone
     again = AutoModelForCausalLM.from_pretrained(base)
     again.load_adapter(str(tmp_path))
-    assert logits(again).equal(logits(model))
+    assert_same(logits(again), logits(model))
 
 
 def test_a_stranger_without_our_package_adapts_a_checkpoint(base, tmp_path):
@@ -128,7 +128,7 @@ def test_model_and_adapter_travel_over_the_hub(hub, base, tmp_path):
     assert {"adapter_config.json", "adapter_model.safetensors"} <= files
     assert "model.safetensors" not in files
     pulled = peft.AutoPeftModelForCausalLM.from_pretrained("user/adapter")
-    assert logits(pulled).equal(logits(model))
+    assert_same(logits(pulled), logits(model))
 
 
 # What training makes

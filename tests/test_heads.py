@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import tiny_config
+from conftest import assert_same, find_parameters_without_effect, tiny_config
 from torch import nn
 from transformers import (
     AutoModelForQuestionAnswering,
@@ -67,10 +67,17 @@ def test_head_loss_is_the_cross_entropy(head, tokens):
     torch.testing.assert_close(found, expected)
 
 
-def test_head_trains_every_parameter(family, head, tokens):
+def test_head_trains_every_parameter_that_has_an_effect(family, head, tokens):
     model = tiny_head(head, family).train()
     model(tokens, **batch_for(head, tokens)).loss.backward()
-    assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+    largest = {name: p.grad.abs().max() for name, p in model.named_parameters()}
+    idle = find_parameters_without_effect(model)
+    if head == "question":
+        # A softmax over positions takes away what is the same at each of them: biases at the end.
+        last = [name for name, _ in model.named_parameters() if name.endswith("norm.bias")][-1:]
+        idle |= {"qa_outputs.bias", *last}
+    assert {name for name, gradient in largest.items() if gradient < 1e-5} == idle
+    assert all(gradient > 1e-3 for name, gradient in largest.items() if name not in idle)
 
 
 def test_head_survives_a_folder_through_its_auto_class(family, head, tokens, tmp_path):
@@ -79,7 +86,9 @@ def test_head_survives_a_folder_through_its_auto_class(family, head, tokens, tmp
     loaded = auto_class.from_pretrained(tmp_path)
     assert type(loaded) is own_class
     assert loaded.config.num_labels == LABELS
-    assert torch.equal(outputs_of(loaded, tokens), outputs_of(model, tokens))
+    state = model.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in loaded.state_dict().items())
+    assert_same(outputs_of(loaded, tokens), outputs_of(model, tokens))
 
 
 def test_head_takes_the_trunk_of_a_language_model(head, tokens, tmp_path):
@@ -122,7 +131,7 @@ def test_token_head_drops_out_at_the_configured_rate():
 @pytest.mark.parametrize(
     ("problem", "labels", "loss"),
     [
-        ("regression", torch.rand(2, LABELS), nn.functional.mse_loss),
+        ("regression", torch.linspace(-1, 2, 2 * LABELS).view(2, -1), nn.functional.mse_loss),
         (
             "multi_label_classification",
             torch.eye(LABELS)[:2],

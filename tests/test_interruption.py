@@ -10,7 +10,6 @@ import os
 import resource
 import shutil
 import signal
-import socket
 import sys
 import threading
 import zlib
@@ -20,8 +19,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_config
+from conftest import CORPUS, ROOT, tiny_config
 from safetensors.torch import load_file
+from torch.distributed import TCPStore
 from transformers import TrainerState
 
 from hf_nanogpt import NanoGPTForCausalLM, NanoGPTTrainer, NanoGPTTrainingArguments
@@ -69,7 +69,7 @@ MOMENTS = {
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Callable:
     text = tmp_path_factory.mktemp("corpus") / "text.txt"
-    text.write_text(Path(__file__).read_text(encoding="utf-8")[:1300], encoding="utf-8")
+    text.write_text(CORPUS[:1300], encoding="utf-8")
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(["hf_nanogpt.training"])
 
@@ -82,25 +82,24 @@ def run(tmp_path_factory) -> Callable:
         """
         values = SETTINGS | {"data": text, "output_dir": folder} | settings
         argv = ["train", *(f"--{name}={value}" for name, value in values.items()), *flags]
-        port = _find_port()
+        # Where they meet, as torchrun does it: a port that is taken already cannot be taken twice.
+        meeting = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         children = [
-            processes.Process(target=_train, args=(argv, folder, moment, rank, ranks, port))
+            processes.Process(
+                target=_train,
+                args=(argv, folder, moment, rank, ranks, meeting.port),
+                daemon=True,  # else one that hangs would keep the tests from ending
+            )
             for rank in range(ranks)
         ]
         for child in children:
             child.start()
         for child in children:
-            child.join(60)
+            child.join()
         assert len({child.exitcode for child in children}) == 1
         return children[0].exitcode, folder.with_suffix(".log").read_text(encoding="utf-8")
 
     return run
-
-
-def _find_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def _train(
@@ -112,6 +111,7 @@ def _train(
     if ranks > 1:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
     _note_batches(folder.with_suffix(".batches"))
     if moment and rank == ranks - 1:
         _arrange(*moment)
@@ -370,7 +370,7 @@ def part(run, tmp_path_factory) -> Path:
         {"per_device_train_batch_size": 4},
         {"n_layer": 2},
         {"tokenizer": "byte"},
-        {"data": __file__},
+        {"data": str(ROOT / "LICENSE")},
         {"validation_fraction": 0.3},
     ],
     ids=lambda settings: " ".join(settings),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILIES, tiny_config, tiny_model
+from conftest import FAMILIES, assert_same, tiny_config, tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 
@@ -26,13 +26,21 @@ AUTO_MAP = {
 CODE = ["configuration_nanogpt.py", "modeling_nanogpt.py"]
 
 
+def assert_same_model(loaded, model, tokens) -> None:
+    """Compare weights to the bit, and what the models make of them up to rounding."""
+    expected = model.state_dict()
+    assert loaded.state_dict().keys() == expected.keys()
+    assert all(torch.equal(t, expected[name]) for name, t in loaded.state_dict().items())
+    assert_same(loaded(tokens)[0], model(tokens)[0])
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_saved_model_comes_back_exactly(family, tied, tokens, tmp_path):
     model = tiny_model(family, tie_word_embeddings=tied)
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert type(loaded) is NanoGPTForCausalLM
-    assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+    assert_same_model(loaded, model, tokens)
     assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) is tied
     stored = load_file(tmp_path / "model.safetensors")
     assert ("lm_head.weight" in stored) is not tied
@@ -49,8 +57,7 @@ def test_model_in_shards_comes_back_exactly(tokens, tmp_path):
     model = tiny_model("nano")
     model.save_pretrained(tmp_path, max_shard_size="40KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+    assert_same_model(AutoModelForCausalLM.from_pretrained(tmp_path), model, tokens)
 
 
 def test_every_class_writes_the_whole_auto_map_and_the_code(tmp_path):
@@ -68,10 +75,10 @@ def test_trunk_and_language_model_load_each_other(family, tokens, tmp_path):
     model.save_pretrained(tmp_path / "whole")
     trunk = AutoModel.from_pretrained(tmp_path / "whole")
     assert type(trunk) is NanoGPTModel
-    assert torch.equal(trunk(tokens)[0], model.model(tokens)[0])
+    assert_same_model(trunk, model.model, tokens)
     trunk.save_pretrained(tmp_path / "trunk")
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "trunk")
-    assert torch.equal(whole.model(tokens)[0], trunk(tokens)[0])
+    assert_same_model(whole.model, trunk, tokens)
 
 
 @pytest.mark.parametrize("how", [{}, {"device_map": "cpu"}, {"low_cpu_mem_usage": True}], ids=str)
@@ -84,7 +91,7 @@ def test_nothing_stays_behind_on_the_meta_device(family, how, tokens, tmp_path):
     assert buffers.keys() == dict(model.named_buffers()).keys()
     for name, buffer in model.named_buffers():
         assert torch.equal(buffers[name], buffer), name
-    assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+    assert_same_model(loaded, model, tokens)
 
 
 @pytest.mark.parametrize("rope_type", ["default", "linear", "yarn"])
@@ -113,7 +120,7 @@ def test_dtype_of_the_folder_is_kept_and_rotary_frequencies_stay_exact(family, t
     assert all(buffer.dtype == torch.float32 for buffer in loaded.buffers())
     logits = loaded(tokens).logits
     assert logits.dtype == torch.bfloat16
-    assert torch.equal(logits, half(tokens).logits)
+    assert all(torch.equal(t, half.state_dict()[name]) for name, t in loaded.state_dict().items())
     torch.testing.assert_close(logits.float(), model(tokens).logits, rtol=0, atol=0.2)
 
 
@@ -186,8 +193,9 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-torch.set_num_threads(1)
-root, code = pathlib.Path(sys.argv[1]), sys.argv[2:]
+root, threads, *code = sys.argv[1:]
+root = pathlib.Path(root)
+torch.set_num_threads(int(threads))
 expected = load_file(root / "expected.safetensors")
 tokens = expected.pop("tokens")
 
@@ -229,18 +237,20 @@ print("all well")
 def test_folder_works_where_the_package_cannot_be_imported(tokens, tmp_path):
     expected = {"tokens": tokens}
     for family in FAMILIES:
-        model = tiny_model(family)
-        model.save_pretrained(tmp_path / family)
+        tiny_model(family).save_pretrained(tmp_path / family)
+        # The reference is loaded, too, and has as many threads: then all bits are the same.
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / family)
         expected[f"{family}/AutoModelForCausalLM"] = model(tokens).logits
-    expected["nano/AutoModel"] = tiny_model("nano").model(tokens)[0]
+    expected["nano/AutoModel"] = AutoModel.from_pretrained(tmp_path / "nano")(tokens)[0]
     for auto_class in [name for name in AUTO_MAP if "Classification" in name or "Question" in name]:
         torch.manual_seed(0)
         head = getattr(hf_nanogpt, AUTO_MAP[auto_class].split(".")[1])(tiny_config("nano")).eval()
         head.save_pretrained(tmp_path / auto_class)
+        head = type(head).from_pretrained(tmp_path / auto_class)
         expected[f"{auto_class}/{auto_class}"] = head(tokens)[0].contiguous()
     save_file(expected, tmp_path / "expected.safetensors")
     child = subprocess.run(
-        [sys.executable, "-I", "-c", CHILD, str(tmp_path), *CODE],
+        [sys.executable, "-I", "-c", CHILD, str(tmp_path), str(torch.get_num_threads()), *CODE],
         cwd=tmp_path,
         env=os.environ | {"HF_HOME": str(tmp_path / "home")},
         capture_output=True,

@@ -2,12 +2,14 @@
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import certain_model, tiny_model
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 
 from hf_nanogpt.cli import main
 from hf_nanogpt.quantization import Int8Linear, quantize_model
+
+IDS = torch.arange(1, 25)[None]
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -45,11 +47,17 @@ def test_quantized_logits_stay_near(family, tokens):
     assert (found - expected).norm() < 0.05 * expected.norm()
 
 
-def test_quantized_model_generates_alike_with_and_without_cache(tokens):
-    model = quantize_model(tiny_model("nano"))
+def test_quantized_model_reads_and_writes_alike_with_and_without_cache(tokens):
+    model, ids = quantize_model(certain_model(IDS)), IDS[:, :12]
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        whole = model(tokens, use_cache=False).logits
+        pieces = [model(ids, past_key_values=cache).logits for ids in tokens.split([12, 1, 7], 1)]
+    # An input at the edge is rounded up for one and down for the other.
+    assert (torch.cat(pieces, dim=1) - whole).norm() < 0.05 * whole.norm()
     given = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
-    cached, uncached = (model.generate(tokens, use_cache=use, **given) for use in (True, False))
-    assert torch.equal(cached, uncached)
+    for use_cache in (True, False):
+        assert model.generate(ids, use_cache=use_cache, **given).tolist() == IDS[:, :20].tolist()
 
 
 def test_refusals_are_one_sentence(capsys):

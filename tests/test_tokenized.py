@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -156,9 +155,15 @@ def test_any_way_of_writing_gives_the_same_bytes(table, tmp_path, monkeypatch, s
 
 
 KILLED = """
-import sys
+import os, signal, sys
 from hf_nanogpt import DataArguments, tokenize_corpus, tokenized
-tokenized._CHARACTERS = 100
+replace, files = os.replace, []
+def die_before_file_21(staged, path):
+    files.append(path)
+    if len(files) == 21:
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(staged, path)
+tokenized.os.replace, tokenized._CHARACTERS = die_before_file_21, 100
 tokenize_corpus(DataArguments(data=sys.argv[1], tokenizer="char"), sys.argv[2])
 """
 
@@ -167,13 +172,11 @@ def test_a_killed_run_goes_on_after_its_last_whole_file(tmp_path, monkeypatch):
     monkeypatch.setattr(tokenized, "_CHARACTERS", 100)
     rows = _write_rows(tmp_path / "many.jsonl", [f"{i} {'word ' * 20}" for i in range(700)])
     folder, made = tmp_path / "tokens", tmp_path / "tokens" / "train"
-    process = subprocess.Popen([sys.executable, "-c", KILLED, rows, folder], cwd=ROOT)
-    while process.poll() is None and len(list(made.glob("*.arrow"))) < 20:
-        time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    done = subprocess.run([sys.executable, "-c", KILLED, rows, folder], cwd=ROOT)
+    assert done.returncode == -signal.SIGKILL
     before = {p.name: p.stat().st_mtime_ns for p in made.glob("*.arrow")}
-    assert before and "splits" not in json.loads((folder / "tokenized.json").read_text())
+    assert len(before) == 20 and list(made.glob("*.partial"))
+    assert "splits" not in json.loads((folder / "tokenized.json").read_text())
     with pytest.raises(ValueError, match="not whole, as hf-nanogpt tokenize was stopped"):
         load_tokens(DataArguments(data=str(folder)))
     _tokenize(rows, folder)
@@ -414,7 +417,8 @@ if __name__ == "__main__":
 def test_two_processes_read_together_what_one_reads(table, tmp_path):
     script = tmp_path / "two.py"
     script.write_text(TWO)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", str(script)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc_per_node=2", str(script)]
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     done = subprocess.run(
         [*command, str(table), str(tmp_path)],

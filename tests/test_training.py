@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_config
+from conftest import CORPUS, tiny_config
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, pipeline
 
 from hf_nanogpt import (
@@ -21,7 +21,6 @@ from hf_nanogpt import (
     train,
     train_tokenizer,
 )
-from hf_nanogpt import training as training_module
 
 ROOT = Path(__file__).parent.parent
 SMALL = {
@@ -39,9 +38,9 @@ SMALL = {
 
 @pytest.fixture(scope="module")
 def text_file(tmp_path_factory) -> Path:
-    """Real text: the source of this package's own training module, twice over in two documents."""
+    """Real text in one document."""
     path = tmp_path_factory.mktemp("corpus") / "text.txt"
-    path.write_text(Path(training_module.__file__).read_text(encoding="utf-8"), encoding="utf-8")
+    path.write_text(CORPUS, encoding="utf-8")
     return path
 
 
@@ -183,14 +182,14 @@ def test_best_model_is_loaded_and_measured_at_the_end(text_file, tmp_path):
         save_steps=2,
         load_best_model_at_end=True,
         metric_for_best_model="bits_per_byte",
-        greater_is_better=False,
-        learning_rate=0.5,  # diverges, so that the last is not the best
+        greater_is_better=True,  # then it is an early one, as losses fall
         **SMALL,
     )
     [state] = sorted((tmp_path / "best").glob("checkpoint-8/trainer_state.json"))
     history = json.loads(state.read_text())["log_history"]
     bits = [row["eval_bits_per_byte"] for row in history if "eval_bits_per_byte" in row]
-    assert result.metrics["bits_per_byte"] == pytest.approx(min(bits), abs=1e-9)
+    assert max(bits) > bits[-1] + 0.01
+    assert result.metrics["bits_per_byte"] == pytest.approx(max(bits), abs=1e-6)
 
 
 def test_loss_falls_for_both_optimizers(text_file, tmp_path):
@@ -206,15 +205,15 @@ def test_loss_falls_for_both_optimizers(text_file, tmp_path):
 def test_evaluation_in_the_trainer_is_independent_of_batch_size(checkpoint, text_file, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     blocks = pack_documents(load_text(str(text_file)), tokenizer, context_length=32)
-    losses = set()
+    losses = []
     for size in (1, 7, 64):
         args = NanoGPTTrainingArguments(
             output_dir=str(tmp_path), per_device_eval_batch_size=size, disable_tqdm=True
         )
         model = AutoModelForCausalLM.from_pretrained(checkpoint)
         trainer = NanoGPTTrainer(model, args, eval_dataset=blocks, processing_class=tokenizer)
-        losses.add(round(trainer.evaluate()["eval_loss"], 6))
-    assert len(losses) == 1
+        losses.append(trainer.evaluate()["eval_loss"])
+    assert max(losses) - min(losses) < 1e-6
 
 
 def test_training_from_a_stream_works(text_file, tmp_path):
@@ -233,8 +232,9 @@ def test_training_from_a_stream_works(text_file, tmp_path):
 
 
 def test_two_processes_see_different_data_and_agree(text_file, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
-    command += ["-m", "hf_nanogpt", "train", "--data", str(text_file), "--max_steps", "3"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc_per_node=2", "-m", "hf_nanogpt", "train", "--data", str(text_file)]
+    command += ["--max_steps", "3"]
     command += ["--output_dir", str(tmp_path / "two"), "--use_cpu"]
     for name, value in SMALL.items():
         command.append(f"--{name}={value}")

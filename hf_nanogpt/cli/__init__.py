@@ -5,7 +5,6 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from ..untrusted import printable
 from .parser import find_nearest
 
 VERBS: dict[str, str] = {
@@ -72,6 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("HF_NANOGPT_TRACEBACK") or not _is_users(error):
             raise
+        from ..untrusted import printable
+
         print(printable(f"hf-nanogpt: {' '.join(str(error).split())}"), file=sys.stderr)
         return 2
     return 0

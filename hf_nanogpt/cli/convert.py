@@ -4,9 +4,10 @@ import shlex
 from typing import Any
 
 from . import VERBS
-from .parser import Parser, quiet_libraries
+from .parser import Parser, quiet_libraries, sigterm_like_ctrl_c
 
 
+@sigterm_like_ctrl_c()
 def run_convert(argv: list[str]) -> None:
     parser = Parser(prog="hf-nanogpt convert", description=VERBS["convert"], allow_abbrev=False)
     parser.add_argument("source", help="folder or Hub id, or nanoGPT's ckpt.pt")
@@ -38,6 +39,7 @@ def run_convert(argv: list[str]) -> None:
     print(f"  hf-nanogpt info {shlex.quote(args.destination)}")
 
 
+@sigterm_like_ctrl_c()
 def run_export(argv: list[str]) -> None:
     parser = Parser(prog="hf-nanogpt export", description=VERBS["export"], allow_abbrev=False)
     parser.add_argument("checkpoint", help="folder or Hub id")

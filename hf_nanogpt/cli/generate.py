@@ -23,9 +23,14 @@ def run_generate(argv: list[str]) -> None:
     parser.add_argument(
         "--ignore_eos", action="store_true", help="go on after the end of a document"
     )
-    parser.add_argument("--quantize", choices=["int8"], help="round the weights: faster on a CPU")
     parser.add_argument(
-        "--compile", action="store_true", help="by torch.compile: a minute first, then faster"
+        "--quantize",
+        choices=["int8"],
+        help="8-bit weights: often faster on a CPU, less exact (a trained model of 135 million "
+        "parameters changed its most likely token at 14 %% of the positions; see eval --quantize)",
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help="by torch.compile: slow to start, then faster"
     )
     args = parser.parse(argv)
     if args.num_samples < 1:

@@ -1,13 +1,15 @@
 """The verbs `push` and `pull`."""
 
+import argparse
 import shlex
 import shutil
 import tempfile
 
 from . import VERBS
-from .parser import Parser, quiet_libraries
+from .parser import Parser, quiet_libraries, sigterm_like_ctrl_c
 
 
+@sigterm_like_ctrl_c()
 def run_push(argv: list[str]) -> None:
     parser = Parser(prog="hf-nanogpt push", description=VERBS["push"], allow_abbrev=False)
     parser.add_argument("checkpoint", help="folder")
@@ -50,11 +52,17 @@ def run_push(argv: list[str]) -> None:
     print(f"\n  {release.url}")
 
 
+@sigterm_like_ctrl_c()
 def run_pull(argv: list[str]) -> None:
     parser = Parser(prog="hf-nanogpt pull", description=VERBS["pull"], allow_abbrev=False)
     parser.add_argument("checkpoint", metavar="USER/NAME[@REVISION]", help="Hub id")
     parser.add_argument("destination", nargs="?", help="folder to make (default: NAME)")
-    parser.add_argument("--verify", action="store_true", help="compare checksums with the Hub's")
+    parser.add_argument(
+        "--verify",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="compare each file's checksum with the Hub's (default: yes)",
+    )
     args = parser.parse(argv)
 
     quiet_libraries()

@@ -2,7 +2,11 @@
 
 import argparse
 import difflib
-from collections.abc import Sequence
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NoReturn
 
 
@@ -46,3 +50,26 @@ def quiet_libraries() -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+
+
+@contextmanager
+def sigterm_like_ctrl_c() -> Iterator[None]:
+    """End at SIGTERM as at Ctrl-C, so that nothing half written is left."""
+
+    def stop(signum: int, frame: object) -> NoReturn:
+        raise _Terminated
+
+    in_main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, stop) if in_main else None
+    try:
+        yield
+    except _Terminated:
+        print("\nInterrupted.", file=sys.stderr)
+        sys.exit(128 + signal.SIGTERM)
+    finally:
+        if in_main:
+            signal.signal(signal.SIGTERM, before)
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM came."""

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from ..checkpoint import (
     check_checkpoint,
     check_writable,
+    clear_abandoned,
     split_revision,
     staged_folder,
     unreachable,
@@ -55,7 +56,14 @@ def load_tokenizer(place: str | Path) -> PreTrainedTokenizerBase | None:
 def check_destination(destination: str | Path) -> Path:
     """Return the path if a new folder can be written there, or raise a `ValueError`."""
     path = Path(destination)
-    if path.is_dir() and any(path.iterdir()):
+    clear_abandoned(path)
+    content = [p.name for p in path.iterdir()] if path.is_dir() else []
+    if content and all(name.startswith(".staged-") for name in content):
+        raise ValueError(
+            f"destination={path} is being written by another process ({content[0]}): wait for its "
+            "end, or choose another folder."
+        )
+    if content:
         raise ValueError(f"destination={path} exists and is not empty: choose another folder.")
     check_writable(path, name="destination")
     return path
@@ -70,7 +78,7 @@ def write_folder(
 ) -> None:
     """Write a whole checkpoint, with the generation settings of another folder, or nothing."""
     settings = settings_from and settings_from / _SETTINGS
-    with _written(destination) as staged:
+    with written_folder(destination) as staged:
         model.save_pretrained(staged)
         if tokenizer is not None:
             tokenizer.save_pretrained(staged)
@@ -80,7 +88,7 @@ def write_folder(
 
 
 @contextmanager
-def _written(destination: Path) -> Iterator[Path]:
+def written_folder(destination: Path) -> Iterator[Path]:
     """Stage a folder; after a failure, say so in a `ValueError` and leave no trace of it."""
     existed = destination.exists()
     try:

@@ -2,7 +2,8 @@
 
 from .card import render_model_card
 from .pull import pull_checkpoint
-from .release import push_to_hub, stage_release, write_card
+from .release import push_to_hub
+from .staging import stage_release, write_card
 
 __all__ = [
     "pull_checkpoint",

@@ -1,22 +1,44 @@
 """A model card that is written anew at every push, and what a person changed in it stays.
 
-Each section that we write ends with its own checksum, in a comment that no page shows: where it
-still fits, the section is ours to replace; any other section is a person's. The last line names the
-sections that we wrote, so that one that a person took out stays out.
+What we write ends with one comment that holds its checksum. Where that fits, the text above it is
+ours to replace and the text below it is a person's. Where it does not, all of it is a person's.
 """
 
 import hashlib
 import re
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 import yaml
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
+from transformers.utils import logging
 
-_SEAL = re.compile(r"<!-- hf-nanogpt: ([0-9a-f]{8}) -->")
-_WROTE = re.compile(r"<!-- hf-nanogpt wrote: (.*) -->\n?")
+from ..untrusted import parse_yaml
+
+logger = logging.get_logger(__name__)
+
+_SEAL = re.compile(r"^<!-- hf_nanogpt ([0-9a-f]{12}): .* -->$", re.MULTILINE)
+_WORDS = "what is above is written anew at each push, unless you change it; add yours below"
+# They would make the file binary, or break lines in places that only some programs see.
+_UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]")
 # Of the front matter, these are measured or made by us; the rest a person's word decides.
 _OURS = ("model-index", "widget")
+
+
+def read_card(path: str | Path) -> str:
+    """Return the text of a card, or raise a `ValueError` if it is not UTF-8."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: save it as that, and push again.") from error
+
+
+def seal_card(card: str) -> str:
+    """Return a card that we wrote, with the checksum of its text below it."""
+    data, text = split_card(card)
+    text = _UNSEEN.sub("\N{REPLACEMENT CHARACTER}", text).strip()
+    return _join(data, f"{text}\n\n<!-- hf_nanogpt {_sum(text)}: {_WORDS} -->")
 
 
 def merge_card(
@@ -25,122 +47,77 @@ def merge_card(
     """Return the card `ours` with what a person wrote into `theirs`, an earlier state of it.
 
     Of the front matter, lists are united, and other values of a person stay, but for the measured
-    and those of the names to `insist` on.
+    and those of the names to `insist` on. Text that we wrote and a person changed stays as it is,
+    with a warning, for its figures may be old.
 
     Raises:
-        ValueError: the front matter of `theirs`, which the message calls `where`, is no YAML, or a
-            person wrote a section in both cards, and not alike.
+        ValueError: the front matter of `theirs`, which the message calls `where`, is not YAML, or a
+            person wrote something in both cards, and not alike.
     """
-    if not theirs.strip():
-        return ours
-    data, text = split_card(theirs, where=where)
     our_data, our_text = split_card(ours)
-    fresh, present = split_sections(our_text), split_sections(text)
-    merged: dict[str, str] = {}
-    for name, section in present.items():
-        if _is_sealed(section):
-            merged |= {name: fresh[name]} if name in fresh else {}
-            continue
-        if name in fresh and not _is_sealed(fresh[name]) and fresh[name] != section:
-            raise ValueError(
-                f"The section {name!r} was edited here and in {where}, each in another way: make "
-                "them equal, and push again."
-            )
-        merged[name] = section
-    taken_out = [name for name in _names(text) if name not in present]
-    new = {name: s for name, s in fresh.items() if name not in [*merged, *taken_out]}
-    merged = _insert(merged, new, fresh)
-    names = list(dict.fromkeys([*_names(our_text), *taken_out]))
-    return _join(_merge_data(our_data, data, {*_OURS, *insist}), merged, names)
-
-
-def _insert(sections: dict[str, str], new: dict[str, str], order: dict[str, str]) -> dict[str, str]:
-    """Add what is new behind the section that it follows in `order`."""
-    names, place = list(sections), 0
-    for name in order:
-        if name in names:
-            place = names.index(name) + 1
-        elif name in new:
-            names.insert(place, name)
-            place += 1
-    return {name: (sections | new)[name] for name in names}
-
-
-def join_card(data: dict[str, Any], sections: dict[str, str]) -> str:
-    """Return a card of front matter and sections, from heading line to text, each sealed."""
-    sealed = {}
-    for heading, text in sections.items():
-        section = f"{heading}\n\n{text.strip()}"
-        sealed[_name(heading)] = f"{section}\n{_seal(section)}"
-    return _join(data, sealed, list(sealed))
-
-
-def _join(data: dict[str, Any], sections: dict[str, str], names: list[str]) -> str:
-    front = yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=1000)
-    wrote = f"<!-- hf-nanogpt wrote: {'; '.join(names)} -->\n"
-    return "\n\n".join([f"---\n{front}---", *sections.values(), wrote])
+    data, text = split_card(theirs, where=where)
+    merged = _merge_data(our_data, data, {*_OURS, *insist})
+    if not text.strip() or _is_of_first_version(text):
+        return _join(merged, our_text.strip())
+    (fresh, here), (sealed, there) = _split_text(our_text), _split_text(text)
+    words = _choose_longer(here, there, where)
+    if fresh and sealed:
+        return _join(merged, f"{fresh}\n\n{words}".strip())
+    logger.warning_once(
+        f"The text of {where} was changed by hand, so it stays as it is, and its figures may be of "
+        "an earlier training. To have it written anew, delete all of it, and push again."
+    )
+    return _join(merged, words)
 
 
 def split_card(card: str, *, where: str = "README.md") -> tuple[dict[str, Any], str]:
     """Return the front matter and the text of a card, or raise a `ValueError` that names a line."""
-    card = card.replace("\r\n", "\n")
+    card = re.sub("\r\n?", "\n", card)
     match = REGEX_YAML_BLOCK.match(card)
     if match is None:
         return {}, card
-    try:
-        data = yaml.safe_load(match[2]) or {}
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = (mark.line if mark else 0) + 1 + match[1].count("\n")
-        why = getattr(error, "problem", None) or "not YAML"
-        raise ValueError(
-            f"{where} has invalid front matter in line {line}: {why}. Correct it there, and push "
-            "again."
-        ) from error
+    # Behind as many empty lines as stand before it, so that an error names the line of the file.
+    front = "\n" * match[1].count("\n") + match[2]
+    data = parse_yaml(front, where=f"The front matter of {where}") or {}
     if not isinstance(data, dict):
-        raise ValueError(f"{where} has front matter that is no list of `name: value`: correct it.")
+        raise ValueError(f"{where} has front matter that is not `name: value` lines: correct it.")
     return data, card[match.end() :]
 
 
-def split_sections(text: str) -> dict[str, str]:
-    """Return the sections of a text by name: "title", or the heading.
-
-    Headings of the first and second order divide, but none in a fenced block. What stands before
-    the first has the name "", and what stands behind a seal the name of its section and "+".
-    """
-    sections: dict[str, list[str]] = {"": []}
-    name, fence = "", ""
-    for line in _WROTE.sub("", text).splitlines():
-        mark = re.match(r" {0,3}(```+|~~~+)", line)
-        if mark and (not fence or line.strip() == fence):
-            fence = "" if fence else mark[1]
-        elif not fence and re.match(r"##? ", line):
-            name = _name(line)
-            while name in sections:  # a heading that a person used twice
-                name += " again"
-        sections.setdefault(name, []).append(line)
-        if _SEAL.fullmatch(line):
-            name += "+"
-    joined = {name: "\n".join(lines).strip() for name, lines in sections.items()}
-    return {name: section for name, section in joined.items() if section}
+def _split_text(text: str) -> tuple[str, str]:
+    """Return what we wrote, with its seal, and what a person added; the first is "" if edited."""
+    for seal in _SEAL.finditer(text):
+        if _sum(text[: seal.start()].strip()) == seal[1]:
+            return text[: seal.end()].strip(), text[seal.end() :].strip()
+    return "", text.strip()
 
 
-def _name(heading: str) -> str:
-    return "title" if heading.startswith("# ") else heading.lstrip("# ").strip()
+def _is_of_first_version(text: str) -> bool:
+    """Say whether this is a card of version 0.1, with a checksum for each section, not edited."""
+    parts = re.split(r"\n<!-- hf-nanogpt: ([0-9a-f]{8}) -->\s*", text)  # section, checksum, ...
+    sections = zip(parts[::2], parts[1::2], strict=False)
+    whole = re.fullmatch(r"<!-- hf-nanogpt wrote: .* -->\s*", parts[-1])
+    return bool(whole) and all(_sum(section.strip())[:8] == seal for section, seal in sections)
 
 
-def _names(text: str) -> list[str]:
-    wrote = _WROTE.search(text)
-    return wrote[1].split("; ") if wrote else []
+def _choose_longer(here: str, there: str, where: str) -> str:
+    """Return what a person wrote here or there, if one has all lines of the other."""
+    for part, whole in ((here, there), (there, here)):
+        if not part or f"\n{part}\n" in f"\n{whole}\n":
+            return whole
+    raise ValueError(
+        f"The card was edited here and in {where}, each in another way: make them equal, and push "
+        "again."
+    )
 
 
-def _is_sealed(section: str) -> bool:
-    text, _, last = section.rpartition("\n")
-    return last == _seal(text)
+def _join(data: dict[str, Any], text: str) -> str:
+    front = yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=1000)
+    return f"---\n{front}---\n\n{text}\n"
 
 
-def _seal(section: str) -> str:
-    return f"<!-- hf-nanogpt: {hashlib.sha256(section.strip().encode()).hexdigest()[:8]} -->"
+def _sum(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def _merge_data(

@@ -1,19 +1,21 @@
-"""Fetch a checkpoint from the Hub, whole or not at all."""
+"""Fetch a checkpoint from the Hub, whole and as it was sent, or not at all."""
 
-import json
+import os
 import shutil
+from functools import partial
 from pathlib import Path
 
 from huggingface_hub import HfApi, snapshot_download
 
-from ..checkpoint import split_revision, staged_folder
-from ..convert.folders import check_destination
-from ..hub_errors import explain_hub_error
-from .release import FAILURES, check_repo_id
+from ..checkpoint import split_revision
+from ..convert.folders import check_destination, written_folder
+from ..hub_errors import FAILURES, explain_hub_error, retry
+from ..untrusted import path_inside, read_json
+from .staging import check_repo_id
 
 
 def pull_checkpoint(
-    checkpoint: str, destination: str | Path | None = None, *, verify: bool = False
+    checkpoint: str, destination: str | Path | None = None, *, verify: bool = True
 ) -> Path:
     """Download `user/name` or `user/name@revision` to a new folder, whole or not at all.
 
@@ -24,34 +26,55 @@ def pull_checkpoint(
         verify: compare the checksum of each file with the Hub's (SHA-256 for the weights).
 
     Raises:
-        ValueError: there is no such id or revision, the destination has content, or a checksum
-            differs; downloading again then starts anew.
+        ValueError: there is no such id or revision, the destination has content, a file would land
+            outside it, or a checksum differs; downloading again then starts anew.
     """
     name, revision = split_revision(checkpoint)
     check_repo_id(name)
     folder = check_destination(destination or name.split("/")[1])
     try:
         snapshot = Path(snapshot_download(name, revision=revision))
-        if verify:
-            _verify(name, snapshot)
     except FAILURES as error:
         why = explain_hub_error(error)
         raise ValueError(f"{checkpoint} could not be downloaded: {why}.") from error
-    if (state := snapshot / "trainer_state.json").is_file():
-        step = json.loads(state.read_text())["global_step"]
-        folder = check_destination(folder / f"checkpoint-{step}")
-    with staged_folder(folder) as staged:
+    if verify:
+        _verify(name, snapshot)
+    # A training checkpoint becomes a folder in the folder, which appears at once as well.
+    state = snapshot / "trainer_state.json"
+    step = _step_name(path_inside(snapshot, state.name)) if state.is_file() else ""
+    with written_folder(folder) as staged:
         shutil.copytree(
-            snapshot, staged, ignore=shutil.ignore_patterns(".gitattributes"), dirs_exist_ok=True
+            snapshot,
+            staged / step,
+            ignore=shutil.ignore_patterns(".gitattributes"),
+            copy_function=partial(_copy_inside, snapshot),
+            dirs_exist_ok=True,
         )
-    return folder
+    return folder / step
+
+
+def _step_name(state: Path) -> str:
+    step = read_json(state).get("global_step")
+    if not isinstance(step, int) or isinstance(step, bool) or step < 0:
+        raise ValueError(f"{state} has global_step={step!r:.80}, which is not a number of steps.")
+    return f"checkpoint-{step}"
+
+
+def _copy_inside(snapshot: Path, source: str, target: str) -> None:
+    shutil.copyfile(path_inside(snapshot, os.path.relpath(source, snapshot)), target)
 
 
 def _verify(name: str, snapshot: Path) -> None:
-    found = HfApi().verify_repo_checksums(name, revision=snapshot.name)
+    try:
+        found = retry(lambda: HfApi().verify_repo_checksums(name, revision=snapshot.name))
+    except FAILURES as error:
+        raise ValueError(
+            f"{name} could not be compared with the Hub's checksums: {explain_hub_error(error)}. "
+            "Try again, or give --no-verify to take what was downloaded."
+        ) from error
     for mismatch in found.mismatches:  # out of the cache, so that it is not taken for good again
-        (snapshot / mismatch["path"]).resolve().unlink()
-        (snapshot / mismatch["path"]).unlink(missing_ok=True)
+        (path := path_inside(snapshot, mismatch["path"])).resolve().unlink()
+        path.unlink(missing_ok=True)
     if wrong := [*(m["path"] for m in found.mismatches), *found.missing_paths]:
         raise ValueError(
             f"{name} arrived damaged ({', '.join(wrong)}), and was not kept: pull it again."

@@ -28,6 +28,7 @@ class PushQueue:
         num_parameters: int,
         message: str,
         skip_waiting: bool,
+        private: bool | None = None,
         token: str | None = None,
     ) -> None:
         """Push a checkpoint to each of the branches; with `skip_waiting`, only the newest waits."""
@@ -37,7 +38,8 @@ class PushQueue:
                     waiting.cleanup()
         copy = tempfile.TemporaryDirectory(prefix="hf_nanogpt-push-")
         try:
-            shutil.copytree(checkpoint, copy.name, dirs_exist_ok=True)
+            # A link stays one: push_step refuses those that lead elsewhere.
+            shutil.copytree(checkpoint, copy.name, symlinks=True, dirs_exist_ok=True)
         except OSError as error:  # a full disk, say, which the training itself may yet survive
             copy.cleanup()
             self._errors.append(error)
@@ -52,6 +54,7 @@ class PushQueue:
                         branch=branch,
                         num_parameters=num_parameters,
                         message=message,
+                        private=private,
                         token=token,
                     )
 

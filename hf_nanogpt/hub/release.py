@@ -1,85 +1,15 @@
-"""Share a checkpoint on the Hub in one commit, and fetch one back whole."""
+"""Share a checkpoint on the Hub, in one commit that is checked after it has arrived."""
 
-import hashlib
-import json
-import re
-import shutil
 import tempfile
-import time
-from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
 
-from huggingface_hub import (
-    CommitOperationAdd,
-    CommitOperationDelete,
-    HfApi,
-    constants,
-    get_token,
-)
-from huggingface_hub.errors import HFValidationError, HTTPError
-from huggingface_hub.utils import validate_repo_id
-from transformers import AutoConfig
-from transformers.utils import logging
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 
-from ..checkpoint import (
-    ARTIFACTS,
-    LOADING,
-    check_checkpoint,
-    load_checkpoint,
-)
-from ..configuration_nanogpt import NanoGPTConfig
-from ..convert import export_checkpoint
-from ..hub_errors import LOG_IN, explain_hub_error, is_passing
-from .card import render_model_card
-from .card_edits import merge_card
-
-logger = logging.get_logger(__name__)
-
-# Listed, not found: what else lies in the folder is private, and no pickle is ever among them.
-_RELEASED = (
-    *(name for name in ARTIFACTS if not name.startswith(("training_args", "checkpoint-", "."))),
-    "LICENSE",
-    "added_tokens.json",
-    "merges.txt",
-    "vocab.json",
-)
-# What resuming needs besides; goes to a branch of its own only, for it has pickles.
-_STATE = ("optimizer.*", "scheduler.pt", "scaler.pt", "rng_state*.pth", "trainer_state.json")
-_CODE = ("configuration_nanogpt.py", "modeling_nanogpt.py")
-_NOT_LOADED = ("README.md", "metrics.json", "loss.png", "samples.jsonl", "LICENSE")
-_WAITS = (0.5, 2.0, 8.0)  # seconds before another attempt
-FAILURES = (OSError, HTTPError, RuntimeError)  # of a request; RuntimeError is of an upload
-
-
-@dataclass(frozen=True)
-class Release:
-    """A folder as it goes to the Hub: the id, the revision that pins it, and the commit, if any.
-
-    `insist` names the front matter of its card in which a person's earlier word does not count.
-    """
-
-    folder: Path
-    repo_id: str
-    revision: str
-    branch: str
-    tag: str | None
-    message: str | None = None
-    insist: tuple[str, ...] = ()
-    commit: str | None = None
-    is_new: bool = False
-
-    @property
-    def url(self) -> str:
-        """Address of the page."""
-        return f"{constants.ENDPOINT}/{self.repo_id}"
-
-    @property
-    def files(self) -> dict[str, int]:
-        """Size in bytes of each file, by name."""
-        return {path.name: path.stat().st_size for path in sorted(self.folder.iterdir())}
+from ..hub_errors import FAILURES, LOG_IN, explain_hub_error, retry
+from .card_edits import merge_card, read_card
+from .staging import RELEASED, STATE, Release, stage, stage_release
 
 
 def push_to_hub(
@@ -133,129 +63,17 @@ def push_step(
     branch: str,
     num_parameters: int,
     message: str,
+    private: bool | None = None,
     token: str | None = None,
 ) -> Release:
-    """Push a checkpoint of a running training: no tag, and its loading is not tried first."""
+    """Push a checkpoint of a running training: no tag, and its loading is not tried first.
+
+    `private` is for the repository, should somebody have deleted it meanwhile.
+    """
     with tempfile.TemporaryDirectory(prefix="hf_nanogpt-push-") as folder:
         release = Release(Path(folder), repo_id, branch, branch, None, message)
         facts = {"num_parameters": num_parameters}
-        return send_release(_stage(checkpoint, release, facts), token=token)
-
-
-def stage_release(
-    checkpoint: str | Path,
-    folder: str | Path,
-    *,
-    repo_id: str,
-    tag: str | None = None,
-    branch: str | None = None,
-    native: bool = False,
-    license: str | None = None,
-    language: list[str] | None = None,
-) -> Release:
-    """Write what `push_to_hub` would send to an empty folder, and send nothing."""
-    check_repo_id(repo_id)
-    for name, value in (("tag", tag), ("branch", branch)):
-        if value is not None and not re.fullmatch(r"[\w][\w./-]*", value):
-            raise ValueError(f"{name}={value!r} is not possible: use letters, digits, '-', '.'.")
-    source = Path(check_checkpoint(checkpoint))
-    if not source.is_dir():
-        raise ValueError(f"{checkpoint} is no folder here: pull it first, then push the folder.")
-    model, _ = load_checkpoint(source)  # what does not load here would not load elsewhere
-    if model.config.model_type != NanoGPTConfig.model_type:
-        raise ValueError(
-            f"{source} is a {model.config.model_type} model, not one of ours: push the checkpoint "
-            "that it was exported from, with --native."
-        )
-    metrics = _read_json(source / "metrics.json") | {"num_parameters": model.num_parameters()}
-    card = {"license": license, "language": language}
-    insist = tuple(name for name, value in card.items() if value)
-    release = Release(Path(folder), repo_id, "", branch or "main", tag, insist=insist)
-    return _stage(source, release, metrics, native=native, tag_content=True, card=card)
-
-
-def _stage(
-    source: Path,
-    release: Release,
-    metrics: dict[str, Any],
-    *,
-    native: bool = False,
-    tag_content: bool = False,
-    card: dict[str, Any] | None = None,
-) -> Release:
-    folder = release.folder
-    to_branch = release.branch != "main" and not release.tag
-    kept = (*_RELEASED, *_STATE) if to_branch and not native else _RELEASED
-    known = {path.name for pattern in kept for path in source.glob(pattern) if path.is_file()}
-    known = {name for name in known if not name.endswith(".part")}
-    format = None
-    if native:
-        with LOADING:
-            format = export_checkpoint(source, folder).format
-        known &= set(_NOT_LOADED)
-    for name in known:
-        shutil.copyfile(source / name, folder / name)
-    if not native:
-        for name in set(_CODE) - known:
-            shutil.copyfile(Path(__file__).parent.with_name(name), folder / name)
-    tag = release.tag
-    if tag is None and tag_content and release.branch == "main":
-        tag = f"content-{_checksum(folder)}"
-    release = replace(release, tag=tag, revision=tag or release.branch)
-    fresh = render_model_card(
-        AutoConfig.from_pretrained(folder),
-        metrics,
-        name=release.repo_id,
-        revision=release.revision,
-        native=format,
-        **(card or {}),
-    )
-    path = source / "README.md"
-    write_card(fresh, path, to=folder / "README.md", insist=release.insist)
-    return release
-
-
-def write_card(
-    card: str, path: Path, *, to: Path | None = None, insist: Collection[str] = ()
-) -> None:
-    """Write a card, with what a person changed in an earlier one at `path`, there or elsewhere."""
-    written = path.read_text(encoding="utf-8") if path.is_file() else ""
-    merged = merge_card(card, written, where=str(path), insist=insist)
-    (to or path).write_text(merged, encoding="utf-8")
-
-
-def _checksum(folder: Path) -> str:
-    """Return 12 digits that depend on all that is loaded from a folder, and on nothing else."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        if path.name not in _NOT_LOADED:
-            with path.open("rb") as file:
-                inner = hashlib.file_digest(file, "sha256").hexdigest()
-            digest.update(f"{path.name} {inner}\n".encode())
-    return digest.hexdigest()[:12]
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}.") from error
-
-
-def check_repo_id(repo_id: str) -> None:
-    """Raise a `ValueError` unless a repository can have this id."""
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise ValueError(
-            f"repo_id={repo_id!r} is not possible: give USER/NAME of letters, digits, '-', '_' and "
-            "'.', at most 96 of them."
-        ) from error
-    if repo_id.count("/") != 1:
-        raise ValueError(f"repo_id={repo_id!r} must be USER/NAME, such as user/{repo_id}.")
-
-
-# Sending
+        return send_release(stage(checkpoint, release, facts), private=private, token=token)
 
 
 def send_release(
@@ -276,32 +94,32 @@ def send_release(
 
 def _send(api: HfApi, release: Release, private: bool | None) -> Release:
     name, branch, tag = release.repo_id, release.branch, release.tag
-    _retry(lambda: api.create_repo(name, private=private, exist_ok=True))
-    if private and not api.repo_info(name).private:
+    retry(lambda: api.create_repo(name, private=private, exist_ok=True))
+    if private and not retry(lambda: api.repo_info(name)).private:
         raise ValueError(
             f"{name} exists and is public: make it private on its page, or leave out --private."
         )
-    refs = api.list_repo_refs(name)
-    if branch not in [ref.name for ref in refs.branches]:
-        _retry(lambda: api.create_branch(name, branch=branch, exist_ok=True))
-    tagged = {ref.name: ref.target_commit for ref in refs.tags}
-    release = _retry(lambda: _commit(api, release, tagged.get(tag or "")))
-    found = api.verify_repo_checksums(name, revision=release.commit, local_dir=release.folder)
+    refs = retry(lambda: api.list_repo_refs(name))
+    branches = [ref.name for ref in refs.branches]
+    tags = {ref.name: ref.target_commit for ref in refs.tags}
+    for kind, other, value in (("tag", "branch", tag), ("branch", "tag", branch)):
+        if value in (branches if kind == "tag" else tags):  # a revision must be one thing
+            raise ValueError(
+                f"{kind}={value} is not possible: {name} has a {other} of that name. Choose "
+                "another."
+            )
+    if branch not in branches:
+        retry(lambda: api.create_branch(name, branch=branch, exist_ok=True))
+    release = retry(lambda: _commit(api, release, tags.get(tag or "")))
+    found = retry(
+        lambda: api.verify_repo_checksums(name, revision=release.commit, local_dir=release.folder)
+    )
     if wrong := [*(m["path"] for m in found.mismatches), *found.extra_paths]:
         raise ValueError(f"{name} arrived damaged ({', '.join(wrong)}): repeat the push.")
-    if tag and tag not in tagged:
-        _retry(lambda: api.create_tag(name, tag=tag, revision=release.commit, exist_ok=True))
+    if tag and tag not in tags:
+        retry(lambda: api.create_tag(name, tag=tag, revision=release.commit, exist_ok=True))
+        _check_tag(api, release, tag)  # somebody else may have been faster
     return release
-
-
-def _retry(request: Callable[[], Any]) -> Any:
-    for wait in (*_WAITS, None):
-        try:
-            return request()
-        except FAILURES as error:
-            if wait is None or not is_passing(error):
-                raise
-            time.sleep(wait)
 
 
 def _commit(api: HfApi, release: Release, tagged: str | None) -> Release:
@@ -315,22 +133,17 @@ def _commit(api: HfApi, release: Release, tagged: str | None) -> Release:
     present = set(api.list_repo_files(name, revision=head))
     card = folder / "README.md"
     if "README.md" in present:
-        theirs = Path(api.hf_hub_download(name, "README.md", revision=head))
+        theirs = read_card(api.hf_hub_download(name, "README.md", revision=head))
         where = f"README.md of {name}"
-        text = merge_card(
-            card.read_text(encoding="utf-8"),
-            theirs.read_text(encoding="utf-8"),
-            where=where,
-            insist=release.insist,
-        )
+        text = merge_card(read_card(card), theirs, where=where, insist=release.insist)
         card.write_text(text, encoding="utf-8")
     ours = {path.name: path for path in folder.iterdir()}
     stale = [
         path
         for path in present - set(ours)
-        if any(fnmatch(path, pattern) for pattern in (*_RELEASED, *_STATE))
+        if any(fnmatch(path, pattern) for pattern in (*RELEASED, *STATE))
     ]
-    if tagged and release.tag and not release.tag.startswith("content-"):
+    if tagged:
         _check_tag(api, release, tagged)
     operations = [CommitOperationAdd(path, file) for path, file in ours.items()]
     operations += [CommitOperationDelete(path) for path in stale]
@@ -344,10 +157,13 @@ def _commit(api: HfApi, release: Release, tagged: str | None) -> Release:
     return replace(release, commit=info.oid, is_new=info.oid != head)
 
 
-def _check_tag(api: HfApi, release: Release, tagged: str) -> None:
-    found = api.verify_repo_checksums(release.repo_id, revision=tagged, local_dir=release.folder)
+def _check_tag(api: HfApi, release: Release, revision: str) -> None:
+    """Raise a `ValueError` unless a tag that exists has the content of the release."""
+    if release.tag is None or release.tag.startswith("content-"):  # says by itself what it has
+        return
+    name, folder = release.repo_id, release.folder
+    found = retry(lambda: api.verify_repo_checksums(name, revision=revision, local_dir=folder))
     if found.mismatches or found.extra_paths:
         raise ValueError(
-            f"tag={release.tag} is in {release.repo_id} already, with another content: choose "
-            "another tag."
+            f"tag={release.tag} is in {name} already, with another content: choose another tag."
         )

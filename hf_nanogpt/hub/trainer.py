@@ -3,15 +3,17 @@
 import shlex
 from pathlib import Path
 
+from huggingface_hub import HfApi
 from huggingface_hub.errors import HTTPError
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 
-from ..hub_errors import explain_hub_error
+from ..hub_errors import explain_hub_error, retry
 from ..interruption import InterruptibleTrainer
 from .card import render_model_card
 from .queue import PushQueue
-from .release import Release, push_to_hub, write_card
+from .release import push_to_hub
+from .staging import Release, check_ref_names, write_card
 
 logger = logging.get_logger(__name__)
 
@@ -21,18 +23,29 @@ class HubTrainer(InterruptibleTrainer):
 
     Each save goes to main as a whole model with its code and card. What resuming needs besides goes
     to the branch `last-checkpoint`, or of each `checkpoint-N`, as `hub_strategy` has it. While a
-    push is slow the newest save waits, and what failed is told at the end.
+    push is slow the newest save waits, and what failed is told at the end. A repository that
+    somebody deletes meanwhile is made again, and is no more public than it was.
     """
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         self.pushes = PushQueue()
+        if not self.is_world_process_zero():
+            return
+        check_ref_names(branch=self.args.hub_revision)
         name = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
         try:
             super().init_hf_repo(token, private)
+            api = HfApi(token=token or self.args.hub_token)
+            self.is_private = retry(lambda: api.repo_info(self.hub_model_id)).private
         except HTTPError as error:
             raise ValueError(
                 f"hub_model_id={name} is no place to push to: {explain_hub_error(error)}."
             ) from error
+        if not self.is_private and (private or self.args.hub_private_repo):
+            raise ValueError(
+                f"hub_model_id={self.hub_model_id} exists and is public: make it private on its "
+                "page, or leave out hub_private_repo."
+            )
 
     def create_model_card(self, *args, **kwargs) -> None:
         """Write the card into `output_dir`, where a person's own edits stay."""
@@ -67,7 +80,7 @@ class HubTrainer(InterruptibleTrainer):
             self.args.output_dir,
             self.hub_model_id,
             branch=revision or self.args.hub_revision,
-            private=private or bool(self.args.hub_private_repo),
+            private=self.is_private,
             message=commit_message,
             token=token or self.args.hub_token,
         )
@@ -88,6 +101,7 @@ class HubTrainer(InterruptibleTrainer):
             branches=branches,
             num_parameters=self.model.num_parameters(),
             message=f"Training in progress, step {self.state.global_step}",
+            private=self.is_private,
             skip_waiting=not (args.hub_always_push or strategy == HubStrategy.ALL_CHECKPOINTS),
             token=args.hub_token,
         )
