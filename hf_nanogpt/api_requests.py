@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .generation import check_settings
+from .untrusted import parse_json
 
 ROLES = ("system", "developer", "user", "assistant")
 _COMMON = {"model", "max_tokens", "temperature", "top_p", "seed", "stop", "stream"}
@@ -54,23 +55,17 @@ class Request:
     include_usage: bool = False
 
 
-def parse_json(raw: bytes) -> dict[str, Any]:
+def read_body(raw: bytes, *, where: str = "The request") -> dict[str, Any]:
     """Return the JSON object that a request brings.
 
     Raises:
-        ValueError: it is something else, or holds numbers or text that JSON has not.
+        ValueError: it is something else, or holds what JSON has not, such as NaN.
     """
     try:
-        body = json.loads(raw.decode())
-        json.dumps(body, ensure_ascii=False, allow_nan=False).encode()  # NaN, half a character
-    except RecursionError:
-        raise ValueError(
-            "The request is not JSON that can be read: it is nested too deeply."
-        ) from None
-    except ValueError as error:
-        raise ValueError(f"The request is not JSON that can be read: {error}.") from None
-    if not isinstance(body, dict):
-        raise ValueError("The request must be a JSON object.")
+        body = parse_json(raw.decode(), where=where)
+        json.dumps(body, ensure_ascii=False, allow_nan=False).encode()
+    except UnicodeError as error:  # also for half a character
+        raise ValueError(f"{where} holds text that is not Unicode: {error}.") from None
     return body
 
 
@@ -153,10 +148,8 @@ def _read_stops(value: Any) -> list[str]:
 
 
 def _read_generation_config(value: Any) -> dict[str, Any]:
-    try:
-        config = parse_json(_of_type("generation_config", value, str).encode())
-    except ValueError as error:
-        raise ValueError(f"generation_config is not possible: {error}") from None
+    name = "generation_config"
+    config = read_body(_of_type(name, value, str).encode(), where=name)
     config = {name: value for name, value in config.items() if value is not None}
     config.pop("transformers_version", None)
     sampling = _of_type("generation_config.do_sample", config.pop("do_sample", True), bool)

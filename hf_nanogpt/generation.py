@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from .modeling_nanogpt import CACHE
+from .untrusted import explain_errors
 
 # What shapes the distribution that a token is drawn from, in the order in which transformers
 # applies it, and the value that changes nothing.
@@ -200,11 +201,9 @@ def encode_prompt(
             f"The tokenizer has {size} tokens and the model vocab_size={vocab_size}: take the "
             "tokenizer that the model was trained with."
         )
-    try:
-        prompt.encode()  # a shell or a pipe may hand over bytes that are no UTF-8
+    with explain_errors("The tokenizer cannot encode the prompt"):
+        prompt.encode()  # a shell or a pipe may hand over bytes that are not UTF-8
         ids = tokenizer(prompt, add_special_tokens=add_special_tokens)["input_ids"]
-    except Exception as error:  # `tokenizers` raises no narrower kind
-        raise ValueError(f"The tokenizer cannot encode the prompt: {error}.") from error
     if not ids and tokenizer.bos_token_id is None:
         raise ValueError(
             f"prompt={prompt!r} starts from the bos token, and this tokenizer has none: give a "

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .answering import FAILED, Answer, ChatForm, TextForm, write_event
-from .api_requests import Request, parse_json, read_request
+from .api_requests import Request, read_body, read_request
 from .batching import EndedError, Writer
 from .chat import NO_TEMPLATE, find_turn_ends, render_messages
 from .generation import encode_prompt
@@ -233,7 +233,7 @@ class _Server:
                 413,
                 f"The request has {size:,} bytes, and this server reads at most {_LARGEST_BODY:,}.",
             )
-        body = await asyncio.to_thread(parse_json, b"".join(chunks))
+        body = await asyncio.to_thread(read_body, b"".join(chunks))
         if not isinstance(body.get("model"), str):
             raise ValueError(
                 f"model={body.get('model')!r:.80} is not possible: give {self.name!r}."
