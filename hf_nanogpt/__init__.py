@@ -5,7 +5,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # The command line answers --help and wrong flags before it pays for importing torch, and its verbs
 # import what they need; anywhere else `import hf_nanogpt` makes the Auto classes know our model.

@@ -6,13 +6,13 @@ it stood on the command line before them, so that both are checked alike and fla
 
 import difflib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-import yaml
 from accelerate.utils import parse_flag_from_env
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.integrations.integration_utils import (
@@ -26,6 +26,7 @@ from .configuration_nanogpt import NanoGPTConfig
 from .data import DataArguments
 from .optim import OPTIM_DEFAULTS, OptimRecipe
 from .presets import load_preset
+from .untrusted import parse_json, parse_yaml
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -104,6 +105,7 @@ class NanoGPTTrainingArguments(LoraArguments, TrainingArguments):
             )
         LoraArguments.__post_init__(self)
         TrainingArguments.__post_init__(self)
+        _check_processes(self.world_size)
         if self.lora:
             flags = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
             if self.fsdp or self.deepspeed or any(map(parse_flag_from_env, flags)):
@@ -113,6 +115,17 @@ class NanoGPTTrainingArguments(LoraArguments, TrainingArguments):
             self.hub_strategy = HubStrategy.END  # before, there are adapters and no whole model
         for name in self.report_to or []:
             _check_tracker(name)
+
+
+def _check_processes(world_size: int) -> None:
+    """Raise a `ValueError` if processes that were launched together would train apart."""
+    launched = os.environ.get("WORLD_SIZE")
+    if launched and launched != str(world_size):
+        raise ValueError(
+            f"WORLD_SIZE={launched} processes were launched, but each would train by itself, all "
+            "into one output_dir: add --use_cpu to the flags of train, or use a machine with a GPU "
+            "for each process. To train in one process, unset WORLD_SIZE."
+        )
 
 
 def _check_tracker(name: str) -> None:
@@ -188,6 +201,7 @@ def parse_settings(
     if _asks_for_lora([*as_flags(defaults), *words]):
         defaults |= defaults_of_lora
     given = [*as_flags(defaults), *words]
+    check_text(str(recipe), *given)
     parser = make_parser()
     data, model, training, unknown = parser.parse_args_into_dataclasses(
         given, return_remaining_strings=True, look_for_args_file=False
@@ -195,8 +209,22 @@ def parse_settings(
     _refuse_unknown(unknown, parser)
     architecture = {name: value for name, value in vars(model).items() if value is not None}
     if "rope_parameters" in architecture:
-        architecture["rope_parameters"] = _parse_json("rope_parameters", model.rope_parameters)
+        architecture["rope_parameters"] = parse_json(
+            model.rope_parameters, where=f"rope_parameters={model.rope_parameters:.80}"
+        )
     return data, architecture, training
+
+
+def check_text(*words: str) -> None:
+    """Raise a `ValueError` unless the words can be written to the card at the end of training."""
+    for word in words:
+        try:
+            word.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{word!a} is not UTF-8 text, and the model card has to repeat it: give "
+                "another name or text, or use a UTF-8 locale."
+            ) from error
 
 
 def _asks_for_lora(given: list[str]) -> bool:
@@ -248,11 +276,10 @@ def _read_recipe(recipe: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
         known = ", ".join(list_recipes())
         raise ValueError(f"recipe={recipe} is unknown. {hint}Known: {known}, or a .yaml file.")
     try:
-        sections = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"recipe={recipe} is not valid YAML: {' '.join(str(error).split())}"
-        ) from error
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"recipe={recipe} is not valid YAML: {error}") from error
+    sections = parse_yaml(text, where=f"recipe={recipe}")
     names = ("data", "model", "training", "lora")
     kinds = dict | None  # an empty section is None
     if (
@@ -279,10 +306,3 @@ def as_flags(settings: dict[str, Any]) -> list[str]:
         values = value if isinstance(value, list | tuple) else [value]
         flags += [f"--{name}={values[0]}"] if len(values) == 1 else [f"--{name}", *map(str, values)]
     return flags
-
-
-def _parse_json(name: str, text: str) -> dict[str, Any]:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{name}={text} is not a JSON object: {error}.") from error

@@ -25,7 +25,7 @@ logger = logging.get_logger(__name__)
 
 ROWS = 16  # at most so many requests are written at once; others wait
 _CACHE = 2**30  # at most so many bytes for their keys and values, or what one request needs
-_PAGE = 64  # the cache is given away in pieces of so many tokens
+_PAGE = 256  # transformers gives the cache away in pieces of so many tokens
 _PREFILL = 512  # tokens of prompts that are read in one step
 # What a checkpoint may ask for in its generation_config.json and still be written in a batch.
 _BATCHED = {"temperature", "top_k", "top_p", "do_sample", "suppress_tokens", "max_length"}
@@ -141,7 +141,6 @@ class Writer:
         manager = twin.init_continuous_batching(
             generation_config=config,
             continuous_batching_config=ContinuousBatchingConfig(
-                page_size=_PAGE,
                 num_blocks=-(-self._count_cached_tokens() // _PAGE),
                 max_batch_tokens=_PREFILL,
                 max_requests_per_batch=ROWS,

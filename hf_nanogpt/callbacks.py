@@ -6,8 +6,9 @@ import math
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
@@ -27,6 +28,15 @@ from .throughput import count_flops, find_peak
 logger = logging.get_logger(__name__)
 
 BLUE, ORANGE, GREY = "#2563eb", "#ea580c", "#6b7280"
+
+
+@contextmanager
+def no_reason_to_stop(what: str) -> Iterator[None]:
+    """Let training go on where something that only shows it cannot be written, with a warning."""
+    try:
+        yield
+    except (OSError, UnicodeError) as error:
+        logger.warning_once(f"{what} could not be written, and training goes on: {error}")
 
 
 class SpeedCallback(TrainerCallback):
@@ -107,26 +117,31 @@ class ProgressCallback(TrainerCallback):
     """Show one bar with the running loss and speed, and one line for each evaluation."""
 
     def __init__(self):
-        self.bar = None
+        self.bar: Any = None
 
     def on_train_begin(self, args, state, control, **kwargs):
+        self.started = time.perf_counter()
         if state.is_world_process_zero:
-            self.bar = tqdm(
-                total=state.max_steps,
-                initial=state.global_step,
-                desc="Training",
-                delay=0,  # shown from the start, whatever the command line has set
-                dynamic_ncols=True,
-            )
-            self.started = time.perf_counter()
+            with no_reason_to_stop("The progress bar"):
+                self.bar = tqdm(
+                    total=state.max_steps,
+                    initial=state.global_step,
+                    desc="Training",
+                    delay=0,  # shown from the start, whatever the command line has set
+                    dynamic_ncols=True,
+                )
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.bar is not None:
-            self.bar.update(state.global_step - self.bar.n)
+            with no_reason_to_stop("The progress bar"):
+                self.bar.update(state.global_step - self.bar.n)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if self.bar is None or not logs:
-            return
+        if self.bar is not None and logs:
+            with no_reason_to_stop("The progress bar"):
+                self._show(state, logs)
+
+    def _show(self, state, logs: dict[str, float]) -> None:
         if "loss" in logs:
             figures = [f"loss {logs['loss']:.3f}"]
             if "tokens_per_second" in logs:
@@ -145,7 +160,8 @@ class ProgressCallback(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         if self.bar is not None:
-            self.bar.close()
+            with no_reason_to_stop("The progress bar"):
+                self.bar.close()
             self.bar = None
 
 
@@ -172,8 +188,11 @@ class SampleCallback(TrainerCallback):
         every = args.sample_steps
         self.every = math.ceil(every * state.max_steps) if every and every < 1 else every
         # Of an earlier run, keep what the checkpoint that goes on had seen.
-        rows = self.path.read_text().splitlines(keepends=True) if self.path.is_file() else []
-        self.rows = [row for row in rows if json.loads(row)["step"] <= state.global_step]
+        rows: list[str] = []
+        with no_reason_to_stop(f"What {self.path} had"):
+            if self.path.is_file():
+                rows = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+        self.rows = [row for row in rows if _step_of(row) <= state.global_step]
 
     def on_evaluate(self, args, state, control, **kwargs):
         if self.every is None:
@@ -197,14 +216,24 @@ class SampleCallback(TrainerCallback):
             if not text:
                 return
             self.rows.append(json.dumps({"step": state.global_step, "text": text}) + "\n")
-            replace_file(self.path, "".join(self.rows).encode())
+            with no_reason_to_stop(str(self.path)):
+                replace_file(self.path, "".join(self.rows).encode())
             if not args.disable_tqdm:
                 lines, asked = (
                     [line for line in part.splitlines() if line.strip()]
                     for part in (text, self.prompt)
                 )
                 first = max(0, len(asked) - 2)  # of a prompt of many lines only the last
-                tqdm.write("\n".join(f"  | {line}" for line in lines[first : first + 3]))
+                with no_reason_to_stop("A sample"):
+                    tqdm.write("\n".join(f"  | {line}" for line in lines[first : first + 3]))
+
+
+def _step_of(row: str) -> float:
+    """Return the step of a line of samples.jsonl; of what is not such a line, infinity."""
+    try:
+        return float(json.loads(row)["step"])
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return math.inf
 
 
 def draw_sample(
@@ -257,8 +286,9 @@ class PlotCallback(TrainerCallback):
         if not (due and state.is_world_process_zero and "loss" in (logs or {})):
             return
         with self.speed.paused():
-            folder = Path(args.output_dir)
-            plot_losses(state.log_history, folder / "loss.png", title=f"{folder.name}: loss")
+            path = Path(args.output_dir) / "loss.png"
+            with no_reason_to_stop(str(path)):
+                plot_losses(state.log_history, path, title=f"{path.parent.name}: loss")
         self.drawn = time.perf_counter()
         self.cost = self.drawn - start
 
@@ -309,5 +339,10 @@ def replace_file(path: Path, content: bytes) -> None:
     """Write a file so that nobody ever sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
-    part.write_bytes(content)
-    os.replace(part, path)
+    try:
+        part.write_bytes(content)
+        os.replace(part, path)
+    except OSError:
+        with suppress(OSError):  # what is half written would only take room
+            part.unlink(missing_ok=True)
+        raise

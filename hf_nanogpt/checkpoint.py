@@ -1,35 +1,38 @@
 """The checkpoint folder: found and loaded with clear errors, written whole or not at all."""
 
 import fcntl
-import json
 import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, HTTPError
 from safetensors import SafetensorError
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging
 
-from . import auto  # noqa: F401 (importing it registers the Auto classes)
+from .checksums import find_damage, read_record
+from .foreign import TOKENIZERS, read_model, read_tokenizer
 from .hub_errors import explain_hub_error
+from .untrusted import path_inside
+
+logger = logging.get_logger(__name__)
 
 # Written last: a folder with this file is complete, one without it cannot be taken for a model.
 _MARKER = "config.json"
 _STEPS = "checkpoint-[0-9]*"
 _STAGED = ".staged-"
-# Where the `trainer_state.json` of a step keeps what `InterruptibleTrainer` adds.
-RECORD = "InterruptibleTrainer"
+LOCK = ".lock"  # see locking.py
 ARTIFACTS = (
     _MARKER,
+    LOCK,
     "README.md",
     "adapter",
     "chat_template.jinja",
@@ -53,6 +56,9 @@ ARTIFACTS = (
     _STEPS,
     f"{_STAGED}*",
 )
+# What loading needs of a repository: no pickle, and no code.
+TOKENIZER_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
+_DOWNLOADED = (*TOKENIZER_FILES, "model*.safetensors")
 
 
 # While it loads, transformers replaces `tie_weights` for all models of the process, and two at once
@@ -98,33 +104,51 @@ def split_revision(checkpoint: str | Path) -> tuple[str, str]:
 def load_checkpoint(checkpoint: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the model, ready for use (`eval` mode), and the tokenizer of a folder or Hub id.
 
-    A Hub id may name a branch, tag or commit: `user/name@revision`.
+    A Hub id may name a branch, tag or commit: `user/name@revision`. Nothing that the folder brings
+    is run: what is read are numbers and text.
 
     Raises:
-        ValueError: it is neither, or the Hub cannot be reached and has never been asked for it.
+        ValueError: it is neither, a file in it is damaged or hostile, or the Hub cannot be reached
+            and has never been asked for it.
     """
+    folder = local_folder(checkpoint)
+    model = load_model(checkpoint, folder)
+    if not any((folder / file).is_file() for file in TOKENIZERS):
+        raise ValueError(
+            f"{folder} has no tokenizer: put the tokenizer.json that the model was trained with "
+            "into it."
+        )
+    tokenizer = read_tokenizer(folder)
+    tokenizer.name_or_path = model.name_or_path
+    return model, tokenizer
+
+
+def load_model(checkpoint: str | Path, folder: Path | None = None) -> PreTrainedModel:
+    """Load the model alone, as `load_checkpoint` does; `folder` is where it was downloaded to."""
+    folder = folder or local_folder(checkpoint)
+    with LOADING:
+        model = read_model(folder)
+    model.name_or_path = model.config._name_or_path = split_revision(checkpoint)[0]
+    return model.eval()
+
+
+def local_folder(checkpoint: str | Path, files: Sequence[str] = _DOWNLOADED) -> Path:
+    """Return the folder of a checkpoint; of a Hub id the one in which `files` were downloaded."""
     name, revision = split_revision(check_checkpoint(checkpoint))
+    return Path(name) if Path(name).is_dir() else download(name, revision, files)
+
+
+def download(
+    name: str, revision: str, files: Sequence[str] = _DOWNLOADED, *, what: str = "checkpoint folder"
+) -> Path:
+    """Return the folder of the cache with the files of a Hub id, which match the patterns."""
     try:
-        # False: without it transformers would ask on the terminal whether to run foreign code.
-        own = {"trust_remote_code": False, "revision": revision}
-        with LOADING:
-            auto_class = AutoModelForCausalLM
-            model, report = auto_class.from_pretrained(name, output_loading_info=True, **own)
-        tokenizer = AutoTokenizer.from_pretrained(name, **own)
-    except Exception as error:  # of several libraries, which share no base class
-        if isinstance(error, OSError) and not Path(name).is_dir():
-            raise ValueError(unreachable(str(checkpoint), "checkpoint folder", error)) from error
-        words = ("tokenizer.json", "tokenizer.model", "vocab.json")
-        if Path(name).is_dir() and not any((Path(name) / file).is_file() for file in words):
-            raise ValueError(
-                f"{name} has no tokenizer: put the tokenizer.json that the model was trained with "
-                "into it."
-            ) from error
-        why = " ".join(str(error).split())
-        raise ValueError(f"{name} cannot be loaded: {why}") from error
-    if missing := sorted(report["missing_keys"]):
-        raise ValueError(f"{name} has no weights for {', '.join(missing[:3])}: it is not whole.")
-    return model.eval(), tokenizer
+        folder = snapshot_download(
+            name, revision=revision, allow_patterns=list(files), ignore_patterns="*/*"
+        )
+    except (OSError, HTTPError, HFValidationError) as error:
+        raise ValueError(unreachable(name, what, error)) from error
+    return Path(folder)
 
 
 def unreachable(name: str, what: str, error: BaseException | None = None) -> str:
@@ -144,7 +168,7 @@ def check_output_dir(
     """
     path = Path(output_dir)
     check_writable(path, name="output_dir")
-    content = {p.name for p in path.iterdir()} if path.is_dir() else set()
+    content = {p.name for p in path.iterdir()} - {LOCK} if path.is_dir() else set()
     known = {p.name for pattern in ARTIFACTS for p in path.glob(pattern)}
     if not content or (resume and find_last_checkpoint(path)):
         return
@@ -178,7 +202,8 @@ def clear_output_dir(output_dir: str | Path) -> None:
     """Delete what an earlier training left in `output_dir`, and nothing else."""
     for pattern in ARTIFACTS:
         for path in Path(output_dir).glob(pattern):
-            _delete(path)
+            if path.name != LOCK:  # it is that of the training that begins
+                _delete(path)
 
 
 def _delete(path: Path) -> None:
@@ -191,9 +216,35 @@ def find_last_checkpoint(output_dir: str | Path) -> str | None:
     return next((str(p) for p in reversed(_list_steps(output_dir)) if _is_whole(p)), None)
 
 
-def clear_unfinished(output_dir: str | Path) -> None:
-    """Delete what a killed training has left half written, after its last whole checkpoint."""
-    steps, last = _list_steps(output_dir), find_last_checkpoint(output_dir)
+def find_intact_checkpoint(output_dir: str | Path) -> str | None:
+    """Return the last whole `checkpoint-N` whose files are those that were written, or None.
+
+    It reads them all; one that is damaged is left out, with a warning.
+
+    Raises:
+        ValueError: all that are whole are damaged.
+    """
+    damaged = []
+    for step in filter(_is_whole, reversed(_list_steps(output_dir))):
+        if (name := find_damage(step)) is None:
+            return str(step)
+        logger.warning(f"{step / name} is damaged, so {step.name} cannot be resumed from.")
+        damaged.append(str(step / name))
+    if damaged:
+        raise ValueError(
+            f"output_dir={output_dir} has no checkpoint-* to resume from whose files are those "
+            f"that were written: damaged are {', '.join(damaged)}. Bring them back from a copy, or "
+            "train anew in another output_dir."
+        )
+    return None
+
+
+def clear_unfinished(output_dir: str | Path, last: str | None = None) -> None:
+    """Delete what a killed training has left half written, after its last whole checkpoint.
+
+    And with `last`, the one to resume from, the damaged ones after that.
+    """
+    steps, last = _list_steps(output_dir), last or find_last_checkpoint(output_dir)
     later = steps[steps.index(Path(last)) + 1 :] if last else steps
     for path in (*later, *Path(output_dir).glob(f"{_STAGED}*")):
         _delete(path)
@@ -208,15 +259,9 @@ def _is_whole(step: Path) -> bool:
     # trainer_state.json is written last, and says how long the other files are.
     try:
         sizes = read_record(step).get("sizes", {})
-        return all((step / name).stat().st_size >= size for name, size in sizes.items())
+        return all(path_inside(step, name).stat().st_size >= sizes[name] for name in sizes)
     except (OSError, ValueError):  # not there, or cut
         return False
-
-
-def read_record(step: str | Path) -> dict[str, Any]:
-    """Return what `InterruptibleTrainer` has written in a `checkpoint-N`; of others, nothing."""
-    state = json.loads((Path(step) / "trainer_state.json").read_text(encoding="utf-8"))
-    return state.get("stateful_callbacks", {}).get(RECORD, {})
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Several checkpoints side by side: a table and a picture of their figures."""
 
 import io
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,7 +117,14 @@ def check_picture(path: str | Path) -> None:
     path = Path(path)
     if path.suffix not in _PICTURES:
         raise ValueError(f"plot={path} must end in one of {', '.join(_PICTURES)}.")
-    if not path.parent.is_dir():
+    # os.path: Path.is_dir raises where a name is too long.
+    if not os.path.isdir(path.parent):
         raise ValueError(f"plot={path} cannot be written: there is no folder {path.parent}.")
-    if path.is_dir():
+    if os.path.isdir(path):
         raise ValueError(f"plot={path} is a folder: give the path of a file.")
+    part = path.with_name(f"{path.name}.part")  # as `replace_file` will write it
+    try:
+        part.touch()
+        part.unlink()
+    except OSError as error:
+        raise ValueError(f"plot={path} cannot be written: {error.strerror}.") from error

@@ -11,9 +11,10 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from datasets import Dataset, Features, IterableDataset, List, Value
-from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
+
+from .untrusted import explain_errors
 
 logger = logging.get_logger(__name__)
 
@@ -151,12 +152,8 @@ class ConversationEncoder:
     def _apply(self, messages: list[dict[str, str]], **settings: Any) -> Any:
         quiet = {"verbose": False}  # about conversations longer than the context, which are cut
         settings = self.settings | settings
-        try:
+        with explain_errors(f"The chat template refuses the conversation {messages!r:.80}"):
             return self.tokenizer.apply_chat_template(messages, tokenizer_kwargs=quiet, **settings)
-        except TemplateError as error:
-            raise ValueError(
-                f"The chat template refuses the conversation {messages!r:.80}: {error}."
-            ) from error
 
     def _encode(self, messages: list[dict[str, str]]) -> np.ndarray:
         out = self._apply(messages)

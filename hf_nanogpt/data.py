@@ -11,7 +11,6 @@ from typing import Any, cast
 
 from datasets import (
     Dataset,
-    DownloadManager,
     Features,
     IterableDataset,
     NamedSplit,
@@ -19,12 +18,15 @@ from datasets import (
     load_dataset,
 )
 from datasets.fingerprint import Hasher
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from .checkpoint import split_revision, unreachable
+from .checkpoint import TOKENIZER_FILES, download, split_revision, unreachable
 from .conversations import MESSAGES, Documents, check_chat_template, read_conversations
+from .foreign import read_tokenizer
 from .tokenization import TokenizerKind, train_tokenizer
+from .untrusted import without_secrets
+from .web import download_text, is_address
 
 logger = logging.get_logger(__name__)
 
@@ -119,7 +121,7 @@ def load_documents(args: DataArguments) -> tuple[Documents, Documents]:
     train, validation = _read(args.data, args, args.validation_fraction)
     if _is_empty(validation) or _is_empty(train):
         raise ValueError(
-            f"data={args.data} is too small to hold out validation_fraction="
+            f"data={without_secrets(args.data)} is too small to hold out validation_fraction="
             f"{args.validation_fraction} of it: give more text, a larger fraction, or "
             "validation_data."
         )
@@ -136,7 +138,7 @@ def _is_empty(documents: Documents) -> bool:
 
 
 def _read(data: str, args: DataArguments, fraction: float) -> tuple[Documents, Documents]:
-    files = find_files(data)
+    files, data = find_files(data), without_secrets(data)  # the latter is for messages
     if files and files[0].suffix not in _TABLES:
         return _read_texts(data, files, fraction)
     return _read_table(data, files, args, fraction)
@@ -147,8 +149,8 @@ def _read(data: str, args: DataArguments, fraction: float) -> tuple[Documents, D
 
 def find_files(data: str) -> list[Path]:
     """List the files that `data` names; none means that it can only be a Hub id."""
-    if data.startswith(("https://", "http://")):
-        return [_download(data)]
+    if is_address(data):
+        return [download_text(data)]
     path = Path(data).expanduser()
     if not data.strip():
         raise ValueError(f"data={data!r} names nothing: give a file, a folder or a Hub id.")
@@ -184,17 +186,6 @@ def find_files(data: str) -> list[Path]:
     if skipped := len(files) - len(texts) - len(tables):
         logger.warning(f"{skipped} of the files in {data} are no UTF-8 text and are left out.")
     return tables or texts
-
-
-def _download(url: str) -> Path:
-    """Fetch a text file of the web into the cache of `datasets`, unless it is there."""
-    try:
-        return Path(DownloadManager().download(url))
-    except (OSError, ConnectionError) as error:
-        why = " ".join(str(error).split())
-        raise ValueError(
-            f"data={url} could not be downloaded ({why}): give the path of a file instead."
-        ) from error
 
 
 def _may_be_hub_id(data: str) -> bool:
@@ -386,15 +377,15 @@ def load_tokenizer(args: DataArguments, documents: Documents) -> PreTrainedToken
         raise ValueError(
             f"tokenizer={args.tokenizer!r} is none of bpe, char, byte, no folder and no Hub id."
         )
-    try:
-        name, revision = split_revision(args.tokenizer)
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-    except (OSError, ValueError) as error:
-        if Path(args.tokenizer).is_dir():
-            why = " ".join(str(error).split())
-            raise ValueError(f"tokenizer={args.tokenizer} cannot be loaded: {why}") from error
-        where = unreachable(args.tokenizer, "tokenizer (bpe, char, byte, or a folder)", error)
-        raise ValueError(f"tokenizer={where}") from error
+    name, revision = split_revision(args.tokenizer)
+    folder = Path(name)
+    if not folder.is_dir():
+        try:
+            what = "tokenizer (bpe, char, byte, or a folder)"
+            folder = download(name, revision, TOKENIZER_FILES, what=what)
+        except ValueError as error:
+            raise ValueError(f"tokenizer={error}") from error
+    tokenizer = read_tokenizer(folder)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"tokenizer={args.tokenizer} has no eos_token, which separates documents.")
     return tokenizer

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
@@ -29,10 +30,21 @@ _LIBRARIES = (
     *("huggingface-hub", "numpy"),
 )
 _EXTRAS = ("finetune", "serve", "demo", "eval", "gguf", "onnx", "track")
-_TINY = {"vocab_size": 97, "n_layer": 3, "n_embd": 32, "n_head": 4, "block_size": 64}
+_TINY: dict[str, Any] = {
+    "vocab_size": 97,
+    "n_layer": 3,
+    "n_embd": 32,
+    "n_head": 4,
+    "block_size": 64,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+    "initializer_range": 0.3,
+    "dropout": 0.0,
+}
 # The parts that a family of models may have: rotary and learned positions, grouped and sliding
 # attention. Weights are drawn from a normal distribution wide enough that no part is too quiet.
-_MODELS = {
+_MODELS: dict[str, dict[str, Any]] = {
     "nano": {"num_key_value_heads": 2},
     "gpt2": {},
     "gpt3-125m": {
@@ -84,9 +96,7 @@ def check_installation(checkpoint: str | Path | None = None) -> Iterator[Finding
     with torch.random.fork_rng(devices=[]):
         for preset, overrides in _MODELS.items():
             torch.manual_seed(0)
-            settings = _TINY | overrides | {"initializer_range": 0.3, "dropout": 0.0}
-            ids = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
-            config = load_preset(preset, **settings, **ids)
+            config = load_preset(preset, **(_TINY | overrides))
             yield from check_model(f"tiny {preset}", NanoGPTForCausalLM(config).eval())
 
 
@@ -156,7 +166,7 @@ def _check_native(model: PreTrainedModel, ids: torch.Tensor) -> tuple[bool, str]
 def _check_copy(model: PreTrainedModel, ids: torch.Tensor) -> tuple[bool, str]:
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        copy = type(model).from_pretrained(folder).to(ids.device).eval()
+        copy = type(model).from_pretrained(folder, trust_remote_code=False).to(ids.device).eval()
     difference = (_logits(copy, ids) - _logits(model, ids)).abs().max().item()
     return difference == 0, f"largest difference {difference:.2g}"
 

@@ -9,6 +9,8 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from .untrusted import explain_errors
+
 _CHARACTERS = 0x110000  # code points of Unicode
 _LONGEST = 4  # bytes of a character in UTF-8
 
@@ -39,6 +41,10 @@ class DocumentEncoder:
         }
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
+        with explain_errors("The tokenizer cannot encode the text"):
+            return self._encode_all(texts)
+
+    def _encode_all(self, texts: list[str]) -> list[list[int]]:
         # "<|endoftext|>" inside a text is text, not the end of a document.
         if not self.tokenizer.is_fast:
             settings = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}

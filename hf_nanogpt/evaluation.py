@@ -1,21 +1,29 @@
 """How well a model predicts text: loss, perplexity and bits per byte, summed over every token."""
 
+import inspect
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.trainer_utils import unwrap_peft_model
 
 from .checkpoint import load_checkpoint
 from .data import DataArguments, Documents, load_documents, load_text
 from .packing import PackedBlocks, PackedCollator, PackedStream, pack_documents
 from .tokenization import token_byte_counts
+from .untrusted import without_secrets
+
+_LOGITS_AT_ONCE = 2**26  # 256 MB in float32: with large vocabularies all of a batch are gigabytes
 
 
 @dataclass(frozen=True)
@@ -45,15 +53,56 @@ def sum_losses(
     """Return nats, predicted tokens and bytes of each row of a packed batch, (B, 3) float64."""
     labels = batch["labels"][:, 1:]  # (B, T - 1)
     # No attention mask and no cache: only then do the position ids keep packed documents apart.
-    logits = model(
-        input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
-    ).logits[:, :-1]
-    nats = nn.functional.cross_entropy(
-        logits.float().mT, labels, reduction="none"
-    )  # 0 where ignored
+    inputs = {name: batch[name] for name in ("input_ids", "position_ids")} | {"use_cache": False}
+    (rows, length), kept = labels.shape, {}
+    trunk, vocab_size = _find_trunk(model)
+    size = max(1, _LOGITS_AT_ONCE // (rows * vocab_size)) if trunk else length
+    nats = torch.empty(labels.shape, device=labels.device)
+    with _run_once(trunk if size < length else None):
+        for start in range(0, max(1, length), max(1, size)):
+            part = labels[:, start : start + size]
+            if size < length:
+                kept["logits_to_keep"] = start + torch.arange(part.shape[1], device=labels.device)
+            logits = model(**inputs, **kept).logits[:, : part.shape[1]]
+            nats[:, start : start + size] = nn.functional.cross_entropy(
+                logits.float().mT, part, reduction="none"
+            )  # 0 where ignored
     known = labels != -100
     sizes = byte_counts.to(labels.device)[labels.clamp(min=0)] * known
     return torch.stack([x.double().sum(dim=1) for x in (nats, known, sizes)], dim=1)
+
+
+def _find_trunk(model: nn.Module) -> tuple[nn.Module | None, int]:
+    """Return what makes the hidden states of a model that takes `logits_to_keep`, and its V."""
+    model = unwrap_peft_model(model)
+    # Sharded, all processes must call the model equally often, however long their rows are.
+    if not isinstance(model, PreTrainedModel) or isinstance(model, FSDPModule):
+        return None, 0
+    takes_positions = "logits_to_keep" in inspect.signature(type(model).forward).parameters
+    return (model.base_model if takes_positions else None), model.config.vocab_size
+
+
+@contextmanager
+def _run_once(module: nn.Module | None) -> Iterator[None]:
+    """Let a module answer all calls with what it answers to the first."""
+    if module is None:
+        yield
+        return
+    forward, before = module.forward, vars(module).get("forward")
+    answers: list[Any] = []
+
+    def remember(*args, **kwargs):
+        if not answers:
+            answers.append(forward(*args, **kwargs))
+        return answers[0]
+
+    module.forward = remember
+    try:
+        yield
+    finally:
+        del module.forward
+        if before is not None:
+            module.forward = before
 
 
 def summarize_losses(sums: torch.Tensor) -> EvaluationResult:
@@ -160,7 +209,8 @@ def evaluate(
         model.train(was_training)
     if not total[1]:
         raise ValueError(
-            f"data={data} holds no text, or no answers: there is nothing to measure on."
+            f"data={without_secrets(data)} holds no text, or no answers: there is nothing to "
+            "measure on."
         )
     return summarize_losses(total)
 

@@ -1,13 +1,14 @@
 """Figures of a model that follow from its configuration alone; no weights are made or read."""
 
 import difflib
+from pathlib import Path
 
 import torch
-from transformers import AutoConfig
 
-from .checkpoint import check_checkpoint, split_revision, unreachable
+from .checkpoint import check_checkpoint, download, split_revision
 from .configuration_nanogpt import NanoGPTConfig
 from .convert import find_native_twin
+from .foreign import CONFIG, explain_errors, read_config
 from .modeling_nanogpt import NanoGPTForCausalLM
 from .presets import PRESETS, describe_source, load_preset
 from .throughput import count_flops
@@ -21,7 +22,10 @@ def describe(model: str) -> dict[str, str]:
     """
     config = load_config(model)
     source = {"from": describe_source(model)} if model in PRESETS else {}
-    with torch.device("meta"):
+    with (
+        explain_errors(f"{model}: its configuration (config.json) cannot be built"),
+        torch.device("meta"),
+    ):
         lm = NanoGPTForCausalLM(config)
     total = lm.num_parameters()
     tables = [lm.model.embed_tokens, lm.model.embed_positions]
@@ -62,10 +66,8 @@ def load_config(model: str) -> NanoGPTConfig:
         nearest = difflib.get_close_matches(model, PRESETS, n=1, cutoff=0.4)
         hint = f"Did you mean the preset {nearest[0]!r}?" if nearest else ""
         raise ValueError(f"{error} Presets: {', '.join(PRESETS)}. {hint}") from error
-    try:
-        config = AutoConfig.from_pretrained(name, revision=revision)
-    except OSError as error:
-        raise ValueError(unreachable(model, "checkpoint folder", error)) from error
+    folder = Path(name) if Path(name).is_dir() else download(name, revision, [CONFIG])
+    config = read_config(folder)
     if config.model_type != NanoGPTConfig.model_type:
         raise ValueError(f"{name} is a {config.model_type} model, not {NanoGPTConfig.model_type}.")
     return config

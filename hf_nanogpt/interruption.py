@@ -9,12 +9,14 @@ import itertools
 import json
 import math
 import os
+import pickle
 import signal
 import threading
 import time
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +26,16 @@ from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
 from .arguments import NanoGPTTrainingArguments
-from .checkpoint import RECORD, explain_write_errors, find_last_checkpoint, read_record
+from .checkpoint import explain_write_errors, find_last_checkpoint
+from .checksums import RECORD, find_damage, read_record, save_state, sum_file
 from .configuration_nanogpt import NanoGPTConfig
 from .data import DataArguments
 from .packing import PackedBlocks, PackedStream
+from .untrusted import path_inside
 
 logger = logging.get_logger(__name__)
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # Of the training arguments, those that decide what is learnt. Trainer silently takes most of them
 # from the checkpoint, whatever is asked for.
 _DECISIVE = (
@@ -51,7 +55,7 @@ class TrainingInterrupted(KeyboardInterrupt):
     """A signal has stopped the training.
 
     Attributes:
-        signum: the signal, SIGINT or SIGTERM.
+        signum: the signal: SIGINT, SIGTERM or SIGHUP.
         checkpoint: the last one saved, to go on from, or None.
     """
 
@@ -80,7 +84,13 @@ class InterruptibleTrainer(Trainer):
     def train(self, *args, **kwargs):
         # Last, for it may evaluate as training begins, when all others must be ready.
         self.add_callback(self.pop_callback(_ResumeCallback))
-        return super().train(*args, **kwargs)
+        try:
+            return super().train(*args, **kwargs)
+        except pickle.UnpicklingError as error:  # torch loads tensors and numbers, and runs no code
+            raise ValueError(
+                "The checkpoint to resume from holds more than tensors and numbers in one of its "
+                "files, which was not loaded: do not use it."
+            ) from error
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         for name in ("loss", "eval_loss"):
@@ -132,6 +142,26 @@ class InterruptibleTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         raise TrainingInterrupted(signum, find_last_checkpoint(self.args.output_dir))
 
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Save model and tokenizer as `Trainer` does, but no training_args.bin.
+
+        That is a pickle, and may hold a token; what resuming needs is JSON, see `settings`.
+        """
+        if not (self.args.should_save or self.is_distributed_loading_by_transformers):
+            return
+        folder, is_main = output_dir or self.args.output_dir, self.args.should_save
+        self.model.save_pretrained(folder, state_dict=state_dict, is_main_process=is_main)
+        if is_main and self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+
+    def _load_best_model(self) -> None:
+        if damaged := find_damage(self.state.best_model_checkpoint):
+            raise ValueError(
+                f"{self.state.best_model_checkpoint}/{damaged} is damaged, and that is the best "
+                "model: go on with --resume --load_best_model_at_end False to keep the last."
+            )
+        super()._load_best_model()
+
     def _save_checkpoint(self, model, trial):
         if self._saved_step == self.state.global_step:
             return  # never write over a whole checkpoint
@@ -141,6 +171,7 @@ class InterruptibleTrainer(Trainer):
         self._check_finite(sum(self._running_losses))
         run = self._get_output_dir(trial)
         folder = Path(run) / f"checkpoint-{self.state.global_step}"
+        self.state.save_to_json = partial(save_state, self.state)
         with explain_write_errors(folder, run=run):
             super()._save_checkpoint(model, trial)
         self._saved_step = self.state.global_step
@@ -149,15 +180,17 @@ class InterruptibleTrainer(Trainer):
         super()._save_rng_state(output_dir)
         # Only trainer_state.json is still to come: where it is, the files of all processes are.
         self.accelerator.wait_for_everyone()
-        # training_args.bin is not needed, and never goes to the Hub: it may hold a token.
-        paths = Path(output_dir).rglob("*")
-        files = [p for p in paths if p.is_file() and p.name != "training_args.bin"]
+        if not self.args.should_save:
+            return
+        paths = sorted(p for p in Path(output_dir).rglob("*") if p.is_file())
+        files = {p.relative_to(output_dir).as_posix(): p for p in paths}
         self.state.stateful_callbacks[RECORD] = {
             "settings": self.settings,
             "seconds": time.perf_counter() - self.started,
             "running_losses": self._running_losses,
             "last_logged": self._globalstep_last_logged,
-            "sizes": {p.relative_to(output_dir).as_posix(): p.stat().st_size for p in files},
+            "sizes": {name: p.stat().st_size for name, p in files.items()},
+            "checksums": {name: sum_file(p) for name, p in files.items()},
         }
 
 
@@ -183,6 +216,9 @@ class _ResumeCallback(TrainerCallback):
         if state.global_step == state.max_steps:
             logger.warning("All steps of this training are done: nothing is left but its results.")
         state.compute_steps(args, state.max_steps)  # flags win over what the checkpoint says
+        if state.best_global_step is not None:  # the path in the file may lead elsewhere
+            best = path_inside(args.output_dir, f"checkpoint-{state.best_global_step}")
+            state.best_model_checkpoint = str(best) if best.is_dir() else None
         if not record:
             return
         losses = record["running_losses"]
@@ -198,7 +234,7 @@ class _ResumeCallback(TrainerCallback):
             if args.should_save:
                 state.stateful_callbacks["TrainerControl"] = control.state()
                 path = Path(args.output_dir) / f"checkpoint-{state.global_step}/trainer_state.json"
-                state.save_to_json(f"{path}.new")
+                save_state(state, f"{path}.new")
                 os.replace(f"{path}.new", path)
 
     def on_prediction_step(self, args, state, control, **kwargs):
@@ -211,7 +247,7 @@ class _ResumeCallback(TrainerCallback):
 
 @contextmanager
 def stop_on_signals(trainer: InterruptibleTrainer) -> Iterator[None]:
-    """Make Ctrl-C and SIGTERM stop `trainer` by `TrainingInterrupted`, after saving a checkpoint.
+    """Make Ctrl-C, SIGTERM and SIGHUP save a checkpoint and stop by `TrainingInterrupted`.
 
     A second signal stops it at once. Outside the main thread nothing changes, and a signal that the
     process ignores stays ignored.

@@ -1,5 +1,7 @@
 """Weights of 8 bits for generation on a CPU, where reading the weights is most of the work."""
 
+from functools import cache
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -40,6 +42,17 @@ def _find_scale(rows: torch.Tensor) -> torch.Tensor:
     return rows.abs().amax(dim=-1, keepdim=True).clamp_(min=1e-12).div_(127)
 
 
+@cache
+def multiplies_exactly() -> bool:
+    """Say whether products of 8-bit numbers are right here.
+
+    Without AVX512-VNNI oneDNN adds pairs of products in 16 bits, which cannot hold them, and says
+    nothing.
+    """
+    largest = torch.full((2, 64), 127, dtype=torch.int8)
+    return bool((torch._int_mm(largest, largest.t()) == 64 * 127 * 127).all())
+
+
 def quantize_model(model: PreTrainedModel) -> PreTrainedModel:
     """Replace every linear layer of a model, its head included, by one with int8 weights.
 
@@ -52,7 +65,7 @@ def quantize_model(model: PreTrainedModel) -> PreTrainedModel:
 
     Raises:
         ValueError: the model is not in float32 on the CPU, or has layers of another kind, as
-            transformers' own GPT-2.
+            transformers' own GPT-2; or this processor multiplies 8-bit numbers wrongly.
     """
     if any(isinstance(module, Conv1D) for module in model.modules()):
         raise ValueError(
@@ -63,6 +76,12 @@ def quantize_model(model: PreTrainedModel) -> PreTrainedModel:
         raise ValueError(
             f"int8 weights are for a float32 model on the CPU, and this one is {model.dtype} on "
             f"{model.device}: load it there first."
+        )
+    if not multiplies_exactly():
+        raise ValueError(
+            "int8 weights are not possible on this processor: torch multiplies large 8-bit numbers "
+            "wrongly on it, as it lacks AVX512-VNNI. Use float32, or export the model to GGUF with "
+            "--dtype q8_0 for llama.cpp."
         )
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):

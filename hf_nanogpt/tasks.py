@@ -56,7 +56,7 @@ def evaluate_tasks(
     from lm_eval import evaluate
     from lm_eval.models.huggingface import HFLM
 
-    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, trust_remote_code=False)
     # Not `simple_evaluate`, which takes ten seconds to describe the machine each time.
     results = evaluate(lm, loaded, limit=limit, log_samples=False)
     scores = results["results"] | results.get("groups", {})

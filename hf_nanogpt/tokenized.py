@@ -49,6 +49,7 @@ from .data import (
 from .encoding import DocumentEncoder
 from .packing import Tokens, tokenize_documents
 from .token_files import find_token_files, load_token_files
+from .untrusted import read_json, without_secrets
 
 _CHARACTERS = 10_000_000  # of text in one file; a run that is stopped loses no more per process
 _SPLITS = ("train", "validation")
@@ -82,8 +83,8 @@ def load_tokens(
         return tokenizer, tokenise(documents), tokenise(held_out)
     if args.validation_data:
         raise ValueError(
-            f"validation_data={args.validation_data} cannot be used with data={args.data}, which "
-            "holds tokens, also those to validate on: leave it out."
+            f"validation_data={without_secrets(args.validation_data)} cannot be used with "
+            f"data={args.data}, which holds tokens, also those to validate on: leave it out."
         )
     if tokenizer and not own.get_vocab().items() <= tokenizer.get_vocab().items():
         raise ValueError(
@@ -121,7 +122,7 @@ def read_description(folder: Path) -> dict[str, Any]:
     """Return the content of a tokenised folder's `tokenized.json`."""
     path = folder / TOKENIZED
     try:
-        described = json.loads(path.read_text(encoding="utf-8"))
+        described = read_json(path)
         described["settings"]
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(
@@ -171,8 +172,8 @@ def tokenize_corpus(
     documents, held_out = load_documents(args)
     if MESSAGES in (documents.column_names or []):
         raise ValueError(
-            f"data={args.data} holds conversations ({MESSAGES}), which are not tokenised ahead: "
-            "give them to hf-nanogpt train."
+            f"data={without_secrets(args.data)} holds conversations ({MESSAGES}), which are not "
+            "tokenised ahead: give them to hf-nanogpt train."
         )
     _check_source(folder, args, described, documents)
     try:
@@ -201,6 +202,8 @@ def _check_folder(folder: Path, args: DataArguments) -> dict[str, Any]:
     """Return the description that a run with the same settings began, or else a new one."""
     check_writable(folder, name="folder")
     settings = {k: v for k, v in asdict(args).items() if k not in _NOT_THE_CONTENT}
+    for name in ("data", "validation_data"):  # the folder may be shared
+        settings[name] = settings[name] and without_secrets(settings[name])
     if not (folder / TOKENIZED).is_file():
         if folder.is_dir() and any(p for p in folder.iterdir() if p.name[:8] != ".staged-"):
             raise ValueError(f"{folder} exists and is not empty: choose another folder.")
@@ -230,7 +233,8 @@ def _check_source(
     source = Hasher.hash(state)
     if described.setdefault("source", source) != source:
         raise ValueError(
-            f"data={args.data} has changed since {folder} was begun: choose another folder."
+            f"data={without_secrets(args.data)} has changed since {folder} was begun: choose "
+            "another folder."
         )
 
 

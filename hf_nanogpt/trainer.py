@@ -43,7 +43,7 @@ class NanoGPTTrainer(HubTrainer):
         config = getattr(model, "config", None)
         kept = getattr(config, "use_cache", None)
         super().__init__(model, args, **kwargs)
-        if kept is not None:  # Trainer writes its own wish there, which would be saved
+        if config is not None and kept is not None:  # Trainer wrote its wish there, to be saved
             config.use_cache = kept
         if self.is_fsdp_enabled:
             _prepare_fsdp(self.accelerator.state.fsdp_plugin)

@@ -3,17 +3,19 @@
 import json
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from accelerate.utils import broadcast_object_list
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.utils import logging
 
 from .adapters import add_adapter, describe_adapter, merge_adapter
-from .arguments import NanoGPTTrainingArguments, as_flags, make_config, parse_settings
+from .arguments import NanoGPTTrainingArguments, as_flags, check_text, make_config, parse_settings
 from .callbacks import (
     PlotCallback,
     SampleCallback,
@@ -25,7 +27,7 @@ from .checkpoint import (
     clear_output_dir,
     clear_unfinished,
     explain_write_errors,
-    find_last_checkpoint,
+    find_intact_checkpoint,
     load_checkpoint,
     split_revision,
     staged_folder,
@@ -35,8 +37,10 @@ from .conversations import add_chat_template
 from .data import STDLIB, DataArguments
 from .evaluation import check_context_length
 from .facts import collect_facts
+from .foreign import read_tokenizer
 from .hub import render_model_card, write_card
 from .interruption import check_settings, describe_settings, stop_on_signals
+from .locking import lock_output_dir
 from .modeling_nanogpt import NanoGPTForCausalLM
 from .packing import PackedBlocks, PackedStream, cut_blocks
 from .tokenized import load_tokens
@@ -79,21 +83,45 @@ def train(
             `NanoGPTTrainingArguments`, for example `max_steps=100, n_layer=6`.
 
     Raises:
-        ValueError: a setting, the data or the output folder is not usable, and nothing was written;
-            or the loss is no longer finite, or a checkpoint could not be written.
-        TrainingInterrupted: a `KeyboardInterrupt`; Ctrl-C or SIGTERM came while it trained, and a
-            checkpoint was saved first.
+        ValueError: a setting, the data or the output folder is not usable, or another training has
+            that folder, and nothing was written; or the loss is no longer finite, or a checkpoint
+            could not be written.
+        TrainingInterrupted: a `KeyboardInterrupt`; Ctrl-C, SIGTERM or SIGHUP came while it trained,
+            and a checkpoint was saved first.
     """
+    check_text(str(start_from))
     data_args, architecture, args = parse_settings(recipe, flags, **settings)
     if start_from and Path(start_from).resolve().is_relative_to(Path(args.output_dir).resolve()):
         raise ValueError(
             f"output_dir={args.output_dir} holds {start_from}, the model to go on with: choose "
             "another output_dir."
         )
-    check_output_dir(args.output_dir, overwrite=overwrite, resume=resume)
-    last_checkpoint = find_last_checkpoint(args.output_dir) if resume else None
-    if resume and not last_checkpoint and args.should_save:
-        logger.warning(f"{args.output_dir} has no checkpoint yet: training begins at the start.")
+    with lock_output_dir(args.output_dir) if args.should_save else nullcontext():
+        check_output_dir(args.output_dir, overwrite=overwrite, resume=resume)
+        return _train(
+            str(recipe),
+            [*as_flags(settings), *flags],
+            data_args,
+            architecture,
+            args,
+            start_from=start_from,
+            resume=resume,
+            overwrite=overwrite,
+        )
+
+
+def _train(
+    recipe: str,
+    flags: list[str],
+    data_args: DataArguments,
+    architecture: dict[str, Any],
+    args: NanoGPTTrainingArguments,
+    *,
+    start_from: str | Path | None,
+    resume: bool,
+    overwrite: bool,
+) -> TrainingResult:
+    last_checkpoint = _find_start(args) if resume else None
     trainer, length = _make_trainer(data_args, architecture, args, start_from, last_checkpoint)
     held_out = next(iter(trainer.eval_dataset))["input_ids"]
     prompt = _choose_prompt(args, data_args, trainer.processing_class, held_out)
@@ -101,8 +129,10 @@ def train(
         trainer.add_callback(SampleCallback(prompt, trainer.speed))
     trainer.add_callback(PlotCallback(trainer.speed))
     sample = _draw(trainer, trainer.model, prompt) if start_from and args.should_save else ""
-    if args.should_save and (overwrite or resume):
-        (clear_output_dir if overwrite else clear_unfinished)(args.output_dir)
+    if args.should_save and overwrite:
+        clear_output_dir(args.output_dir)
+    elif args.should_save and resume:
+        clear_unfinished(args.output_dir, last_checkpoint)
     with stop_on_signals(trainer):
         trainer.train(resume_from_checkpoint=last_checkpoint)
     seconds = time.perf_counter() - trainer.started
@@ -114,8 +144,8 @@ def train(
     if start_from and (first := _evaluations(trainer)[0])["step"] == 0:
         metrics["before"] = _pick_figures(first) | {"sample": sample}
     metrics |= collect_facts(
-        str(recipe),
-        [*as_flags(settings), *flags],  # as on the command line
+        recipe,
+        flags,
         start_from=start_from,
         data_args=data_args,
         args=args,
@@ -126,6 +156,16 @@ def train(
     if args.push_to_hub:
         trainer.push_to_hub()
     return result
+
+
+def _find_start(args: NanoGPTTrainingArguments) -> str | None:
+    """Return the checkpoint to resume from, in all processes that which the first has found."""
+    found = find_intact_checkpoint(args.output_dir) if args.process_index == 0 else None
+    if args.world_size > 1:
+        [found] = broadcast_object_list([found])
+    if not found and args.should_save:
+        logger.warning(f"{args.output_dir} has no checkpoint yet: training begins at the start.")
+    return found
 
 
 def _make_trainer(
@@ -145,7 +185,7 @@ def _make_trainer(
     check_context_length(config, data_args.context_length)
     with args.main_process_first(desc="preparing the data"):
         if last_checkpoint:
-            own = AutoTokenizer.from_pretrained(last_checkpoint)
+            own = read_tokenizer(Path(last_checkpoint))
         tokenizer, tokens, held_out = load_tokens(data_args, own)
         if model is None:
             config = make_config(architecture, **_vocabulary(tokenizer))
@@ -291,7 +331,9 @@ def _gather_model(trainer: NanoGPTTrainer) -> NanoGPTForCausalLM:
     state_dict = trainer.accelerator.get_state_dict(trainer.model)  # every process takes part
     if not trainer.args.should_save:
         return model
-    whole = NanoGPTForCausalLM.from_pretrained(None, config=model.config, state_dict=state_dict)
+    whole = NanoGPTForCausalLM.from_pretrained(
+        None, config=model.config, state_dict=state_dict, trust_remote_code=False
+    )
     whole.generation_config = model.generation_config
     return whole
 

@@ -172,6 +172,28 @@ def test_plot_is_drawn_of_any_history(tmp_path):
         assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_samples_and_plots_on_a_full_disk_stop_no_training(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in ("samples.jsonl.part", "loss.png.part"):
+        (folder / name).symlink_to("/dev/full")
+    (folder / "samples.jsonl").write_text('not JSON\n{"step": "x"}\n[]\n')
+    plot, control = PlotCallback(SpeedCallback()), TrainerControl()
+    args = NanoGPTTrainingArguments(output_dir=str(folder))
+    plot.on_train_begin(args, TrainerState(), control)
+    plot.drawn -= 50 * plot.cost
+    with CaptureLogger(callbacks_module.logger) as log:
+        state = TrainerState(log_history=[{"loss": 1.0, "step": 1}])
+        plot.on_log(args, state, control, logs={"loss": 1.0})
+        assert not (folder / "loss.png").exists()
+        train(output_dir=str(folder), sample_steps=2, resume=True, **SMALL)
+    for name in ("samples.jsonl", "loss.png"):
+        told = f"{folder / name} could not be written, and training goes on: [Errno 28]"
+        assert log.out.count(told) == 1
+    assert _steps(folder) == [2, 4, 6, 8, 10, 12]  # there was room again
+    assert (folder / "model.safetensors").is_file()
+
+
 def test_folder_of_a_run_that_was_stopped_early_can_be_trained_anew(tmp_path):
     for name in ("loss.png", "loss.png.part", "samples.jsonl"):
         (tmp_path / name).touch()

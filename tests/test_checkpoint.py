@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +12,9 @@ import torch
 from conftest import _HUB, assert_same, tiny_model
 from safetensors.torch import load_file, save_file
 
-from hf_nanogpt import load_checkpoint, train_tokenizer
+from hf_nanogpt import load_checkpoint, train, train_tokenizer
 from hf_nanogpt.checkpoint import check_output_dir, clear_output_dir, staged_folder
+from hf_nanogpt.locking import lock_output_dir
 
 TOKENIZER = train_tokenizer([], kind="byte")
 
@@ -276,3 +278,73 @@ def test_a_file_staged_beside_a_checkpoint_leaves_the_checkpoint_whole(tmp_path)
     with staged_folder(tmp_path) as folder:
         (folder / "model.gguf").write_text("weights")
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.gguf"}
+
+
+# One training at a time
+
+
+def _hold(folder: Path) -> tuple[int, int]:
+    """Lock a folder in a child process; return its pid, and a pipe that ends it when closed."""
+    ready, holding = os.pipe(), os.pipe()
+    if (child := os.fork()) == 0:
+        os.close(holding[1])
+        with lock_output_dir(folder):
+            os.write(ready[1], b"x")
+            os.read(holding[0], 1)
+        os._exit(0)
+    os.read(ready[0], 1)
+    return child, holding[1]
+
+
+def test_a_folder_that_is_trained_into_is_refused_by_process_until_it_ends(tmp_path):
+    folder = tmp_path / "runs" / "mine"
+    child, pipe = _hold(folder)
+    with (
+        pytest.raises(ValueError, match=rf"output_dir={folder} is in use: process {child} on"),
+        lock_output_dir(folder),
+    ):
+        pass
+    os.close(pipe)
+    os.waitpid(child, 0)
+    assert not (tmp_path / "runs").exists()  # it had made it, and left nothing in it
+    with lock_output_dir(folder):
+        check_output_dir(folder)  # is as good as empty
+
+
+def test_a_killed_training_locks_nobody_out(tmp_path):
+    child, _ = _hold(tmp_path)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert (tmp_path / ".lock").exists()
+    for flags in ({}, {"resume": True}, {"overwrite": True}):
+        with lock_output_dir(tmp_path):
+            check_output_dir(tmp_path, **flags)
+            clear_output_dir(tmp_path)
+            assert (tmp_path / ".lock").exists()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_that_is_a_link_is_not_followed(tmp_path):
+    (tmp_path / "mine.txt").write_text("precious")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").symlink_to(tmp_path / "mine.txt")
+    with pytest.raises(ValueError, match="cannot be locked"), lock_output_dir(tmp_path / "run"):
+        pass
+    assert (tmp_path / "mine.txt").read_text() == "precious"
+
+
+@pytest.mark.parametrize("flags", [{}, {"resume": True}, {"overwrite": True}], ids=str)
+def test_no_second_training_touches_the_folder_of_one_that_runs(tmp_path, flags):
+    settings = {"tokenizer": "byte", "n_layer": 1, "n_embd": 16, "n_head": 2, "block_size": 16}
+    settings |= {"data": __file__, "max_steps": 2, "disable_tqdm": True, "num_threads": 1}
+    fill(tmp_path, "samples.jsonl", "checkpoint-5/")
+    child, pipe = _hold(tmp_path)
+    before = content(tmp_path)
+    with pytest.raises(ValueError, match=f"is in use: process {child} on"):
+        train(output_dir=str(tmp_path), **settings, **flags)
+    assert content(tmp_path) == before
+    os.close(pipe)
+    os.waitpid(child, 0)
+    if flags:
+        train(output_dir=str(tmp_path), **settings, **flags)
+        assert (tmp_path / "config.json").exists() and not (tmp_path / ".lock").exists()

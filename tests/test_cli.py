@@ -1,6 +1,7 @@
 """The command line as a person uses it, and its one sentence for each bad input."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from conftest import CORPUS as TEXT
 from safetensors.torch import load_file
 
+from hf_nanogpt import NanoGPTConfig, NanoGPTForCausalLM
 from hf_nanogpt.cli import main
 
 ROOT = Path(__file__).parent.parent
@@ -136,8 +138,9 @@ def test_recipe_file_sets_defaults_and_flags_win(tmp_path, capsys):
     assert main(["train", str(recipe), "--n_layer", "1", "--disable_tqdm", "True"]) == 0
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["num_hidden_layers"], config["hidden_size"]) == (1, 16)
-    args = torch.load(tmp_path / "out/checkpoint-2/training_args.bin", weights_only=False)
-    assert (args.learning_rate, args.max_steps) == (1e-2, 2)
+    state = json.loads((tmp_path / "out/checkpoint-2/trainer_state.json").read_text())
+    settings = state["stateful_callbacks"]["InterruptibleTrainer"]["settings"]
+    assert (settings["learning_rate"], settings["max_steps"]) == (1e-2, 2)
 
 
 def test_any_preset_and_size_by_flags(tmp_path, capsys):
@@ -239,3 +242,64 @@ def test_bad_input_of_the_other_verbs_is_one_sentence(checkpoint, capsys, tmp_pa
     }
     for argv, word in cases.items():
         assert word in refuse(capsys, *argv), argv
+
+
+HUGE = ["--n_layer=1", "--n_head=1000000", "--n_embd=2000000000", "--block_size=16"]
+
+
+def test_too_little_memory_is_a_sentence_that_says_what_to_lower(tmp_path, capsys):
+    (tmp_path / "my.txt").write_text(TEXT, encoding="utf-8")
+    cases = {
+        (
+            "train",
+            "--data",
+            tmp_path / "my.txt",
+            "--output_dir",
+            tmp_path / "run",
+            "--tokenizer=byte",
+            *HUGE,
+        ): "train: lower --per_device_train_batch_size",
+        ("bench", "train", *HUGE): "bench: lower --batch_size",
+        ("bench", "generate", *HUGE): "bench: lower --batch_size",
+    }
+    for argv, words in cases.items():
+        assert f"not enough memory for {words}" in refuse(capsys, *argv)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the limit does not hold")
+def test_a_limit_of_memory_is_told_by_generate_and_eval(checkpoint, tmp_path):
+    model = tmp_path / "model"
+    size = {"n_embd": 64, "n_head": 2, "n_layer": 1, "block_size": 16384, "vocab_size": 257}
+    NanoGPTForCausalLM(NanoGPTConfig(**size, attn_implementation="eager")).save_pretrained(model)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(checkpoint / name, model)
+    edit = json.loads((model / "config.json").read_text()) | {"attn_implementation": "eager"}
+    (model / "config.json").write_text(json.dumps(edit))
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT * 8, encoding="utf-8")
+    code = """if True:
+        import resource, sys
+        import hf_nanogpt.training
+        from hf_nanogpt.cli import main
+        pages = int(open("/proc/self/statm").read().split()[0])
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**30, -1))
+        model, text = sys.argv[1:]
+        prompt = open(text, encoding="utf-8").read()[:16000]
+        codes = [main(["generate", model, prompt, "--max_new_tokens=2"]),
+                 main(["eval", model, "--data", text, "--batch_size=4"])]
+        print(codes)"""
+    command = [sys.executable, "-c", code, str(model), str(text)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert "[2, 2]" in done.stdout, done.stderr[-1500:]
+    assert "not enough memory for generate: lower --max_new_tokens" in done.stderr
+    assert "not enough memory for eval: lower --batch_size" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_plot_that_cannot_be_written_is_refused_before_evaluating(checkpoint, tmp_path, capsys):
+    places = ["/proc/plot.png", tmp_path / f"{'x' * 300}.png", tmp_path / "none" / "plot.png"]
+    (tmp_path / "plot.png.part").mkdir()
+    for place in (*places, tmp_path / "plot.png"):
+        argv = ["eval", checkpoint, "--data", "no-such-data.txt", "--plot", place]
+        assert f"plot={place} cannot be written" in refuse(capsys, *argv)

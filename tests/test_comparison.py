@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from conftest import tiny_model
+from test_quantization import needs_int8
 
 from hf_nanogpt import evaluate, load_checkpoint, train_tokenizer
 from hf_nanogpt.cli import main
@@ -37,6 +38,7 @@ def test_table_has_a_row_for_each_checkpoint(workplace, capsys):
     assert {path.name for path in workplace.iterdir()} == {"my.txt", "nano", "gpt2", "plot.svg"}
 
 
+@needs_int8
 def test_rounded_weights_and_the_held_out_part_are_measured(workplace, capsys):
     model, tokenizer = load_checkpoint("nano")
     quantize_model(model)

@@ -187,6 +187,58 @@ def test_code_in_a_meta_is_refused_by_name_and_never_run(tmp_path):
     assert not (tmp_path / "made").exists()
 
 
+HOSTILE = {
+    "a table of 2**31 places": b"\x80\x04K\x01r\xff\xff\xff\x7f.",
+    "a table of 2**60 places": b"K\x01p1152921504606846976\n.",
+    "a bytearray of 2**60": b"\x80\x05\x96\x00\x00\x00\x00\x00\x00\x00\x10.",
+    "deep": b"(l" * 5000 + b"a" * 4999 + b".",
+    "persistent": b"Px\n.",
+    "a list": pickle.dumps([1]),
+    "ids of texts": pickle.dumps({"stoi": {"a": "0"}}),
+    "negative ids": pickle.dumps({"stoi": {"a": -1}}),
+    "large ids": pickle.dumps({"stoi": {"a": 2**70}}),
+    "characters of numbers": pickle.dumps({"stoi": {0: 1}}),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_hostile_meta_is_refused_by_name(case, tmp_path):
+    ckpt = write_checkpoint(tmp_path, make_state(bias=False), bias=False)
+    (tmp_path / "meta.pkl").write_bytes(HOSTILE[case])
+    refuse(ckpt, r"meta\.pkl was not loaded")
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        {"n_layer": 10**7},
+        {"n_layer": 10**12},
+        {"n_head": 2**40},
+        {"n_embd": 2**62},
+        {"vocab_size": "61"},
+        {"vocab_size": None},
+        {"n_embd": [32]},
+        {"bias": "yes"},
+        {"dropout": float("nan")},
+    ],
+)
+def test_hostile_model_args_are_refused_by_name(args, tmp_path):
+    ckpt = write_checkpoint(tmp_path, make_state(bias=False), **{"bias": False} | args)
+    refuse(ckpt, r"ckpt\.pt")
+
+
+def test_a_tensor_that_claims_more_than_the_file_holds_is_refused(tmp_path):
+    state = make_state(bias=False) | {"transformer.wte.weight": torch.ones(1).expand(2**20, 2**20)}
+    args = {"bias": False, "vocab_size": 2**20, "n_embd": 2**20}
+    refuse(write_checkpoint(tmp_path, state, **args), r"ckpt\.pt has .* and its tensors claim")
+
+
+def test_weights_that_are_not_finite_are_refused_by_name(tmp_path):
+    state = make_state(bias=False)
+    state["transformer.h.0.mlp.c_fc.weight"][0, 0] = float("nan")
+    refuse(write_checkpoint(tmp_path, state, bias=False), r"ckpt\.pt cannot be used: .* holds NaN")
+
+
 # What is changed of a state dict and of model_args, and the reason that is given.
 VARIANTS = {
     "another setting": ({}, {"use_rmsnorm": True}, r"model_args .*does not know \(use_rmsnorm\)"),

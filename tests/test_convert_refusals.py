@@ -57,7 +57,7 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "index cut": (INDEX, truncate, rf"{INDEX} cannot be read as JSON"),
     "index empty": (INDEX, lambda p: p.write_text("{}"), rf"{INDEX} has no weight_map"),
     "weights gone": (INDEX, Path.unlink, rf"neither model\.safetensors nor {INDEX}"),
-    "tokenizer cut": ("tokenizer.json", truncate, "The tokenizer of .*source cannot be loaded"),
+    "tokenizer cut": ("tokenizer.json", truncate, r"tokenizer\.json cannot be read as JSON"),
     "generation cut": ("generation_config.json", truncate, "cannot be read as JSON"),
     "quantized": ("config.json", lambda p: edit(p, quantization_config={}), "is quantized"),
     "one layer more": (

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from distributed_checks import BATCHES, RECIPES, train_steps
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from hf_nanogpt import NanoGPTForCausalLM, train
+from hf_nanogpt import NanoGPTForCausalLM, NanoGPTTrainingArguments, train
 from hf_nanogpt import trainer as trainer_module
 
 EXAMPLES = ROOT / "examples" / "accelerate"
@@ -110,6 +111,55 @@ def test_two_processes_give_the_losses_and_weights_of_one(settings, alone, tmp_p
     launch = ["torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     _launch(*launch, "-m", "hf_nanogpt", "train", *flags)
     _assert_same_run(tmp_path / "two", alone["muon"])
+
+
+def _find_commands(name: str) -> list[str]:
+    """Return the commands with a launch configuration, as they are documented."""
+    path = f"examples/accelerate/{name}"
+    pages = [(ROOT / path).read_text(encoding="utf-8"), (ROOT / "README.md").read_text("utf-8")]
+    lines = [line.lstrip("# ") for page in pages for line in page.splitlines()]
+    return sorted({line for line in lines if line.startswith("accelerate ") and path in line})
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="without a GPU it is refused")
+@pytest.mark.parametrize("command", _find_commands("ddp_cpu.yaml"))
+def test_the_documented_command_trains_in_two_processes_together(settings, tmp_path, command):
+    small = {name: value for name, value in settings.items() if name != "use_cpu"}
+    small |= {"max_steps": 2, "per_device_train_batch_size": 4, "output_dir": tmp_path / "run"}
+    flags = shlex.join(f"--{name}={value}" for name, value in small.items())
+    done = _shell(f"{command} {flags}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["train_tokens"] == 2 * 2 * 4 * 32  # steps, processes, blocks, tokens
+    assert done.stdout.count(" is ready:") == 1
+
+    done = _shell(f"{command.removesuffix('--use_cpu')} {flags} --overwrite")
+    assert done.returncode != 0 and "WORLD_SIZE=2 processes were launched" in done.stderr
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text()) == metrics
+
+
+def _shell(command: str) -> subprocess.CompletedProcess:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    return subprocess.run(
+        command,
+        shell=True,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        cwd=ROOT,
+        env=environment,
+    )
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="without a GPU it is refused")
+def test_processes_that_would_train_apart_are_refused(settings, tmp_path, monkeypatch):
+    apart = {name: value for name, value in settings.items() if name != "use_cpu"}
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for make in (train, NanoGPTTrainingArguments):
+        with pytest.raises(ValueError, match=r"WORLD_SIZE=2 .* add --use_cpu to the flags"):
+            make(**(apart if make is train else {}), output_dir=str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.fixture(scope="module")

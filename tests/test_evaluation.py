@@ -8,7 +8,14 @@ import torch
 from conftest import tiny_model
 from datasets import Dataset, IterableDataset
 
-from hf_nanogpt import data, evaluate, train_tokenizer
+from hf_nanogpt import (
+    PackedCollator,
+    data,
+    evaluate,
+    evaluation,
+    token_byte_counts,
+    train_tokenizer,
+)
 
 ROWS = [f"Document {i}: naïve 東京 🦊,\r\nwith {'many ' * (i % 5)}words.\n" for i in range(10)]
 DOCUMENTS = Dataset.from_dict({"text": ROWS})
@@ -213,3 +220,55 @@ def test_no_text_at_all_is_refused(model, tmp_path):
     path.write_text('{"text": ""}\n{"text": null}\n')
     with pytest.raises(ValueError, match="data="):
         evaluate(model, str(path), tokenizer=TOKENIZER)
+
+
+# With a large vocabulary
+
+
+def _largest_logits(model, monkeypatch, limit: int, **given) -> tuple[object, list[int]]:
+    monkeypatch.setattr(evaluation, "_LOGITS_AT_ONCE", limit)
+    sizes: list[int] = []
+    head = model.get_output_embeddings()
+    hook = head.register_forward_hook(lambda module, inputs, output: sizes.append(output.numel()))
+    result = evaluate(model, DOCUMENTS, tokenizer=TOKENIZER, **given)
+    hook.remove()
+    return result, sizes
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
+def test_logits_stay_within_their_limit_and_the_figures_the_same(family, batch_size, monkeypatch):
+    model = tiny_model(family, vocab_size=SIZE)
+    whole, sizes = _largest_logits(model, monkeypatch, 2**40, batch_size=batch_size)
+    limit = 20 * SIZE  # less than a row of 64 where there is one only
+    again, smaller = _largest_logits(model, monkeypatch, limit, batch_size=batch_size)
+    assert max(sizes) > limit >= max(smaller) and len(smaller) > 3 * len(sizes)
+    assert again.loss == pytest.approx(whole.loss, rel=1e-7)
+    assert (again.num_tokens, again.num_bytes) == (whole.num_tokens, whole.num_bytes)
+    assert "forward" not in vars(model.base_model)
+
+
+def test_the_trunk_runs_once_for_all_pieces_and_answers_anew_afterwards(monkeypatch):
+    model = tiny_model("nano", vocab_size=SIZE)
+    runs: list[int] = []
+    monkeypatch.setattr(evaluation, "_LOGITS_AT_ONCE", 5 * SIZE)
+    model.model.layers[0].register_forward_hook(lambda *_: runs.append(1))
+    evaluate(model, DOCUMENTS, tokenizer=TOKENIZER, batch_size=100)
+    assert len(runs) == 1
+    first, second = (model(torch.tensor([[i]])).logits for i in (1, 2))
+    assert not first.equal(second)
+
+
+def test_an_adapter_is_measured_in_pieces_as_whole(monkeypatch):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(
+        tiny_model("nano", vocab_size=SIZE),
+        peft.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False),
+    )
+    batch = PackedCollator(TOKENIZER.eos_token_id)(
+        [{"input_ids": row} for row in torch.randint(1, SIZE, (3, 40)).numpy()]
+    )
+    counts = token_byte_counts(TOKENIZER)
+    with torch.no_grad():
+        whole = evaluation.sum_losses(model, batch, counts)
+        monkeypatch.setattr(evaluation, "_LOGITS_AT_ONCE", 10 * SIZE)
+        torch.testing.assert_close(evaluation.sum_losses(model, batch, counts), whole)

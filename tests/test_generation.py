@@ -9,7 +9,10 @@ from functools import cache
 
 import pytest
 import torch
+import transformers
 from conftest import FAMILIES, TINY, cache_of, certain_model, tiny_model
+from packaging.version import parse
+from test_quantization import needs_int8
 from transformers import AutoModelForCausalLM, GenerationConfig, StaticCache, set_seed
 from transformers.generation import BaseStreamer, ContinuousBatchingConfig
 
@@ -124,6 +127,8 @@ def draft_of(family: str, how: str) -> dict:
 
 @pytest.mark.parametrize("how", ["draft model", "its own draft", "first layer", "prompt lookup"])
 def test_assisted_decoding_gives_the_greedy_tokens(family, how, tokens):
+    if how == "first layer" and parse(transformers.__version__) < parse("5.20"):
+        pytest.skip("transformers 5.17 cannot shorten the cache of layers that it left out (Qwen3)")
     model, ids = tiny_model(family), tokens[:1]
     greedy = generate(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
     ids = torch.cat([ids, greedy, ids], dim=1)  # what was said before can be looked up
@@ -263,7 +268,7 @@ def test_compiled_model_gives_the_same_logits_without_a_graph_break(family, toke
     torch.testing.assert_close(torch.cat(steps, 1), expected[:, 17:], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("weights", ["fp32", "int8"])
+@pytest.mark.parametrize("weights", ["fp32", pytest.param("int8", marks=needs_int8)])
 def test_compiled_decoding_gives_the_same_tokens(weights):
     ids = torch.arange(1, 25)[None]
     model = certain_model(ids, n_layer=1)

@@ -338,7 +338,7 @@ def test_bad_input_is_one_sentence_and_nothing_is_half_pushed(hub, run, tmp_path
     assert ", line 3, " in refuse(capsys, "push", run, "user/gpt")
     (run / "README.md").unlink()
     (run / "model.safetensors").write_bytes(b"damaged")
-    assert "cannot be loaded" in refuse(capsys, "push", run, "user/gpt")
+    assert "cannot be read" in refuse(capsys, "push", run, "user/gpt")
     assert not hub.repos
     assert "exists and is not empty" in refuse(capsys, "pull", "user/gpt", run)
 

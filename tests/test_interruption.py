@@ -7,6 +7,8 @@ only the moment is arranged, by a function of the library that is made to send i
 import json
 import multiprocessing
 import os
+import pickle
+import re
 import resource
 import shutil
 import signal
@@ -25,7 +27,12 @@ from torch.distributed import TCPStore
 from transformers import TrainerState
 
 from hf_nanogpt import NanoGPTForCausalLM, NanoGPTTrainer, NanoGPTTrainingArguments
-from hf_nanogpt.checkpoint import clear_unfinished, find_last_checkpoint
+from hf_nanogpt.checkpoint import (
+    clear_unfinished,
+    find_intact_checkpoint,
+    find_last_checkpoint,
+)
+from hf_nanogpt.checksums import RECORD, find_damage, sum_file, sum_state
 from hf_nanogpt.cli import main
 from hf_nanogpt.interruption import stop_on_signals
 
@@ -57,7 +64,7 @@ KILLED = -signal.SIGKILL
 MOMENTS = {
     "batch": (NanoGPTTrainer, "training_step", ""),
     "evaluation": (NanoGPTTrainer, "prediction_step", ""),
-    "saved": (torch, "save", "checkpoint-"),  # once each for arguments, optimizer, schedule, rng
+    "saved": (torch, "save", "checkpoint-"),  # once each for optimizer, schedule and rng
     "state": (TrainerState, "save_to_json", "checkpoint-"),
     "rotation": (shutil, "rmtree", "checkpoint-"),
     "artifacts": (os, "replace", ".staged-"),
@@ -259,6 +266,7 @@ def test_a_stream_resumed_in_its_second_pass_goes_on_there(run, tmp_path):
     [
         (("batch", 13), signal.SIGINT, "checkpoint-7"),
         (("batch", 13), signal.SIGTERM, "checkpoint-7"),
+        (("batch", 13), signal.SIGHUP, "checkpoint-7"),
         (("batch", 33), signal.SIGINT, "checkpoint-17"),
         (("evaluation", 7), signal.SIGINT, "checkpoint-8"),
         (("saved", 2), signal.SIGTERM, "checkpoint-6"),
@@ -323,15 +331,15 @@ def _make_trainer(folder: Path, **settings) -> NanoGPTTrainer:
     return NanoGPTTrainer(model, args, train_dataset=rows, eval_dataset=rows[:8])
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_in_python_an_interruption_is_raised_and_handlers_are_as_before(tmp_path, signum):
-    trainer, handlers = _make_trainer(tmp_path / "run"), list(map(signal.getsignal, (2, 15)))
+    trainer, handlers = _make_trainer(tmp_path / "run"), list(map(signal.getsignal, (1, 2, 15)))
     with pytest.raises(KeyboardInterrupt) as caught, stop_on_signals(trainer):
         signal.raise_signal(signum)
         trainer.train()
     assert caught.value.signum == signum
     assert caught.value.checkpoint == str(tmp_path / "run" / "checkpoint-1")
-    assert list(map(signal.getsignal, (2, 15))) == handlers
+    assert list(map(signal.getsignal, (1, 2, 15))) == handlers
 
 
 def test_an_ignored_signal_stays_ignored_and_another_thread_leaves_signals_alone(tmp_path):
@@ -468,3 +476,120 @@ def test_only_whole_checkpoints_are_found_and_only_later_halves_are_deleted(part
     clear_unfinished(folder)
     left = {"checkpoint-5", "checkpoint-9", "checkpoint-12-mine", "thesis"}
     assert {path.name for path in folder.iterdir()} == left
+
+
+# Damaged, or made by somebody else
+
+
+def _flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_flipped_byte_in_any_file_is_found_by_name(whole, tmp_path):
+    step = shutil.copytree(whole / "checkpoint-17", tmp_path / "run" / "checkpoint-17")
+    assert find_damage(step) is None
+    assert find_intact_checkpoint(step.parent) == str(step)
+    for path in step.iterdir():
+        content = path.read_bytes()
+        _flip(path)
+        if find_last_checkpoint(step.parent):  # else a flipped brace has made it unreadable
+            assert find_damage(step) == path.name
+            with pytest.raises(ValueError, match=rf"damaged are {re.escape(str(path))}\. Bring"):
+                find_intact_checkpoint(step.parent)
+        path.write_bytes(content)
+    state = step / "trainer_state.json"
+    state.write_text(state.read_text().replace('"global_step": 17', '"global_step": 16'))
+    assert find_damage(step) == "trainer_state.json"
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_resumed(run, whole, tmp_path):
+    folder = tmp_path / "run"
+    moment = ("batch", 31, signal.SIGKILL)
+    assert run(folder, save_total_limit=3, moment=moment)[0] == KILLED
+    _flip(folder / "checkpoint-15" / "optimizer.pt")
+    code, printed = run(folder, "--resume")
+    assert code == 0, printed
+    assert f"{folder / 'checkpoint-15' / 'optimizer.pt'} is damaged" in printed
+    _assert_same(folder, whole)
+
+
+def test_a_damaged_best_model_is_not_taken(run, tmp_path):
+    best = {"load_best_model_at_end": True, "greater_is_better": True}  # so that it is the first
+    best |= {"save_total_limit": 9, "eval_steps": 4, "save_steps": 4}
+    folder = tmp_path / "run"
+    assert run(folder, moment=("batch", 20, signal.SIGKILL), **best)[0] == KILLED
+    state = json.loads((folder / "checkpoint-8" / "trainer_state.json").read_text())
+    chosen = Path(state["best_model_checkpoint"]).name
+    assert chosen == "checkpoint-4"
+    moved = folder.rename(tmp_path / "moved")  # the path in the file is not where it is now
+    _flip(moved / chosen / "model.safetensors")
+    code, printed = run(moved, "--resume", **best)
+    assert code == 2 and f"{moved / chosen}/model.safetensors is damaged" in printed
+
+
+class _Attack:
+    def __init__(self, marker: Path):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
+
+
+def _reseal(step: Path) -> None:
+    """Write the checksums of what is there, as whoever made the checkpoint can."""
+    path = step / "trainer_state.json"
+    state = json.loads(path.read_text())
+    record = state["stateful_callbacks"][RECORD]
+    files = [file for file in step.iterdir() if file != path]
+    record["sizes"] = {file.name: file.stat().st_size for file in files}
+    record["checksums"] = {file.name: sum_file(file) for file in files}
+    record["checksum"] = sum_state(state)
+    path.write_text(json.dumps(state))
+
+
+@pytest.mark.parametrize(
+    ("name", "is_loaded"),
+    [
+        ("optimizer.pt", True),
+        ("scheduler.pt", True),
+        ("rng_state.pth", True),
+        ("pytorch_model.bin", True),
+        ("training_args.bin", False),
+        ("optimizer.bin", False),
+    ],
+)
+@pytest.mark.parametrize("write", [torch.save, lambda x, p: p.write_bytes(pickle.dumps(x))])
+def test_no_code_runs_from_a_checkpoint_of_somebody_else(
+    run, part, tmp_path, name, is_loaded, write
+):
+    folder, marker = shutil.copytree(part, tmp_path / "run"), tmp_path / "code ran"
+    step = folder / "checkpoint-7"
+    write(_Attack(marker), step / name)
+    if name == "pytorch_model.bin":
+        (step / "model.safetensors").unlink()
+    _reseal(step)
+    code, printed = run(folder, "--resume", max_steps=8)
+    assert not marker.exists()
+    assert code == (2 if is_loaded else 0), printed
+    assert "Traceback" not in printed
+    assert ("holds more than tensors and numbers" in printed) == is_loaded
+
+
+def test_a_path_in_a_checkpoint_of_somebody_else_is_not_followed(run, part, tmp_path):
+    folder = shutil.copytree(part, tmp_path / "run")
+    elsewhere = shutil.copytree(part / "checkpoint-7", tmp_path / "checkpoint-elsewhere")
+    _flip(elsewhere / "model.safetensors")
+    path = folder / "checkpoint-7" / "trainer_state.json"
+    flags = {"max_steps": 8, "load_best_model_at_end": True, "eval_steps": 5}
+    for step in ("7/../../checkpoint-elsewhere", 7):
+        state = json.loads(path.read_text())
+        state |= {"best_model_checkpoint": str(elsewhere), "best_global_step": step}
+        path.write_text(json.dumps(state | {"best_metric": 0.0}))
+        _reseal(path.parent)
+        code, printed = run(folder, "--resume", **flags)
+        assert code == (0 if step == 7 else 2), printed
+        assert ("is not a plain path inside that folder" in printed) == (step != 7)
+    ours, theirs = (f / "model.safetensors" for f in (folder, part / "checkpoint-7"))
+    assert ours.read_bytes() == theirs.read_bytes()

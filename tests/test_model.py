@@ -338,7 +338,8 @@ def test_gradient_checkpointing_takes_an_empty_cache_and_refuses_a_filled_one(to
     assert model(tokens, labels=tokens, past_key_values=cache).loss == expected
     assert cache.get_seq_length() == 0
     with torch.no_grad():
-        model(tokens, past_key_values=cache)
+        model.eval()(tokens, past_key_values=cache)
+    model.train()
     with pytest.raises(ValueError, match="Gradient checkpointing cannot continue a cache"):
         model(tokens, past_key_values=cache)
 

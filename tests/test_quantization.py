@@ -1,5 +1,9 @@
 """int8 weights: near the float32 model, each row for itself, and refused where they cannot be."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from conftest import certain_model, tiny_model
@@ -7,11 +11,13 @@ from torch import nn
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 
 from hf_nanogpt.cli import main
-from hf_nanogpt.quantization import Int8Linear, quantize_model
+from hf_nanogpt.quantization import Int8Linear, multiplies_exactly, quantize_model
 
 IDS = torch.arange(1, 25)[None]
+needs_int8 = pytest.mark.skipif(not multiplies_exactly(), reason="needs AVX512-VNNI")
 
 
+@needs_int8
 @pytest.mark.parametrize("bias", [True, False])
 def test_int8_linear_is_exact_on_what_8_bits_hold(bias):
     linear = nn.Linear(16, 8, bias=bias)
@@ -23,6 +29,7 @@ def test_int8_linear_is_exact_on_what_8_bits_hold(bias):
     torch.testing.assert_close(Int8Linear(linear)(x), linear(x))
 
 
+@needs_int8
 @pytest.mark.parametrize("rows", [1, 2])
 def test_compiled_int8_linear_gives_the_same(rows):
     linear, x = Int8Linear(nn.Linear(48, 32)), torch.randn(rows, 1, 48)
@@ -31,6 +38,7 @@ def test_compiled_int8_linear_gives_the_same(rows):
         torch.testing.assert_close(torch.compile(linear)(x), linear(x))
 
 
+@needs_int8
 def test_rows_do_not_depend_on_each_other():
     linear = Int8Linear(nn.Linear(16, 8))
     x = torch.randn(4, 16) * torch.tensor([1e-3, 1.0, 10.0, 1e3])[:, None]
@@ -38,6 +46,7 @@ def test_rows_do_not_depend_on_each_other():
     torch.testing.assert_close(linear(x), alone)
 
 
+@needs_int8
 def test_quantized_logits_stay_near(family, tokens):
     model = tiny_model(family)
     with torch.no_grad():
@@ -47,6 +56,7 @@ def test_quantized_logits_stay_near(family, tokens):
     assert (found - expected).norm() < 0.05 * expected.norm()
 
 
+@needs_int8
 def test_quantized_model_reads_and_writes_alike_with_and_without_cache(tokens):
     model, ids = quantize_model(certain_model(IDS)), IDS[:, :12]
     cache = DynamicCache(config=model.config)
@@ -67,3 +77,25 @@ def test_refusals_are_one_sentence(capsys):
         quantize_model(tiny_model("nano").bfloat16())
     assert main(["generate", "x", "--quantize", "int4"]) == 2
     assert "invalid choice: 'int4'" in capsys.readouterr().err
+
+
+PRODUCT = """
+import torch
+from hf_nanogpt.quantization import multiplies_exactly
+a, b = (torch.randint(-127, 128, (40, 64), dtype=torch.int8) for _ in range(2))
+found, expected = torch._int_mm(a, b.t()).long(), a.long() @ b.t().long()
+assert multiplies_exactly() == bool((found == expected).all())
+print(multiplies_exactly())
+"""
+
+
+def test_a_processor_that_multiplies_8_bits_wrongly_is_found_out(monkeypatch):
+    # oneDNN leaves the instructions out that it is told to; that its answer changes is its fault.
+    for instructions in ("DEFAULT", "AVX2"):
+        env = os.environ | {"ONEDNN_MAX_CPU_ISA": instructions}
+        command = [sys.executable, "-c", PRODUCT]
+        done = subprocess.run(command, env=env, capture_output=True, text=True)
+        assert done.stdout.strip() in ("True", "False"), done.stderr
+    monkeypatch.setattr("hf_nanogpt.quantization.multiplies_exactly", lambda: False)
+    with pytest.raises(ValueError, match=r"int8 weights are not possible .*AVX512-VNNI.*GGUF"):
+        quantize_model(tiny_model("nano"))

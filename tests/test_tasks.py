@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_model
+from test_quantization import needs_int8
 
 from hf_nanogpt import evaluate_tasks, load_checkpoint, train_tokenizer
 from hf_nanogpt.cli import main
@@ -131,6 +132,7 @@ def test_command_compares_checkpoints_on_tasks(workplace, capsys):
     assert Path("plot.png").read_bytes().startswith(b"\x89PNG")
 
 
+@needs_int8
 @needs_lm_eval
 def test_command_measures_rounded_weights_on_tasks(workplace, capsys):
     assert main(["eval", "b", "--tasks=prose.yaml", "--quantize=int8"]) == 0

@@ -108,6 +108,15 @@ def test_folder_has_every_artifact_and_no_leftover(checkpoint):
     assert (checkpoint / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_no_file_of_a_training_is_a_pickle_of_settings_or_has_a_token(text_file, tmp_path):
+    folder = tmp_path / "run"
+    train(data=str(text_file), output_dir=str(folder), max_steps=2, hub_token="hf_Secret", **SMALL)
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert {path.name for path in files} >= {"trainer_state.json", "optimizer.pt", "config.json"}
+    assert not [path for path in files if path.name == "training_args.bin"]
+    assert not [path for path in files if b"hf_Secret" in path.read_bytes()]
+
+
 def test_metrics_are_those_of_the_saved_model(checkpoint, text_file):
     metrics = json.loads((checkpoint / "metrics.json").read_text())
     text = text_file.read_text(encoding="utf-8")

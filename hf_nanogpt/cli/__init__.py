@@ -1,11 +1,13 @@
 """The command line: each verb parses its flags, calls one function of the library and prints."""
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 
 from .parser import find_nearest
+from .streams import OutputLostError, describe_loss, standard_streams
 
 VERBS: dict[str, str] = {
     "train": "train a GPT on your text, from nothing or from a checkpoint",
@@ -36,6 +38,17 @@ _MODULES = {
     "hub": ["push", "pull"],
 }
 _WHERE = {verb: module for module, verbs in _MODULES.items() for verb in verbs}
+# These do nothing but print: they end when nobody reads it. The others go on without a reader.
+_ONLY_PRINTING = ("generate", "explain", "chat", "info", "-h", "--help", "--version")
+# What to lower where memory does not suffice.
+_LOWER = {
+    "train": "--per_device_train_batch_size (with --gradient_accumulation_steps as much higher it "
+    "stays the same training, and --resume goes on), --per_device_eval_batch_size or --block_size",
+    "tokenize": "--num_proc",
+    "eval": "--batch_size or --context_length",
+    "bench": "--batch_size, --block_size or the size of the model",
+    "generate": "--max_new_tokens or the length of the prompt, or take a smaller model",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Work that is done within this many seconds shows no bar. (tqdm reads it when imported, too.)
     os.environ.setdefault("TQDM_DELAY", "2")
     argv = list(sys.argv[1:] if argv is None else argv)
+<<<<<<< HEAD
     try:
         if not argv or argv[0] in ("-h", "--help"):
             print(_overview())
@@ -75,7 +89,60 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(printable(f"hf-nanogpt: {' '.join(str(error).split())}"), file=sys.stderr)
         return 2
+=======
+    verb = argv[0] if argv else "--help"
+    with standard_streams(lasting=verb not in _ONLY_PRINTING):
+        try:
+            _call(verb, argv[1:])
+            sys.stdout.flush()
+        except KeyboardInterrupt:
+            print("\nInterrupted.", file=sys.stderr)
+            return 130
+        except OutputLostError as error:
+            if error.errno == errno.EPIPE:  # the reader, such as `head`, has seen enough
+                return 0
+            return _refuse(describe_loss(error))
+        except Exception as error:
+            if os.environ.get("HF_NANOGPT_TRACEBACK"):
+                raise
+            if _is_out_of_memory(error):
+                lower = _LOWER.get(verb, "the size of the model")
+                return _refuse(f"There is not enough memory for {verb}: lower {lower}.")
+            if not _is_users(error):
+                raise
+            return _refuse(str(error))
+>>>>>>> main
     return 0
+
+
+def _call(verb: str, argv: list[str]) -> None:
+    if verb in ("-h", "--help"):
+        print(_overview())
+    elif verb == "--version":
+        from .. import __version__
+
+        print(__version__)
+    elif module := _WHERE.get(verb):
+        getattr(import_module(f".{module}", __name__), f"run_{verb}")(argv)
+    else:
+        near = find_nearest(verb, list(VERBS)) or f": choose one of {', '.join(VERBS)}"
+        raise ValueError(f"{verb!r} is no command{near}.")
+
+
+def _refuse(sentence: str) -> int:
+    print(f"hf-nanogpt: {' '.join(sentence.split())}", file=sys.stderr)
+    return 2
+
+
+def _is_out_of_memory(error: BaseException | None) -> bool:
+    """Say whether memory for tensors or anything else was missing, of whichever device."""
+    while error is not None:
+        known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+        words = ("an't allocate memory", "annot allocate memory", "ALLOC_FAILED", "bad_alloc")
+        if known or any(word in str(error) for word in words):
+            return True
+        error = error.__cause__
+    return False
 
 
 def _is_users(error: Exception) -> bool:

@@ -35,7 +35,10 @@ def run_eval(argv: list[str]) -> None:
     else:
         print(format_table(rows))
     if plot:
-        plot_comparison(comparison.figures, plot)
+        try:
+            plot_comparison(comparison.figures, plot)
+        except OSError as error:  # the figures above are not lost for it
+            raise ValueError(f"plot={plot} cannot be written: {error.strerror}.") from error
         print(f"\n{plot} shows it.")
 
 

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint import local_folder
 from ..configuration_nanogpt import NanoGPTConfig
 from ..untrusted import read_json
 from . import nanogpt, nanogpt_words
-from .folders import check_destination, load_tokenizer, local_folder, write_folder
+from .folders import check_destination, load_tokenizer, write_folder
 from .models import make_native_model, read_nanogpt_model, read_native_model, read_our_config
 from .twins import FORMATS, find_native_twin, make_native_config
 

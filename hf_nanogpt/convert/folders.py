@@ -5,51 +5,32 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checkpoint import (
-    check_checkpoint,
+    TOKENIZER_FILES,
     check_writable,
     clear_abandoned,
+    download,
     split_revision,
     staged_folder,
-    unreachable,
 )
-from ..untrusted import read_json
+from ..foreign import TOKENIZERS, check_generation_config, read_tokenizer
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
-_DOWNLOADED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+_ONE_OF = (*TOKENIZERS, "tokenizer_config.json")
 _SETTINGS = "generation_config.json"
-
-
-def local_folder(checkpoint: str | Path) -> Path:
-    """Return the folder of a checkpoint, fetched from the Hub where it is an id."""
-    name, revision = split_revision(check_checkpoint(checkpoint))
-    if Path(name).is_dir():
-        return Path(name)
-    try:
-        folder = snapshot_download(
-            name, revision=revision, allow_patterns=_DOWNLOADED, ignore_patterns="*/*"
-        )
-    except OSError as error:
-        raise ValueError(unreachable(str(checkpoint), "checkpoint folder", error)) from error
-    return Path(folder)
 
 
 def load_tokenizer(place: str | Path) -> PreTrainedTokenizerBase | None:
     """Load the tokenizer of a folder or Hub id; `None` for a folder that has none."""
-    folder = Path(place)
-    if folder.is_dir() and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+    name, revision = split_revision(place)
+    folder = Path(name) if Path(name).is_dir() else download(name, revision, TOKENIZER_FILES)
+    if not any((folder / file).is_file() for file in _ONE_OF):
         return None
-    try:
-        name, revision = split_revision(place)
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
-    except Exception as error:  # the libraries below raise nearly anything for a damaged file
-        raise ValueError(f"The tokenizer of {place} cannot be loaded: {error}") from error
-    for name in ("is_local", "local_files_only"):  # of this loading, not of the tokenizer
-        tokenizer.init_kwargs.pop(name, None)
+    tokenizer = read_tokenizer(folder)
+    for key in ("is_local", "local_files_only"):  # of this loading, not of the tokenizer
+        tokenizer.init_kwargs.pop(key, None)
     return tokenizer
 
 
@@ -83,7 +64,7 @@ def write_folder(
         if tokenizer is not None:
             tokenizer.save_pretrained(staged)
         if settings and settings.is_file():
-            read_json(settings)  # a damaged one must not pass on
+            check_generation_config(settings.parent)  # a damaged one must not pass on
             shutil.copyfile(settings, staged / _SETTINGS)
 
 

@@ -9,12 +9,14 @@ import transformers
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from ..configuration_nanogpt import NanoGPTConfig
+from ..foreign import check_fields, check_finite
 from ..modeling_nanogpt import NanoGPTForCausalLM
-from ..untrusted import read_json
+from ..untrusted import explain_errors, read_json
+from ..weights import LazyTensor, check_tensors, open_weights
 from . import nanogpt
-from .files import LazyTensor, check_tensors, open_weights
 from .rules import Format, Rows, their_shapes, translate
 
+_CONFIG = "config.json"
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 Weights = Mapping[str, LazyTensor]
 
@@ -22,7 +24,8 @@ Weights = Mapping[str, LazyTensor]
 def read_native_model(native: Format, folder: Path) -> PreTrainedModel:
     """Read a folder of one of transformers' classes into a model of ours."""
     theirs = _read_config(CONFIG_MAPPING[native.model_type], folder)
-    config = NanoGPTConfig(**native.read_config(theirs.to_dict()))
+    with explain_errors(f"{folder / _CONFIG} cannot be expressed by ours"):
+        config = NanoGPTConfig(**native.read_config(theirs.to_dict()))
     weights: Weights = _clean(open_weights(folder), native)
     if newer := [name for name in weights if re.search(native.newer, name)]:
         raise ValueError(
@@ -30,19 +33,25 @@ def read_native_model(native: Format, folder: Path) -> PreTrainedModel:
             "NanoGPTConfig cannot express. Only the form that transformers has can be converted."
         )
     weights = _untie(weights, native.embedding, theirs, folder)
-    check_tensors(weights, _shapes(_skeleton(_native_class(native), theirs)), where=folder)
-    return _fill(_skeleton(NanoGPTForCausalLM, config), native.rows, weights, config)
+    check_tensors(weights, _shapes(_skeleton(_native_class(native), theirs, folder)), where=folder)
+    return _fill(
+        _skeleton(NanoGPTForCausalLM, config, folder),
+        native.rows,
+        weights,
+        config,
+        where=folder,
+    )
 
 
 def read_nanogpt_model(config: NanoGPTConfig, weights: Weights, path: Path) -> PreTrainedModel:
     """Turn what `nanogpt.read_checkpoint` found into a model of ours."""
-    model = _skeleton(NanoGPTForCausalLM, config)
+    model = _skeleton(NanoGPTForCausalLM, config, path)
     expected = their_shapes(nanogpt.ROWS, _shapes(model), config=config)
     if not config.mlp_bias:  # then its layer norms have none either
         expected = {name: shape for name, shape in expected.items() if name.endswith(".weight")}
     weights = _untie(weights, "transformer.wte.weight", config, path)
     check_tensors(weights, expected, where=path)
-    return _fill(model, nanogpt.ROWS, weights, config)
+    return _fill(model, nanogpt.ROWS, weights, config, where=path)
 
 
 def make_native_model(
@@ -50,41 +59,44 @@ def make_native_model(
 ) -> PreTrainedModel:
     """Read a folder of ours into a model of one of transformers' classes."""
     weights = _untie(open_weights(folder), _EMBEDDING, config, folder)
-    check_tensors(weights, _shapes(_skeleton(NanoGPTForCausalLM, config)), where=folder)
-    model = _skeleton(_native_class(native), theirs)
-    return _fill(model, native.rows, weights, config, to_ours=False)
+    check_tensors(weights, _shapes(_skeleton(NanoGPTForCausalLM, config, folder)), where=folder)
+    model = _skeleton(_native_class(native), theirs, folder)
+    return _fill(model, native.rows, weights, config, where=folder, to_ours=False)
 
 
 def read_our_config(folder: Path) -> NanoGPTConfig:
     """Return the configuration of a folder of ours, or raise a `ValueError`."""
-    kind = read_json(folder / "config.json").get("model_type")
+    kind = read_json(path := folder / _CONFIG).get("model_type")
     if kind != NanoGPTConfig.model_type:
         raise ValueError(
-            f"{folder} is a {kind} model, and only ours ({NanoGPTConfig.model_type}) are exported: "
-            "convert it first."
+            f"{path} is that of a {kind!s:.80} model, and only ours "
+            f"({NanoGPTConfig.model_type}) are exported: convert it first."
         )
     return _read_config(NanoGPTConfig, folder)
 
 
 def _read_config(config_class: type[PreTrainedConfig], folder: Path) -> PreTrainedConfig:
-    fields = read_json(folder / "config.json") | {"model_type": config_class.model_type}
+    path = folder / _CONFIG
+    fields = read_json(path) | {"model_type": config_class.model_type}
+    check_fields(fields, path)
     if fields.get("quantization_config") is not None:
         raise ValueError(f"{folder} is quantized: take the model that it was made from.")
-    try:
+    with explain_errors(f"{path} is no {config_class.__name__}"):
         return config_class.from_dict(fields)
-    except Exception as error:  # each class checks its fields in its own way
-        raise ValueError(
-            f"{folder / 'config.json'} is no {config_class.__name__}: {error}"
-        ) from error
 
 
 def _native_class(native: Format) -> type[PreTrainedModel]:
     return getattr(transformers, native.architecture)
 
 
-def _skeleton(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
+def _skeleton(
+    model_class: type[PreTrainedModel], config: PreTrainedConfig, where: Path
+) -> PreTrainedModel:
     """Build a model whose tensors have shapes and no memory."""
-    with torch.device("meta"):
+    with (
+        explain_errors(f"{where}: its configuration (config.json) cannot be built"),
+        torch.device("meta"),
+    ):
         return model_class(config)
 
 
@@ -122,12 +134,14 @@ def _fill(
     weights: Weights,
     config: NanoGPTConfig,
     *,
+    where: Path,
     to_ours: bool = True,
 ) -> PreTrainedModel:
     """Replace the tensors of a skeleton by those that the table makes of `weights`."""
     target = _shapes(model)
     tensors = dict(translate(rows, weights, target, config=config, to_ours=to_ours))
     assert {name: tuple(t.shape) for name, t in tensors.items()} == target
+    check_finite(tensors.items(), where)
     model.load_state_dict(tensors, strict=False, assign=True)
     model.tie_weights()
     return model

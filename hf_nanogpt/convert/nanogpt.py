@@ -13,8 +13,10 @@ from typing import Any
 import torch
 
 from ..configuration_nanogpt import NanoGPTConfig
+from ..foreign import check_fields
+from ..untrusted import explain_errors
+from ..weights import LazyTensor, in_memory
 from . import gpt2
-from .files import LazyTensor, in_memory
 from .rules import TRANSPOSE
 
 # GPT-2's names and fused projection, kept by nn.Linear instead of Conv1D.
@@ -52,10 +54,17 @@ def read_checkpoint(path: Path) -> tuple[NanoGPTConfig, dict[str, LazyTensor]]:
             "are converted from a folder that save_pretrained wrote."
         )
     weights = {
-        name.removeprefix("_orig_mod."): tensor
+        str(name).removeprefix("_orig_mod."): tensor
         for name, tensor in tensors.items()
-        if isinstance(tensor, torch.Tensor) and not re.search(BUFFERS, name)
+        if isinstance(tensor, torch.Tensor) and not re.search(BUFFERS, str(name))
     }
+    # A tensor of a few stored values can claim any shape. (The embeddings are stored once for two.)
+    size, claimed = path.stat().st_size, sum(t.nbytes for t in weights.values())
+    if claimed > 2 * size:
+        raise ValueError(
+            f"{path} has {size:,} bytes, and its tensors claim {claimed:,}: it is damaged, or made "
+            "to fill the memory."
+        )
     bias = "transformer.ln_f.bias" in weights  # older versions always had it, and say nothing
     return _read_config({"bias": bias} | args, path), in_memory(weights)
 
@@ -71,12 +80,14 @@ def _load(path: Path) -> Any:
             f"{path} was not loaded: a checkpoint of nanoGPT needs tensors and plain values only, "
             f"and {what}. Nothing in it was run."
         ) from error
-    except (OSError, EOFError, RuntimeError) as error:
+    except Exception as error:  # a damaged pickle raises nearly anything
         raise ValueError(f"{path} cannot be read, it is cut off or damaged: {error}") from error
 
 
 def _read_config(args: dict[str, Any], path: Path) -> NanoGPTConfig:
     known = {*FIELDS, "bias", "dropout"}
+    args = {str(name): value for name, value in args.items()}
+    check_fields(args, path)
     if unknown := args.keys() - known:
         raise ValueError(
             f"{path} has model_args that nanoGPT does not know ({', '.join(sorted(unknown))}): it "
@@ -84,13 +95,14 @@ def _read_config(args: dict[str, Any], path: Path) -> NanoGPTConfig:
         )
     if missing := FIELDS.keys() - args.keys():
         raise ValueError(f"{path} lacks these of its model_args: {', '.join(sorted(missing))}.")
-    has_gpt2s = GPT2_VOCABULARY <= args["vocab_size"] <= GPT2_PADDED
-    end = GPT2_END_OF_TEXT if has_gpt2s else None
-    return NanoGPTConfig(
-        **gpt2.FIXED
-        | {ours: args[name] for name, ours in FIELDS.items()}
-        | {"attention_bias": args["bias"], "mlp_bias": args["bias"]}
-        | {"hidden_act": "gelu", "norm_eps": 1e-5, "initializer_range": 0.02}
-        | {"dropout": args.get("dropout", 0.0), "tie_word_embeddings": True}
-        | {"bos_token_id": end, "eos_token_id": end}
-    )
+    with explain_errors(f"{path} has model_args that do not make a model"):
+        has_gpt2s = GPT2_VOCABULARY <= args["vocab_size"] <= GPT2_PADDED
+        end = GPT2_END_OF_TEXT if has_gpt2s else None
+        return NanoGPTConfig(
+            **gpt2.FIXED
+            | {ours: args[name] for name, ours in FIELDS.items()}
+            | {"attention_bias": args["bias"], "mlp_bias": args["bias"]}
+            | {"hidden_act": "gelu", "norm_eps": 1e-5, "initializer_range": 0.02}
+            | {"dropout": args.get("dropout", 0.0), "tie_word_embeddings": True}
+            | {"bos_token_id": end, "eos_token_id": end}
+        )

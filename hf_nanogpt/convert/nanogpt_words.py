@@ -4,8 +4,10 @@ A `meta.pkl` is a pickle, which can hold code: the reader here knows no names at
 nothing that the file brings is run.
 """
 
+import io
 import pickle
 from pathlib import Path
+from pickletools import genops
 from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -19,6 +21,7 @@ from .nanogpt import GPT2_PADDED, GPT2_VOCABULARY
 logger = logging.get_logger(__name__)
 
 GPT2_TOKENIZER = "openai-community/gpt2"
+_LARGEST = 64 * 2**20  # bytes of a meta.pkl: all characters of Unicode need half of it
 
 
 def find_tokenizer(
@@ -77,8 +80,14 @@ def read_characters(path: Path) -> PreTrainedTokenizerFast:
         ValueError: it is no such file, or it holds more than plain values.
     """
     try:
-        with path.open("rb") as file:
-            ids = _PlainUnpickler(file).load()["stoi"]
+        if (size := path.stat().st_size) > _LARGEST:
+            raise ValueError(f"it has {size:,} bytes, more than any alphabet needs")
+        content = path.read_bytes()
+        # A few bytes of a pickle can ask for a table of 2**32 places, which is made at once.
+        puts = (place for operation, place, _ in genops(content) if "PUT" in operation.name)
+        if any(place is not None and place > size for place in puts):
+            raise ValueError("it numbers more values than it can hold")
+        ids = _PlainUnpickler(io.BytesIO(content)).load()["stoi"]
         model = models.WordLevel(vocab=ids)
     except Exception as error:  # a damaged pickle raises nearly anything
         raise ValueError(

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from ..configuration_nanogpt import NanoGPTConfig
-from .files import LazyTensor, Shapes
+from ..weights import LazyTensor, Shapes
 
 logger = logging.get_logger(__name__)
 

@@ -33,15 +33,17 @@ class HubTrainer(InterruptibleTrainer):
             return
         check_ref_names(branch=self.args.hub_revision)
         name = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
+        if private is not None:  # before 5.23 Trainer has no such argument here
+            self.args.hub_private_repo = private
         try:
-            super().init_hf_repo(token, private)
+            super().init_hf_repo(token)
             api = HfApi(token=token or self.args.hub_token)
             self.is_private = retry(lambda: api.repo_info(self.hub_model_id)).private
         except HTTPError as error:
             raise ValueError(
                 f"hub_model_id={name} is no place to push to: {explain_hub_error(error)}."
             ) from error
-        if not self.is_private and (private or self.args.hub_private_repo):
+        if not self.is_private and self.args.hub_private_repo:
             raise ValueError(
                 f"hub_model_id={self.hub_model_id} exists and is public: make it private on its "
                 "page, or leave out hub_private_repo."

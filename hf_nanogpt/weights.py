@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..untrusted import path_inside, read_json
+from .untrusted import explain_errors, path_inside, read_json
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -45,9 +45,10 @@ def _weight_files(folder: Path) -> Iterable[Path]:
             "transformers and write it again with save_pretrained, which makes them."
         )
     shards = read_json(index).get("weight_map")
-    if not isinstance(shards, dict):
+    if not isinstance(shards, dict) or not all(isinstance(n, str) for n in shards.values()):
         raise ValueError(f"{index} has no weight_map that says which file holds which tensor.")
-    return [path_inside(folder, name) for name in sorted(set(map(str, shards.values())))]
+    with explain_errors(str(index)):
+        return [path_inside(folder, name) for name in sorted(set(shards.values()))]
 
 
 def _open_file(path: Path) -> dict[str, LazyTensor]:
@@ -80,7 +81,7 @@ def check_tensors(found: Mapping[str, LazyTensor], expected: Shapes, *, where: P
     named = [f"{kind}: {_shorten(names)}" for kind, names in faults.items() if names]
     if named:
         raise ValueError(
-            f"{where} does not hold the tensors that its configuration describes ("
+            f"{where} does not hold the tensors that its config.json describes ("
             + "; ".join(named)
             + "). Check that the weights and the configuration belong together."
         )

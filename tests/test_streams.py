@@ -1,0 +1,129 @@
+"""Nothing that only shows may stop what trains, and no closed or full stream is a traceback."""
+
+import io
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import tiny_model
+
+from hf_nanogpt import train_tokenizer
+from hf_nanogpt.cli import main
+
+SIZE = ["--n_layer=1", "--n_embd=16", "--n_head=2", "--block_size=16", "--tokenizer=char"]
+QUICK = [*SIZE, "--max_steps=4", "--per_device_train_batch_size=2", "--num_threads=1"]
+FULL = "standard output cannot be written: No space left on device"
+
+
+def _close_pipe(number: int) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)  # as `| head` does
+    os.dup2(writing, number)
+
+
+def _fill_disk(number: int) -> None:
+    os.dup2(os.open("/dev/full", os.O_WRONLY), number)
+
+
+def _know_ascii_only(number: int) -> None:
+    name = {1: "stdout", 2: "stderr"}[number]
+    raw = io.FileIO(number, "w", closefd=False)
+    stream = io.TextIOWrapper(io.BufferedWriter(raw), encoding="ascii")
+    setattr(sys, name, stream)
+    setattr(sys, f"__{name}__", stream)
+
+
+def _run(argv: list[str], log: Path, changes: list[tuple[Callable, int]]) -> None:
+    for number in (1, 2):
+        os.dup2(os.open(log.with_suffix(f".{number}"), os.O_WRONLY | os.O_CREAT), number)
+    for change, number in changes:
+        change(number)
+    sys.exit(main(argv))
+
+
+@pytest.fixture(scope="module")
+def run() -> Callable:
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["hf_nanogpt.training"])
+
+    def run(log: Path, argv: list, *changes: tuple[Callable, int]) -> tuple[int, str, str]:
+        """Run a command in a process with other streams; return its code and what came out."""
+        child = processes.Process(target=_run, args=([str(word) for word in argv], log, changes))
+        child.start()
+        child.join(60)
+        return child.exitcode, *(log.with_suffix(f".{i}").read_text("utf-8") for i in (1, 2))
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("corpus") / "text.txt"
+    path.write_text("Größe 東京 🦊 und so fort.\n" * 60, encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    folder, tokenizer = tmp_path_factory.mktemp("model"), train_tokenizer([], kind="byte")
+    tiny_model("nano", vocab_size=len(tokenizer)).save_pretrained(folder)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("change", [_close_pipe, _fill_disk, _know_ascii_only])
+@pytest.mark.parametrize("numbers", [(1,), (1, 2)])
+def test_training_goes_on_without_its_output_and_saves(run, text, tmp_path, change, numbers):
+    argv = ["train", "--data", text, "--output_dir", tmp_path / "run", *QUICK]
+    argv.append("--sample_prompt=Größe 東京")
+    code, out, err = run(tmp_path / "log", argv, *((change, number) for number in numbers))
+    assert code == 0 and "Traceback" not in out + err
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["train_steps"] == 4
+    assert (tmp_path / "run" / "model.safetensors").is_file()
+    assert "Größe 東京" in (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
+    if change is _know_ascii_only:
+        assert r"Gr\xf6\xdfe" in out
+    if numbers == (1,):
+        told = f"hf-nanogpt: {FULL}; the work goes on."
+        assert err.count(told) == (change is _fill_disk)
+
+
+def test_what_is_not_text_is_refused_before_training_and_not_at_its_end(run, text, tmp_path):
+    argv = ["train", "--data", text, "--output_dir", tmp_path / "run", *QUICK]
+    for word in ("--sample_prompt=\udcff", "--from=\udcff"):
+        code, _, err = run(tmp_path / "log", [*argv, word])
+        assert code == 2 and r"\udcff" in err and "is not UTF-8 text" in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_only_prints_ends_quietly_without_a_reader_and_tells_a_full_disk(
+    run, checkpoint, tmp_path
+):
+    for argv in (["generate", checkpoint, "abc", "--max_new_tokens=4"], ["--help"]):
+        assert run(tmp_path / "log", argv, (_close_pipe, 1)) == (0, "", "")
+        assert run(tmp_path / "log", argv, (_fill_disk, 1)) == (2, "", f"hf-nanogpt: {FULL}\n")
+        (tmp_path / "log.2").unlink()
+
+
+def test_closed_streams_are_a_sentence_or_quiet_success(checkpoint, tmp_path):
+    code = """if True:
+        import os, sys
+        from hf_nanogpt.cli import main
+        folder, file = sys.argv[1:]
+        for argv in (["generate", folder, "-", "--max_new_tokens=2"], ["explain", folder, "abc"],
+                     ["explain", folder, "-"], ["chat", folder], ["info", folder], ["--version"]):
+            assert main(argv) in (0, 2), argv
+        assert os.open(file, os.O_RDONLY) > 2  # else messages would go into files
+        open(file, "w").write("done")"""
+    path = tmp_path / "result"
+    path.touch()
+    shell = 'exec "$0" -c "$@" <&- >&- 2>&-'
+    command = ["bash", "-c", shell, sys.executable, code, str(checkpoint), str(path)]
+    assert subprocess.run(command, timeout=120).returncode == 0
+    assert path.read_text() == "done"
