@@ -63,33 +63,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Work that is done within this many seconds shows no bar. (tqdm reads it when imported, too.)
     os.environ.setdefault("TQDM_DELAY", "2")
     argv = list(sys.argv[1:] if argv is None else argv)
-<<<<<<< HEAD
-    try:
-        if not argv or argv[0] in ("-h", "--help"):
-            print(_overview())
-        elif argv[0] == "--version":
-            from .. import __version__
-
-            print(__version__)
-        elif module := _WHERE.get(argv[0]):
-            getattr(import_module(f".{module}", __name__), f"run_{argv[0]}")(argv[1:])
-        else:
-            near = find_nearest(argv[0], list(VERBS)) or f": choose one of {', '.join(VERBS)}"
-            raise ValueError(f"{argv[0]!r} is no command{near}.")
-    except KeyboardInterrupt:
-        print("\nInterrupted.", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except Exception as error:
-        if os.environ.get("HF_NANOGPT_TRACEBACK") or not _is_users(error):
-            raise
-        from ..untrusted import printable
-
-        print(printable(f"hf-nanogpt: {' '.join(str(error).split())}"), file=sys.stderr)
-        return 2
-=======
     verb = argv[0] if argv else "--help"
     with standard_streams(lasting=verb not in _ONLY_PRINTING):
         try:
@@ -111,7 +84,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             if not _is_users(error):
                 raise
             return _refuse(str(error))
->>>>>>> main
     return 0
 
 
@@ -130,7 +102,9 @@ def _call(verb: str, argv: list[str]) -> None:
 
 
 def _refuse(sentence: str) -> int:
-    print(f"hf-nanogpt: {' '.join(sentence.split())}", file=sys.stderr)
+    from ..untrusted import printable
+
+    print(printable(f"hf-nanogpt: {' '.join(sentence.split())}"), file=sys.stderr)
     return 2
 
 
