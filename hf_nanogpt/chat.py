@@ -1,9 +1,11 @@
 """A conversation with a model: its turns, its settings, and what of it fits the context."""
 
 import json
+import sys
 from collections.abc import Generator
 from itertools import takewhile
 from pathlib import Path
+from time import thread_time
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ HELP = """\
 /set NAME VALUE   change a setting, such as /set temperature 0.5; /set shows them all
 /save FILE        write the conversation to a new file, as a line of JSON that can be trained on
 /exit             end, as Ctrl-D does; Ctrl-C ends an answer"""
+_TEMPLATE_SECONDS = 2  # of one processor
 _KINDS: dict[str, type] = {
     "max_new_tokens": int,
     "temperature": float,
@@ -39,6 +42,43 @@ def find_turn_ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     own = model.generation_config.eos_token_id
     ends = {*([own] if isinstance(own, int) else own or []), tokenizer.eos_token_id}
     return sorted((ends | {tokenizer.get_vocab().get("<|im_end|>")}) - {None})
+
+
+def render_messages(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> str:
+    """Return the text that the chat template makes of messages, up to where an answer begins.
+
+    A template comes with the checkpoint and may be anybody's: transformers runs it where it reaches
+    nothing else, and here it has a few seconds. A single step of it can still take much memory.
+
+    Raises:
+        ValueError: the template refuses the messages, or fails, or takes too long.
+    """
+    end = thread_time() + _TEMPLATE_SECONDS
+
+    def watch(frame, event, arg):  # called at each line that this thread runs
+        if thread_time() > end:
+            raise _TooLong
+        return watch
+
+    before = sys.gettrace()
+    sys.settrace(watch)
+    try:
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    except _TooLong:
+        raise ValueError(
+            f"The chat template has not written this conversation within {_TEMPLATE_SECONDS} "
+            "seconds: take a checkpoint with another."
+        ) from None
+    except TemplateError as error:
+        raise ValueError(f"The chat template refuses this conversation: {error}.") from error
+    except Exception as error:  # a template can fail like any program
+        raise ValueError(f"The chat template fails on this conversation: {error}.") from error
+    finally:
+        sys.settrace(before)
+
+
+class _TooLong(BaseException):
+    """Goes through any `except Exception` on its way."""
 
 
 class Chat:
@@ -124,12 +164,7 @@ class Chat:
         return [{"role": "system", "content": self.system}] if self.system else []
 
     def _encode(self, messages: list[dict[str, str]]) -> list[int]:
-        try:
-            text = self.tokenizer.apply_chat_template(
-                self._begin() + messages, add_generation_prompt=True, tokenize=False
-            )
-        except TemplateError as error:
-            raise ValueError(f"The chat template refuses this conversation: {error}.") from error
+        text = render_messages(self.tokenizer, self._begin() + messages)
         ids = encode_prompt(self.model, self.tokenizer, text, add_special_tokens=False)
         return ids[0].tolist()
 

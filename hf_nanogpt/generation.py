@@ -8,14 +8,36 @@ import torch
 from transformers import (
     Cache,
     CompileConfig,
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+    LogitsProcessor,
+    LogitsProcessorList,
+    MinPLogitsWarper,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    TemperatureLogitsWarper,
     TextIteratorStreamer,
-    set_seed,
+    TopHLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
 )
 
 from .modeling_nanogpt import CACHE
 from .untrusted import explain_errors
+
+# What shapes the distribution that a token is drawn from, in the order in which transformers
+# applies it, and the value that changes nothing.
+_WARPERS: dict[str, tuple[type, float | None]] = {
+    "temperature": (TemperatureLogitsWarper, 1.0),
+    "top_h": (TopHLogitsWarper, None),
+    "top_k": (TopKLogitsWarper, 0),
+    "top_p": (TopPLogitsWarper, 1.0),
+    "min_p": (MinPLogitsWarper, None),
+    "typical_p": (TypicalLogitsWarper, 1.0),
+    "epsilon_cutoff": (EpsilonLogitsWarper, 0.0),
+    "eta_cutoff": (EtaLogitsWarper, 0.0),
+}
 
 
 def generate_text(
@@ -79,7 +101,8 @@ def stream_text(
         compile: decode by torch.compile with a static cache; the first text of a length waits for
             it, a minute perhaps, and later ones are faster.
         past_key_values: what the model has kept of the prompt's first tokens; it grows.
-        seed: makes sampling repeatable.
+        seed: makes sampling repeatable, whatever other threads do; without one, tokens are drawn
+            from torch's own source of chance.
         streamer: makes something else of the tokens than text, as a `BaseStreamer` that can be
             iterated over.
 
@@ -97,24 +120,57 @@ def stream_text(
         temperature=temperature, top_k=top_k, stop_strings=stop_strings, seed=seed, **given
     )
     ids = encode_prompt(model, tokenizer, prompt) if isinstance(prompt, str) else prompt
-    if temperature > 0:
-        given |= {"temperature": temperature, "top_k": top_k}
-    if stop_strings:
-        given |= {"stop_strings": list(stop_strings), "tokenizer": tokenizer}
+    given |= {"temperature": temperature, "top_k": top_k}
+    drawing = _prepare_drawing(model, given, seed) if temperature > 0 else []
+    stopping = {"stop_strings": list(stop_strings), "tokenizer": tokenizer} if stop_strings else {}
     eos = tokenizer.eos_token_id if own.eos_token_id is None else own.eos_token_id
     settings = {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
         "max_new_tokens": _choose_length(model, ids.shape[1], max_new_tokens),
-        "do_sample": temperature > 0,
+        "repetition_penalty": given.get("repetition_penalty", own.repetition_penalty),
+        # The likeliest of what `drawing` returns is the token drawn: transformers itself would draw
+        # from the one source of chance that all threads share.
+        "do_sample": False,
+        "logits_processor": LogitsProcessorList(drawing),
+        **dict.fromkeys(_WARPERS),
         "eos_token_id": eos if stop_at_eos else None,
         CACHE: past_key_values,
         "pad_token_id": 0,  # one row is never padded; without an id transformers warns
         **(compiled_decoding() if compile else {}),
+        **stopping,
     }
     if streamer is None:
         streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    return _stream(model, settings | given, seed, streamer)
+    return _stream(model, settings, streamer)
+
+
+def _prepare_drawing(
+    model: PreTrainedModel, given: dict[str, Any], seed: int | None
+) -> list[LogitsProcessor]:
+    """Return what turns logits into scores whose largest is the token drawn."""
+    processors = []
+    for name, (warper, neutral) in _WARPERS.items():
+        value = given.get(name, getattr(model.generation_config, name))
+        if value not in (None, neutral):
+            device = {"device": model.device} if warper is EtaLogitsWarper else {}
+            processors.append(warper(value, **device))
+    source = None if seed is None else torch.Generator(model.device).manual_seed(seed)
+    return [*processors, _Draw(source)]
+
+
+class _Draw(LogitsProcessor):
+    """Draw one token as `torch.multinomial` does, from a source of chance that may be our own.
+
+    The largest of p / q, where each q is exponentially distributed, is a token of probability p.
+    """
+
+    def __init__(self, source: torch.Generator | None):
+        self.source = source
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        shares = scores.softmax(dim=-1)
+        return shares / torch.empty_like(shares).exponential_(generator=self.source)
 
 
 def compiled_decoding() -> dict[str, Any]:
@@ -146,7 +202,7 @@ def encode_prompt(
             "tokenizer that the model was trained with."
         )
     with explain_errors("The tokenizer cannot encode the prompt"):
-        prompt.encode()  # a shell or a pipe may hand over bytes that are no UTF-8
+        prompt.encode()  # a shell or a pipe may hand over bytes that are not UTF-8
         ids = tokenizer(prompt, add_special_tokens=add_special_tokens)["input_ids"]
     if not ids and tokenizer.bos_token_id is None:
         raise ValueError(
@@ -162,9 +218,7 @@ def encode_prompt(
     return torch.tensor([ids], device=model.device)
 
 
-def _stream(model, settings, seed, streamer) -> Generator[Any, None, None]:
-    if seed is not None:
-        set_seed(seed)
+def _stream(model, settings, streamer) -> Generator[Any, None, None]:
     abandoned = Event()
     settings["stopping_criteria"] = [lambda *_, **__: abandoned.is_set()]
     errors: list[BaseException] = []

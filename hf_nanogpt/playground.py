@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .chat import find_turn_ends
 from .checkpoint import load_checkpoint
 from .explain import show_token
+from .serving import list_hosts
 from .stepping import Step, choose_candidate, stream_steps
 
 # The least probability of each colour in playground.css, and what the legend says.
@@ -183,7 +184,10 @@ def serve_playground(
     direct = [os.environ.get("no_proxy") or os.environ.get("NO_PROXY"), "localhost", host]
     os.environ["no_proxy"] = ",".join(filter(None, direct))
     import gradio
+    from starlette.middleware import Middleware
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
 
+    hosts: Any = {"allowed_hosts": list_hosts(host, socket.gethostbyname(host))}
     page = _build_page(speakers)
     page.launch(
         server_name=host,
@@ -195,6 +199,7 @@ def serve_playground(
         run_history=False,
         ssr_mode=False,
         mcp_server=False,
+        app_kwargs={"middleware": [Middleware(TrustedHostMiddleware, **hosts)]},
         theme=gradio.themes.Default(primary_hue="blue").set(
             body_text_color_subdued="*neutral_600", block_info_text_color="*neutral_600"
         ),
@@ -291,7 +296,7 @@ def _build_column(speaker: Speaker, prompt, settings: dict[str, Any], start, sto
         return render_text(prompt, steps, speaker.tell_end(steps)) if steps else _NO_TEXT
 
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-    # One at a time: what is sampled depends on the one source of chance of the process.
+    # One at a time: two at once would only slow each other down.
     alone: dict[str, Any] = quiet | {"concurrency_id": "model", "concurrency_limit": 1}
     widgets, outputs = list(settings.values()), [text, candidates, story]
     triggers = [start.click, prompt.submit]

@@ -2,8 +2,9 @@
 
 Checkpoints, the Hub and requests are outside. Whoever joins a path with a name that was read from a
 file calls `path_inside`; whoever reads JSON or YAML that somebody else may have written calls
-`read_json`, `parse_json` or `parse_yaml`; and whoever hands a file of theirs to another library
-does it inside `explain_errors`. An address is shown as `without_secrets` gives it.
+`read_json`, `parse_json` or `parse_yaml`; whoever hands a file of theirs to another library does it
+inside `explain_errors`; and whoever prints their text on a terminal calls `printable`. An address
+is shown as `without_secrets` gives it.
 """
 
 import json
@@ -17,6 +18,20 @@ import yaml
 
 _LARGEST_JSON = 256 * 2**20  # bytes; the largest tokenizers in use have about 30 MB
 _LARGEST_YAML = 2**20
+
+# What a terminal obeys: all control characters, of which a line's end and a tab are no danger. A
+# carriage return is left out, so that the ends of lines stay what they are.
+_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))}
+_CONTROLS |= {ord("\n"): "\n", ord("\t"): "\t", ord("\r"): ""}
+
+
+def printable(text: object) -> str:
+    r"""Return the text with nothing in it that a terminal obeys, such as `\x1b[2J`.
+
+    >>> print(printable("a\x1b[2Jb"))
+    a\x1b[2Jb
+    """
+    return str(text).translate(_CONTROLS)
 
 
 def path_inside(folder: str | Path, name: object) -> Path:

@@ -147,6 +147,30 @@ def test_template_that_refuses_is_one_sentence():
         Chat(talker(), tokenizer).answer("hello")
 
 
+def test_template_that_fails_or_never_ends_is_one_sentence(monkeypatch):
+    monkeypatch.setattr("hf_nanogpt.chat._TEMPLATE_SECONDS", 0.2)
+    endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    tokenizer = train_tokenizer([], kind="byte")
+    for template, words in ((endless, "within 0.2 seconds"), ("{{ 1 // 0 }}", "fails on this")):
+        tokenizer.chat_template = template
+        with pytest.raises(ValueError, match=words):
+            Chat(talker(), tokenizer).answer("hello")
+    assert sys.gettrace() is None
+
+
+def test_answers_and_notes_hold_nothing_that_a_terminal_obeys(tmp_path):
+    save_talker(tmp_path, block_size=256)
+    spoken = {*TOKENIZER("\x1b[2J")["input_ids"]}
+    model = talker()
+    model.generation_config.suppress_tokens = sorted(set(range(len(TOKENIZER))) - spoken)
+    model.save_pretrained(tmp_path)
+    command = [*CHAT, tmp_path, "--seed=1", "--max_new_tokens=40"]
+    given = {"input": "hi\n/no\x1b[2J\n/system \x9b\n", "capture_output": True, "text": True}
+    done = subprocess.run(command, **given)
+    for text in (done.stdout, done.stderr):
+        assert "\\x1b" in text and "\x1b" not in text and "\x9b" not in text
+
+
 # commands
 
 

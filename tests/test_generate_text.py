@@ -2,11 +2,14 @@
 
 import importlib.util
 import json
+import random
 import re
 import runpy
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, tiny_model
@@ -125,6 +128,66 @@ def test_same_seed_gives_the_same_text():
     assert generate_text(model, TOKENIZER, "a", seed=3) == [first]
     assert generate_text(model, TOKENIZER, "a", seed=4) == [second]
     assert first != second
+
+
+@pytest.mark.parametrize("own", [{}, {"top_k": 5, "typical_p": 0.9, "eta_cutoff": 1e-3}])
+@pytest.mark.parametrize("given", [{}, {"top_k": 3, "top_p": 0.9}, {"min_p": 0.1}])
+def test_sampled_text_is_that_of_transformers_after_the_same_seed(own, given):
+    model = talker()
+    model.generation_config.update(do_sample=True, repetition_penalty=1.2, **own)
+    inputs = TOKENIZER("the cat", return_tensors="pt")
+    settings = {"top_k": own.get("top_k", 0), "temperature": 0.7} | given
+    set_seed(3)
+    ids = model.generate(**inputs, do_sample=True, max_new_tokens=30, **settings)
+    expected = [TOKENIZER.decode(ids[0])]
+    given = {"max_new_tokens": 30, "temperature": 0.7, "stop_at_eos": False} | given
+    assert generate_text(model, TOKENIZER, "the cat", seed=3, **given) == expected
+    set_seed(3)
+    assert generate_text(model, TOKENIZER, "the cat", **given) == expected
+
+
+def test_threads_with_seeds_of_their_own_get_the_texts_they_get_alone():
+    model = talker()
+
+    def speak(seed: int) -> list[str]:
+        return generate_text(model, TOKENIZER, "a", seed=seed, max_new_tokens=40)
+
+    alone = [speak(seed) for seed in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(speak, range(4))) == alone and len(set(map(tuple, alone))) == 4
+
+
+def test_a_seed_moves_no_source_of_chance_of_the_process():
+    model = talker()
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    generate_text(model, TOKENIZER, "a", seed=0, max_new_tokens=12)
+    after = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    assert after == before
+
+
+@pytest.mark.parametrize("where", ["prompt", "text"])
+def test_nothing_that_a_terminal_obeys_is_printed(where, checkpoint, tmp_path, capsys):
+    evil = "\x1b]0;title\x07\x1b[2J\x9b2J\x7f"
+    if where == "prompt":
+        assert main(["generate", str(checkpoint), f"{evil}\r\n\té", "--max_new_tokens=3"]) == 0
+    else:  # a model that writes escapes
+        model = talker()
+        model.generation_config.suppress_tokens = [
+            i for i in range(len(TOKENIZER)) if i not in TOKENIZER("\x1b[2J")["input_ids"]
+        ]
+        model.save_pretrained(tmp_path)
+        TOKENIZER.save_pretrained(tmp_path)
+        assert main(["generate", str(tmp_path), "a", "--max_new_tokens=40", "--seed=1"]) == 0
+    out = capsys.readouterr().out
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", out) and "\\x1b" in out
+    assert where == "text" or out.startswith("\\x1b]0;title\\x07\\x1b[2J\\x9b2J\\x7f\n\té")
+
+
+def test_no_message_holds_what_a_terminal_obeys(capsys):
+    assert main(["info", "no\x1b[2Jsuch\x9bmodel"]) == 2
+    assert main(["\x1b[2J"]) == 2
+    error = capsys.readouterr().err
+    assert "\\x1b[2J" in error and not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", error)
 
 
 def test_empty_prompt_starts_from_the_bos_token():

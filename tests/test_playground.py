@@ -9,6 +9,8 @@ import subprocess
 import sys
 import time
 from importlib.util import find_spec
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from hf_nanogpt import stream_text, train_tokenizer
 from hf_nanogpt.cli import main
 from hf_nanogpt.playground import Speaker, render_candidates, render_legend, render_text
 from hf_nanogpt.stepping import Candidate, Step, choose_candidate, stream_steps
+from hf_nanogpt.untrusted import printable
 
 TOKENIZER = train_tokenizer([], kind="byte")
 PROMPT = "the cat"
@@ -73,7 +76,7 @@ def test_same_seed_gives_the_text_of_the_verb_generate(seed, checkpoint, capfd):
     settings = {"temperature": 0.8, "top_k": 30, "top_p": 0.8, "max_new_tokens": 20, "seed": seed}
     steps = list(stream_steps(talker(), TOKENIZER, PROMPT, **settings))
     text = TOKENIZER.decode([step.came.id for step in steps], skip_special_tokens=True)
-    assert capfd.readouterr().out == f"{PROMPT}{text}\n"
+    assert capfd.readouterr().out == printable(f"{PROMPT}{text}\n")
 
 
 def test_going_on_from_a_candidate_keeps_what_was_before_and_follows_it():
@@ -189,6 +192,21 @@ def test_bad_input_to_the_command_is_one_sentence(checkpoint, tmp_path, capsys):
             [sentence] = output.err.splitlines()[-1:]
             assert sentence.startswith("hf-nanogpt: ") and words in sentence, sentence
             assert output.out == "" and "Traceback" not in output.err
+
+
+@needs_gradio
+def test_a_page_from_elsewhere_does_not_reach_the_playground(checkpoint):
+    command = [sys.executable, "-m", "hf_nanogpt", "playground", checkpoint]
+    given = {"stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, **given) as server:
+        try:
+            url = re.search(r"http://127\.0\.0\.1:\d+/", server.stdout.readline())[0]
+            with urlopen(Request(f"{url}config", headers={"Host": "localhost"})) as answer:
+                assert answer.status == 200
+            with pytest.raises(HTTPError, match="400"):
+                urlopen(Request(f"{url}config", headers={"Host": "evil.example"}))
+        finally:
+            server.terminate()
 
 
 @needs_gradio

@@ -102,7 +102,9 @@ def _call(verb: str, argv: list[str]) -> None:
 
 
 def _refuse(sentence: str) -> int:
-    print(f"hf-nanogpt: {' '.join(sentence.split())}", file=sys.stderr)
+    from ..untrusted import printable
+
+    print(printable(f"hf-nanogpt: {' '.join(sentence.split())}"), file=sys.stderr)
     return 2
 
 

@@ -1,10 +1,13 @@
 """The verbs `chat` and `serve`."""
 
 import io
+import os
 import sys
 from contextlib import suppress
 from importlib.util import find_spec
+from pathlib import Path
 
+from ..untrusted import printable
 from . import VERBS
 from .parser import Parser, add_sampling, quiet_libraries
 
@@ -38,7 +41,7 @@ def run_chat(argv: list[str]) -> None:
             if not person:
                 raise
         except ValueError as error:
-            print(f"({' '.join(str(error).split())})", file=sys.stderr)
+            print(printable(f"({' '.join(str(error).split())})"), file=sys.stderr)
 
 
 def _read_line(person: bool) -> str | None:
@@ -58,7 +61,7 @@ def _read_line(person: bool) -> str | None:
 def _answer(chat, line: str) -> None:
     """Print what a command says, or the answer to a message."""
     if line.startswith("/"):
-        print(chat.run_command(line))
+        print(printable(chat.run_command(line)))
         return
     if not line:
         return
@@ -68,7 +71,7 @@ def _answer(chat, line: str) -> None:
         print(f"(the oldest {new} messages no longer fit the context)", file=sys.stderr)
     try:
         for piece in pieces:
-            print(piece, end="", flush=True)
+            print(printable(piece), end="", flush=True)
     finally:
         pieces.close()
         print()
@@ -81,28 +84,45 @@ def run_serve(argv: list[str]) -> None:
         "--host", default="127.0.0.1", help="address to listen at (default: this machine only)"
     )
     parser.add_argument("--port", type=int, default=8000, help="0 takes a free one (default 8000)")
+    parser.add_argument(
+        "--api_key",
+        help="what clients must send as a bearer token; needed where other machines can reach the "
+        "server. The environment variable HF_NANOGPT_API_KEY keeps it off the list of processes",
+    )
     args = parser.parse(argv)
 
-    if not all(map(find_spec, ("fastapi", "openai", "uvicorn"))):
+    if not all(map(find_spec, ("starlette", "uvicorn"))):
         raise ValueError("A server needs packages: pip install 'hf-nanogpt[serve]'.")
 
     quiet_libraries()
     from ..chat import NO_TEMPLATE
     from ..checkpoint import load_checkpoint
-    from ..serving import build_app, open_socket, serve_app, write_request
+    from ..serving import (
+        build_app,
+        check_key_is_there,
+        list_hosts,
+        open_socket,
+        serve_app,
+        write_request,
+    )
 
-    name = args.checkpoint.rstrip("/")
-    model, tokenizer = load_checkpoint(name)
-    app = build_app(name, model, tokenizer)
+    key = args.api_key or os.environ.get("HF_NANOGPT_API_KEY")
     listener = open_socket(args.host, args.port)
     host, port = listener.getsockname()[:2]
+    check_key_is_there(args.host, host, key)
+    model, tokenizer = load_checkpoint(args.checkpoint)
+    name = args.checkpoint.rstrip("/")
+    if Path(name).is_absolute():  # clients are told the name, and no path of this machine
+        name = Path(name).name
+    app = build_app(name, model, tokenizer, api_key=key, hosts=list_hosts(args.host, host))
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
     def welcome() -> None:
         if not tokenizer.chat_template:
             print(f"Only {url}/v1/completions will answer. {NO_TEMPLATE}")
-        print(f"{name} answers at {url}/v1 (Ctrl-C ends it); try:")
-        print(write_request(url, name, chat=bool(tokenizer.chat_template)), flush=True)
+        print(printable(f"{name} answers at {url}/v1 (Ctrl-C ends it); try:"))
+        chat = bool(tokenizer.chat_template)
+        print(printable(write_request(url, name, chat=chat, with_key=bool(key))), flush=True)
 
     serve_app(app, listener, on_ready=welcome)
     print("Ended.")

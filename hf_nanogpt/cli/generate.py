@@ -4,6 +4,7 @@ import os
 import shutil
 import sys
 
+from ..untrusted import printable
 from . import VERBS
 from .parser import Parser, add_sampling, quiet_libraries
 
@@ -63,9 +64,9 @@ def run_generate(argv: list[str]) -> None:
         )
         if args.num_samples > 1:
             print(f"--- sample {i + 1} ---")
-        print(prompt, end="", flush=True)
+        print(printable(prompt), end="", flush=True)
         for piece in pieces:
-            print(piece, end="", flush=True)
+            print(printable(piece), end="", flush=True)
         print()
 
 
