@@ -45,7 +45,8 @@ KEYWORDS = frozenset(TransformersKwargs.__annotations__) | {
     *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"),
     *("cache", "block_table", "read_index", "write_index", "logits_indices"),
     *("logits_processor_args", "max_seqlen_q", "max_seqlen_k", "attention_instances"),
-    *("return_dict", "token_type_ids"),  # Llama ignores these two as well
+    # Tokenizers make the first, `generate` passes the others on; Llama ignores them as well.
+    *("token_type_ids", "tokenizer", "assistant_tokenizer", "return_dict"),
 }
 
 

@@ -26,11 +26,12 @@ def load(folder, auto_class=AutoModelForCausalLM):
 
 
 def generate(model, ids, **settings):
-    """Return what follows `ids`, always `NEW` tokens; greedy unless the settings say otherwise."""
+    """Return what follows `ids`: `NEW` tokens, greedy, unless the settings say otherwise."""
     settings = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False} | settings
     mask = settings.pop("attention_mask", torch.ones_like(ids))
     with torch.no_grad():
-        return model.generate(ids, attention_mask=mask, pad_token_id=0, **settings)[:, -NEW:]
+        tokens = model.generate(ids, attention_mask=mask, pad_token_id=0, **settings)
+    return tokens[:, ids.shape[1] :]
 
 
 def logits_of(model, ids, **given):
@@ -122,6 +123,16 @@ def check_assisted(folder, expected):
             if "Cannot `crop` a `DynamicSlidingWindowLayer`" not in str(error):
                 raise
             raise RefusedError(str(error)) from error
+
+
+def check_stop_strings(folder, expected):
+    tokenizer = AutoTokenizer.from_pretrained(folder, **FOREIGN)
+    ids, greedy = expected["ids"][:1], expected["greedy"][0]
+    text = tokenizer.decode(greedy)
+    stop = next(text[n : n + 3] for n in range(4, len(text)) if "\ufffd" not in text[n : n + 3])
+    given = {"stop_strings": [stop], "tokenizer": tokenizer, "min_new_tokens": 0}
+    found = tokenizer.decode(generate(load(folder), ids, **given)[0])
+    assert stop in found and text.startswith(found), f"{found!r} of {text!r}, stop {stop!r}"
 
 
 def check_packed_documents(folder, expected):

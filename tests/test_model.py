@@ -298,6 +298,7 @@ KEYWORDS = {
     "num_items_in_batch": torch.tensor(7),
     "attention_instances": {},
     "output_router_logits": False,
+    "tokenizer": object(),
 }
 
 
