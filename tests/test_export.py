@@ -159,7 +159,7 @@ def test_a_checkpoint_without_a_tokenizer_is_exported_without(tmp_path):
 def test_a_foreign_checkpoint_is_not_exported(tmp_path):
     save_checkpoint("nano", tmp_path / "ours")
     export_checkpoint(tmp_path / "ours", tmp_path / "native")
-    with pytest.raises(ValueError, match="config.json is that of a qwen3 model, and only ours"):
+    with pytest.raises(ValueError, match=r"config\.json is that of a qwen3 model, and only ours"):
         export_checkpoint(tmp_path / "native", tmp_path / "again")
 
 

@@ -65,7 +65,9 @@ def test_python_snippets_run(workplace):
 def test_loading_lines_ask_no_question_where_the_package_is_missing(workplace):
     [code] = [block for block in blocks("python") if "PreTrainedTokenizerFast" in block]
     others = """
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, pipeline
+write = pipeline("text-generation", "runs/quickstart", trust_remote_code=True)  # as on the card
+assert write("def", max_new_tokens=2)[0]["generated_text"].startswith("def")
 other = AutoTokenizer.from_pretrained("runs/quickstart", trust_remote_code=True)
 assert tokenizer("def é").input_ids == other("def é").input_ids
 logits = model(**tokenizer("def", return_tensors="pt", return_token_type_ids=True)).logits
