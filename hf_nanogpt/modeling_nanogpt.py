@@ -465,8 +465,8 @@ class NanoGPTModel(NanoGPTPreTrainedModel):
             past_seen = 0 if is_new else past_key_values.get_seq_length()
             steps = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)
             position_ids = (steps + past_seen).unsqueeze(0)
-        elif attention_mask is None and not is_new:
-            self._check_not_packed(position_ids, past_key_values)
+        elif attention_mask is None and "cu_seq_lens_q" not in kwargs:
+            self._check_packing(position_ids, None if is_new else past_key_values)
 
         masks = attention_mask  # `generate` hands over one mask per kind of layer for static caches
         if not isinstance(masks, dict):
@@ -502,15 +502,23 @@ class NanoGPTModel(NanoGPTPreTrainedModel):
             last_hidden_state=self.norm(hidden_states), **{CACHE: past_key_values}
         )
 
-    @staticmethod
-    def _check_not_packed(position_ids: torch.Tensor, cache: Cache):
-        """Raise where packed documents would see each other through a static or filled cache."""
-        if not isinstance(cache, Cache) or torch.compiler.is_compiling():
+    def _check_packing(self, position_ids: torch.Tensor, cache: Cache | None):
+        """Raise where packed documents would see each other.
+
+        A static or filled cache cannot keep them apart; flash attention does in a batch of one row,
+        or where `cu_seq_lens_q` and its kin say where they begin.
+        """
+        rows, length = position_ids.shape
+        flash = rows > 1 and "flash" in self.config._attn_implementation
+        if not (flash or isinstance(cache, Cache)) or torch.compiler.is_compiling():
             return
-        if position_ids.shape[1] > 1 and bool((position_ids.diff(dim=-1) != 1).any()):
+        if length > 1 and bool((position_ids.diff(dim=-1) != 1).any()):
+            what, instead = "a static or filled cache", "use_cache=False"
+            if flash:
+                what, instead = "flash attention of several rows", "attn_implementation='sdpa'"
             raise ValueError(
-                "position_ids that start again mark packed documents, which a static or filled "
-                "cache cannot keep apart: use use_cache=False, or give an attention_mask."
+                f"position_ids that start again mark packed documents, which {what} cannot keep "
+                f"apart: use {instead}, or give an attention_mask."
             )
 
     def _check_positions(self, position_ids: torch.Tensor):

@@ -376,6 +376,14 @@ def test_packed_documents_are_apart_with_the_default_cache(family, tokens):
     torch.testing.assert_close(packed[0], alone, atol=1e-5, rtol=1e-4)
 
 
+def test_packed_documents_are_refused_by_flash_attention_of_several_rows(tokens):
+    # transformers looks for them in a batch of one row only. No kernel is needed to be told so.
+    model = tiny_model()
+    model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match=r"packed documents.*attn_implementation='sdpa'"):
+        model(tokens, position_ids=PACKED.expand(2, -1), use_cache=False)
+
+
 @pytest.mark.parametrize("kind", ["static", "filled"])
 def test_packed_documents_are_refused_where_a_cache_would_mix_them(kind, tokens):
     model = tiny_model()
