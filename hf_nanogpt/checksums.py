@@ -15,8 +15,17 @@ RECORD = "InterruptibleTrainer"
 _STATE = "trainer_state.json"
 _NUMBER = int | float
 # What may be null in Trainer's part of it, and all that a training adds.
-_OPTIONAL = {"train_batch_size": int, "best_metric": _NUMBER, "best_model_checkpoint": str}
-_ADDED = {"settings": dict, "seconds": _NUMBER, "running_losses": list, "last_logged": int}
+_OPTIONAL: dict[str, Any] = {
+    "train_batch_size": int,
+    "best_metric": _NUMBER,
+    "best_model_checkpoint": str,
+}
+_ADDED: dict[str, Any] = {
+    "settings": dict,
+    "seconds": _NUMBER,
+    "running_losses": list,
+    "last_logged": int,
+}
 
 
 def save_state(state: TrainerState, path: str) -> None:
