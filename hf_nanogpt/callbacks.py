@@ -24,6 +24,7 @@ from transformers.utils import logging
 from .configuration_nanogpt import NanoGPTConfig
 from .generation import generate_text
 from .throughput import count_flops, find_peak
+from .untrusted import printable
 
 logger = logging.get_logger(__name__)
 
@@ -225,7 +226,8 @@ class SampleCallback(TrainerCallback):
                 )
                 first = max(0, len(asked) - 2)  # of a prompt of many lines only the last
                 with no_reason_to_stop("A sample"):
-                    tqdm.write("\n".join(f"  | {line}" for line in lines[first : first + 3]))
+                    shown = "\n".join(f"  | {line}" for line in lines[first : first + 3])
+                    tqdm.write(printable(shown))
 
 
 def _step_of(row: str) -> float:

@@ -21,7 +21,7 @@ from transformers.utils import logging
 from .checksums import find_damage, read_record
 from .foreign import TOKENIZERS, read_model, read_tokenizer
 from .hub_errors import explain_hub_error
-from .untrusted import path_inside
+from .untrusted import check_links, path_inside
 
 logger = logging.get_logger(__name__)
 
@@ -135,7 +135,10 @@ def load_model(checkpoint: str | Path, folder: Path | None = None) -> PreTrained
 def local_folder(checkpoint: str | Path, files: Sequence[str] = _DOWNLOADED) -> Path:
     """Return the folder of a checkpoint; of a Hub id the one in which `files` were downloaded."""
     name, revision = split_revision(check_checkpoint(checkpoint))
-    return Path(name) if Path(name).is_dir() else download(name, revision, files)
+    if not Path(name).is_dir():
+        return download(name, revision, files)
+    check_links(name)
+    return Path(name)
 
 
 def download(
@@ -246,8 +249,9 @@ def clear_unfinished(output_dir: str | Path, last: str | None = None) -> None:
     """
     steps, last = _list_steps(output_dir), last or find_last_checkpoint(output_dir)
     later = steps[steps.index(Path(last)) + 1 :] if last else steps
-    for path in (*later, *Path(output_dir).glob(f"{_STAGED}*")):
+    for path in later:
         _delete(path)
+    clear_abandoned(output_dir)
 
 
 def _list_steps(output_dir: str | Path) -> list[Path]:

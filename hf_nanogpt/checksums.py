@@ -2,21 +2,36 @@
 
 import json
 import zlib
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerState
+from transformers import TrainerControl, TrainerState
 
 from .untrusted import path_inside, read_json
 
 # Where the `trainer_state.json` of a step keeps what `InterruptibleTrainer` adds.
 RECORD = "InterruptibleTrainer"
 _STATE = "trainer_state.json"
+_NUMBER = int | float
+# What may be null in Trainer's part of it, and all that a training adds.
+_OPTIONAL: dict[str, Any] = {
+    "train_batch_size": int,
+    "best_metric": _NUMBER,
+    "best_model_checkpoint": str,
+}
+_ADDED: dict[str, Any] = {
+    "settings": dict,
+    "seconds": _NUMBER,
+    "running_losses": list,
+    "last_logged": int,
+}
 
 
 def save_state(state: TrainerState, path: str) -> None:
-    """Write a `trainer_state.json` with a checksum of its own."""
+    """Write a `trainer_state.json` with a checksum of its own, and no path of this machine."""
+    if state.best_model_checkpoint:  # resuming makes the path from `best_global_step`
+        state = replace(state, best_model_checkpoint=Path(state.best_model_checkpoint).name)
     if record := state.stateful_callbacks.get(RECORD):
         record["checksum"] = sum_state(json.loads(json.dumps(asdict(state))))
     TrainerState.save_to_json(state, path)
@@ -26,7 +41,7 @@ def find_damage(step: str | Path) -> str | None:
     """Return the name of a file in a whole `checkpoint-N` that is not as it was written, if any."""
     state = read_json(Path(step) / _STATE)
     record = _get_record(state)
-    if not _is_state(state):
+    if not _is_state(state) or not _is_record(state, record):
         return _STATE
     if record.get("checksum", sum_state(state)) != sum_state(state):
         return _STATE
@@ -75,15 +90,36 @@ def _get_record(state: dict[str, Any]) -> dict[str, Any]:
 
 def _is_state(state: dict[str, Any]) -> bool:
     """Say whether a `trainer_state.json` has the names and types that Trainer's own has."""
-    usual, number = vars(TrainerState()), int | float
-    rows = state.get("log_history", [])
+    usual = vars(TrainerState())
+    rows = state.get("log_history") or []
     return (
         state.keys() <= usual.keys()
         and isinstance(state.get("global_step", 0), int)
         and all(
-            isinstance(value, number if isinstance(usual[name], number) else type(usual[name]))
+            isinstance(value, _NUMBER if isinstance(usual[name], _NUMBER) else type(usual[name]))
             for name, value in state.items()
             if usual[name] is not None and value is not None
         )
-        and all(isinstance(row, dict) and isinstance(row.get("step"), number) for row in rows)
+        and all(
+            isinstance(state[name], kind)
+            for name, kind in _OPTIONAL.items()
+            if state.get(name) is not None
+        )
+        and state.get("global_step", 0) >= 0
+        and all(isinstance(row, dict) and isinstance(row.get("step"), _NUMBER) for row in rows)
+    )
+
+
+def _is_record(state: dict[str, Any], record: dict[str, Any]) -> bool:
+    """Say whether what a training adds is whole, and of the right types; of others, it is none."""
+    if not record:
+        return True
+    control = state["stateful_callbacks"].get("TrainerControl")
+    args = control.get("args") if isinstance(control, dict) else None
+    return (
+        all(isinstance(record.get(name), kind) for name, kind in _ADDED.items())
+        and all(isinstance(loss, _NUMBER) for loss in record["running_losses"])
+        and isinstance(args, dict)
+        and args.keys() == TrainerControl().state()["args"].keys()
+        and all(isinstance(value, bool) for value in args.values())
     )

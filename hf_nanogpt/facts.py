@@ -57,13 +57,13 @@ def collect_facts(
     batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     return {
         "recipe": Path(recipe).name,
-        "data": _publish(data_args.data),
+        "data": publish_place(data_args.data),
         "datasets": [data_args.data] if _is_hub_dataset(data_args.data) else [],
-        "start_from": start_from and _publish(str(start_from)),
+        "start_from": start_from and publish_place(str(start_from)),
         "command": _publish_command(["hf-nanogpt", "train", recipe, *start, *flags]),
         "eval_command": _repeat_evaluation(data_args),
         "settings": {
-            "Tokenizer": _publish(data_args.tokenizer),
+            "Tokenizer": publish_place(data_args.tokenizer),
             "Batch": f"{batch} blocks of {context_length} tokens",
             "Optimizer": args.optim_recipe,
             "Learning rate": args.learning_rate,
@@ -83,7 +83,7 @@ def _describe_adapter(args: NanoGPTTrainingArguments) -> str | None:
     return f"rank {args.lora_rank}, alpha {args.lora_alpha}, merged" if args.lora else None
 
 
-def _publish(place: str) -> str:
+def publish_place(place: str) -> str:
     """Return an address without its secrets, or of a path on this machine the last part."""
     place = without_secrets(place)
     is_private = os.path.isabs(place) or place.startswith("~")
@@ -99,9 +99,9 @@ def _publish_command(words: Sequence[str]) -> list[str]:
             flag, equals, value = word.partition("=")
             name = flag.removeprefix("--").replace("-", "_")
             shown = name.removeprefix("no_") in _PUBLISHED
-            word = f"--{name}{equals}{_publish(value)}"
+            word = f"--{name}{equals}{publish_place(value)}"
         else:  # the value of a flag, or what stands before all flags
-            word = _publish(word)
+            word = publish_place(word)
         if shown:
             kept.append(word)
     return kept
@@ -112,12 +112,12 @@ def publish_facts(metrics: dict[str, Any]) -> dict[str, Any]:
     clean = dict(metrics)
     for name in ("data", "start_from"):
         if isinstance(value := metrics.get(name), str):
-            clean[name] = _publish(value)
+            clean[name] = publish_place(value)
     for name in ("command", "eval_command"):
         if isinstance(value := metrics.get(name), list):
             clean[name] = _publish_command([str(word) for word in value])
     if isinstance(settings := metrics.get("settings"), dict) and "Tokenizer" in settings:
-        clean["settings"] = settings | {"Tokenizer": _publish(str(settings["Tokenizer"]))}
+        clean["settings"] = settings | {"Tokenizer": publish_place(str(settings["Tokenizer"]))}
     return clean
 
 
@@ -133,7 +133,7 @@ def _repeat_evaluation(data_args: DataArguments) -> list[str] | None:
         return None
     if data_args.streaming or data_args.dataset_config or data_args.dataset_split != "train":
         return None
-    words = ["--data", _publish(data_args.validation_data or data_args.data)]
+    words = ["--data", publish_place(data_args.validation_data or data_args.data)]
     if not data_args.validation_data:
         words += ["--held_out", str(data_args.validation_fraction)]
     if data_args.text_column != default.text_column:

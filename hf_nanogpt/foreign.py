@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from . import auto  # noqa: F401 (importing it registers the Auto classes)
-from .untrusted import explain_errors, read_json
+from .untrusted import check_links, explain_errors, read_json
 from .weights import open_weights
 
 CONFIG = "config.json"
@@ -75,7 +75,8 @@ def check_fields(fields: dict[str, Any], path: Path) -> None:
     """
     for name, value in _flatten(fields):
         limit = next((most for names, most in _LIMITS if names.search(name)), _LARGEST)
-        if isinstance(value, int) and abs(value) > limit:
+        is_size = isinstance(value, int) and "theta" not in name  # of rope: a large whole number
+        if is_size and abs(value) > limit:
             raise ValueError(f"{path} has {name}={value:,}, and at most {limit:,} is read.")
         if isinstance(value, str) and "/" in value and re.search("implementation|kernel", name):
             raise ValueError(
@@ -109,7 +110,7 @@ def check_generation_config(folder: Path) -> None:
         if value is None or name not in usual:
             fine = value is None or not name.endswith("_token_id") or _are_ids(value)
         elif isinstance(wanted, bool):
-            fine = isinstance(value, bool)
+            fine = isinstance(value, bool) or (name, value) == ("early_stopping", "never")
         else:
             fine = not isinstance(wanted, int | float) or (number and math.isfinite(value))
         if not fine:
@@ -134,6 +135,7 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     Raises:
         ValueError: one of its files is missing or damaged, or it needs code of its own.
     """
+    check_links(folder)
     for name in _OF_TOKENIZER:
         if (folder / name).is_file():
             read_json(folder / name)

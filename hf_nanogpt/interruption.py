@@ -9,7 +9,6 @@ import itertools
 import json
 import math
 import os
-import pickle
 import signal
 import threading
 import time
@@ -22,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 from transformers.utils import logging
 
 from .arguments import NanoGPTTrainingArguments
@@ -30,7 +29,9 @@ from .checkpoint import explain_write_errors, find_last_checkpoint
 from .checksums import RECORD, find_damage, read_record, save_state, sum_file
 from .configuration_nanogpt import NanoGPTConfig
 from .data import DataArguments
+from .facts import publish_place
 from .packing import PackedBlocks, PackedStream
+from .resuming import GuardedTrainer
 from .untrusted import path_inside
 
 logger = logging.get_logger(__name__)
@@ -65,7 +66,7 @@ class TrainingInterrupted(KeyboardInterrupt):
         self.signum, self.checkpoint = signum, checkpoint
 
 
-class InterruptibleTrainer(Trainer):
+class InterruptibleTrainer(GuardedTrainer):
     """A Trainer that stops on request, never saves what is not finite, and resumes exactly.
 
     Attributes:
@@ -84,13 +85,7 @@ class InterruptibleTrainer(Trainer):
     def train(self, *args, **kwargs):
         # Last, for it may evaluate as training begins, when all others must be ready.
         self.add_callback(self.pop_callback(_ResumeCallback))
-        try:
-            return super().train(*args, **kwargs)
-        except pickle.UnpicklingError as error:  # torch loads tensors and numbers, and runs no code
-            raise ValueError(
-                "The checkpoint to resume from holds more than tensors and numbers in one of its "
-                "files, which was not loaded: do not use it."
-            ) from error
+        return super().train(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         for name in ("loss", "eval_loss"):
@@ -295,7 +290,7 @@ def describe_settings(
         "processes": args.world_size,
         "total batch size": accumulated * args.world_size * max(1, args.n_gpu),
         **architecture,
-        "tokenizer": data_args.tokenizer,
+        "tokenizer": publish_place(data_args.tokenizer),  # the Hub gets this file
         "vocab_size": data_args.vocab_size,
         "chat_template": data_args.chat_template,
         "lora": adapter,
@@ -327,6 +322,8 @@ def check_settings(checkpoint: str, settings: dict[str, Any]) -> None:
             "this version of hf_nanogpt; train anew in another output_dir."
         )
     before = record["settings"]
+    if isinstance(path := before.get("tokenizer"), str):  # as version 0.1.0 wrote it
+        before["tokenizer"] = publish_place(path)
     changed = [name for name, value in settings.items() if before.get(name) != value]
 
     def tell(names: list[str]) -> str:

@@ -12,7 +12,6 @@ the last one, and any number of processes writes the same bytes.
 
 import json
 import os
-import shutil
 import signal
 import threading
 from collections import deque
@@ -35,7 +34,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from . import __version__
-from .checkpoint import check_writable, staged_folder
+from .checkpoint import check_writable, clear_abandoned, staged_folder
 from .conversations import MESSAGES, add_chat_template
 from .data import (
     TOKENIZED,
@@ -242,8 +241,7 @@ def _begin(
     folder: Path, args: DataArguments, described: dict[str, Any], documents: Documents
 ) -> PreTrainedTokenizerBase:
     """Write the tokenizer and the description, unless an earlier run did, and return the former."""
-    for rest in folder.glob(".staged-*"):  # of a run that was killed
-        shutil.rmtree(rest)
+    clear_abandoned(folder)
     if not (folder / "tokenizer").is_dir():
         tokenizer = load_tokenizer(args, documents)
         add_chat_template(tokenizer, args.chat_template)

@@ -60,6 +60,16 @@ def path_inside(folder: str | Path, name: object) -> Path:
     return path
 
 
+def check_links(folder: str | Path) -> None:
+    """Raise a `ValueError` if a file that loading may read is a link that leads out of the folder.
+
+    What is loaded is often written elsewhere, and published: a link could lead to a secret.
+    """
+    for pattern in ("*.json", "*.txt", "*.model", "*.jinja", "*.safetensors", "*/*.jinja"):
+        for path in Path(folder).glob(pattern):
+            path_inside(folder, str(path.relative_to(folder)))
+
+
 def _own_roots(folder: Path) -> list[Path]:
     real = folder.resolve()
     for parent in (real, *real.parents):  # huggingface_hub's cache: snapshots/COMMIT links to blobs

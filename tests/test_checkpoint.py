@@ -13,7 +13,12 @@ from conftest import _HUB, assert_same, tiny_model
 from safetensors.torch import load_file, save_file
 
 from hf_nanogpt import load_checkpoint, train, train_tokenizer
-from hf_nanogpt.checkpoint import check_output_dir, clear_output_dir, staged_folder
+from hf_nanogpt.checkpoint import (
+    check_output_dir,
+    clear_output_dir,
+    clear_unfinished,
+    staged_folder,
+)
 from hf_nanogpt.locking import lock_output_dir
 
 TOKENIZER = train_tokenizer([], kind="byte")
@@ -176,6 +181,13 @@ def test_clearing_takes_a_link_away_and_not_what_it_leads_to(folder, tmp_path):
     clear_output_dir(folder)
     assert not list(folder.iterdir())
     assert (elsewhere / "weights.bin").is_file()
+
+
+def test_clearing_what_is_unfinished_leaves_what_another_process_writes(tmp_path):
+    (tmp_path / ".staged-abcd_123").mkdir()
+    with staged_folder(tmp_path) as staged:
+        clear_unfinished(tmp_path)
+        assert staged.is_dir() and not (tmp_path / ".staged-abcd_123").exists()
 
 
 def test_resuming_needs_a_whole_step_or_no_more_than_a_killed_training_leaves(folder):

@@ -26,7 +26,12 @@ from safetensors.torch import load_file
 from torch.distributed import TCPStore
 from transformers import TrainerState
 
-from hf_nanogpt import NanoGPTForCausalLM, NanoGPTTrainer, NanoGPTTrainingArguments
+from hf_nanogpt import (
+    NanoGPTForCausalLM,
+    NanoGPTTrainer,
+    NanoGPTTrainingArguments,
+    train_tokenizer,
+)
 from hf_nanogpt.checkpoint import (
     clear_unfinished,
     find_intact_checkpoint,
@@ -34,6 +39,7 @@ from hf_nanogpt.checkpoint import (
 )
 from hf_nanogpt.checksums import RECORD, find_damage, sum_file, sum_state
 from hf_nanogpt.cli import main
+from hf_nanogpt.cli.train import _resume_command
 from hf_nanogpt.interruption import stop_on_signals
 
 # Batches of 4 of some 30 blocks make several epochs, dropout makes random numbers count, and no two
@@ -287,6 +293,32 @@ def test_an_interrupted_run_saves_tells_how_to_go_on_and_does(
     _assert_same(folder, whole)
 
 
+def test_the_command_to_go_on_shows_no_secret():
+    given = ["--data=https://me:pw@host/x?sign=1", "--hub-token", "hf_x", "--seed", "1"]
+    given += ["--hub_token=hf_x", "--data", "https://me:pw@host/y"]
+    shown = _resume_command(given)
+    assert shown.endswith("train --data=https://host/x --seed 1 --data https://host/y --resume")
+
+
+def test_no_path_of_this_machine_is_in_a_checkpoint(run, tmp_path):
+    folder = tmp_path / "private-home" / "run"
+    train_tokenizer([], kind="byte").save_pretrained(tmp_path / "private-home" / "words")
+    settings = {"tokenizer": tmp_path / "private-home" / "words", "max_steps": 6}
+    settings |= {"load_best_model_at_end": True, "eval_steps": 5}
+    assert run(folder, **settings)[0] == 0
+    last = find_last_checkpoint(folder)
+    state = Path(last) / "trainer_state.json"
+    assert "best_model_checkpoint" in state.read_text()
+    assert "private-home" not in state.read_text()
+    # As version 0.1.0 wrote it.
+    content = json.loads(state.read_text())
+    content["stateful_callbacks"][RECORD]["settings"]["tokenizer"] = str(settings["tokenizer"])
+    state.write_text(json.dumps(content))
+    _reseal(state.parent)
+    code, printed = run(folder, "--resume", **settings | {"max_steps": 7})
+    assert code == 0, printed
+
+
 def test_a_second_signal_stops_at_once(run, tmp_path):
     twice = ("batch", 13, signal.SIGINT, signal.SIGINT)
     code, printed = run(tmp_path / "run", moment=twice)
@@ -470,7 +502,7 @@ def test_only_whole_checkpoints_are_found_and_only_later_halves_are_deleted(part
     weights = folder / "checkpoint-10" / "model.safetensors"
     os.truncate(weights, weights.stat().st_size - 1)
     (folder / "checkpoint-30" / "trainer_state.json").write_text("{")
-    for name in (".staged-x", "checkpoint-12-mine", "thesis"):
+    for name in (".staged-abcd_123", "checkpoint-12-mine", "thesis"):
         (folder / name).mkdir()
     assert find_last_checkpoint(folder) == str(folder / "checkpoint-9")
     clear_unfinished(folder)
@@ -575,6 +607,59 @@ def test_no_code_runs_from_a_checkpoint_of_somebody_else(
     assert code == (2 if is_loaded else 0), printed
     assert "Traceback" not in printed
     assert ("holds more than tensors and numbers" in printed) == is_loaded
+
+
+def _squeeze(state):
+    for values in state["state"].values():
+        values |= {k: torch.zeros(3) for k, v in values.items() if v.ndim}
+    return state
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("optimizer.pt", lambda state: 3),
+        ("optimizer.pt", _squeeze),
+        ("scheduler.pt", lambda state: [1]),
+        ("rng_state.pth", lambda state: {"python": 1}),
+    ],
+)
+def test_a_file_of_the_wrong_type_or_shape_is_refused_in_a_sentence(
+    run, part, tmp_path, name, change
+):
+    folder = shutil.copytree(part, tmp_path / "run")
+    path = folder / "checkpoint-7" / name
+    torch.save(change(torch.load(path, weights_only=name != "rng_state.pth")), path)
+    _reseal(path.parent)
+    code, printed = run(folder, "--resume", max_steps=8)
+    assert code == 2 and "Traceback" not in printed, printed
+    assert f"{path.parent} cannot be resumed from, as " in printed
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("settings", [1]),
+        ("seconds", "x"),
+        ("running_losses", ["x"]),
+        ("last_logged", None),
+        ("TrainerControl", [3]),
+        ("TrainerControl", {"args": {"should_evaluate": 1}, "attributes": {}}),
+        ("log_history", None),
+        ("train_batch_size", "x"),
+        ("global_step", -5),
+    ],
+)
+def test_a_hostile_value_in_the_state_is_damage(part, tmp_path, name, value):
+    step = shutil.copytree(part / "checkpoint-7", tmp_path / "checkpoint-7")
+    path = step / "trainer_state.json"
+    state = json.loads(path.read_text())
+    callbacks = state["stateful_callbacks"]
+    parts = (state, callbacks, callbacks[RECORD])
+    next(p for p in parts if name in p)[name] = value
+    path.write_text(json.dumps(state))
+    _reseal(step)
+    assert find_damage(step) == (None if name == "log_history" else "trainer_state.json")
 
 
 def test_a_path_in_a_checkpoint_of_somebody_else_is_not_followed(run, part, tmp_path):

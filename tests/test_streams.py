@@ -127,3 +127,32 @@ def test_closed_streams_are_a_sentence_or_quiet_success(checkpoint, tmp_path):
     command = ["bash", "-c", shell, sys.executable, code, str(checkpoint), str(path)]
     assert subprocess.run(command, timeout=120).returncode == 0
     assert path.read_text() == "done"
+
+
+def test_a_sample_in_training_is_no_command_to_the_terminal(tmp_path):
+    (tmp_path / "text.txt").write_text("abc \x1b[2J def \x9b " * 300, encoding="utf-8")
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "hf_nanogpt",
+            "train",
+            "--tokenizer=char",
+            "--use_cpu",
+            "--max_steps=2",
+            "--eval_steps=1",
+            "--n_layer=1",
+            "--n_embd=16",
+            "--n_head=2",
+            "--block_size=32",
+            "--per_device_train_batch_size=4",
+            "--sample_prompt=abc \x1b[2J",
+            f"--data={tmp_path}/text.txt",
+            f"--output_dir={tmp_path}/run",
+        ],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    printed = done.stdout + done.stderr
+    assert "\\x1b[2J" in printed and "\x1b[2J" not in printed and "\x9b" not in printed

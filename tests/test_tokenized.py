@@ -24,6 +24,7 @@ from hf_nanogpt import (
     train,
     train_tokenizer,
 )
+from hf_nanogpt.checkpoint import staged_folder
 from hf_nanogpt.cli import main
 from hf_nanogpt.encoding import DocumentEncoder
 from hf_nanogpt.packing import cut_blocks
@@ -184,6 +185,15 @@ def test_a_killed_run_goes_on_after_its_last_whole_file(tmp_path, monkeypatch):
     assert len(after) > len(before) and before.items() <= after.items()
     assert _content(folder) == _content(_tokenize(rows, tmp_path / "whole"))
     assert {p.suffix for p in folder.rglob("*") if p.is_file()} == {".arrow", ".json"}
+
+
+def test_what_another_process_still_writes_is_not_cleared(table, tmp_path):
+    folder = tmp_path / "tokens"
+    (folder / ".staged-abcd_123").mkdir(parents=True)  # of a process that was killed
+    with staged_folder(folder) as staged:
+        _tokenize(table, folder)
+        assert staged.is_dir()
+    assert not list(folder.glob(".staged-*"))
 
 
 def test_a_file_that_is_gone_is_written_again(table, tmp_path):

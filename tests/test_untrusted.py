@@ -286,6 +286,49 @@ def test_a_step_with_a_hostile_record_is_not_whole(text, folder):
     assert find_last_checkpoint(folder) is None
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("generation_config.json", "chat_template.jinja", "model.safetensors", "tokenizer.json"),
+        "additional_chat_templates/a.jinja",
+    ],
+)
+def test_nothing_is_loaded_through_a_link_that_leaves_the_folder(
+    name, folder, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    path, secret = folder / name, tmp_path / "secret"
+    path.parent.mkdir(exist_ok=True)
+    if path.is_file():
+        path.rename(secret)
+    else:
+        secret.write_text("{{ messages }}")
+    path.symlink_to(secret)
+    (tmp_path / "text.txt").write_text("Some text. " * 500)
+    verbs = [
+        ["generate", "run", "x"],
+        ["export", "run", "out", "--to", "qwen3"],
+        ["train", "finetune", "--from", "run", "--data", "text.txt", "--output_dir", "new"],
+    ]
+    for words in verbs:
+        assert main(words) == 2
+        assert "outside its folder: it was not followed" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists() and not (tmp_path / "new").exists()
+
+
+def test_a_folder_that_is_reached_by_a_link_is_loaded(folder, tmp_path):
+    (tmp_path / "link").symlink_to(folder)
+    (folder / "inner.json").symlink_to("config.json")
+    load_checkpoint(tmp_path / "link")
+
+
+def test_unusual_but_right_settings_are_not_refused(folder):
+    edit(folder / "generation_config.json", early_stopping="never")
+    rope = {"rope_type": "default", "rope_theta": 3_580_165_449}
+    edit(folder / CONFIG, rope_parameters=rope)
+    load_checkpoint(folder)
+
+
 def test_a_conversion_refuses_weights_that_are_not_finite(tmp_path):
     from references import make_reference
 

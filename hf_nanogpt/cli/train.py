@@ -9,6 +9,7 @@ import sys
 import textwrap
 from typing import Any
 
+from ..untrusted import printable, without_secrets
 from .parser import Parser, quiet_libraries
 
 
@@ -44,7 +45,7 @@ def run_train(argv: list[str]) -> None:
             )
         sys.exit(128 + interruption.signum)
     if os.environ.get("RANK", "0") == "0":
-        print(_summary(result))
+        print(printable(_summary(result)))
 
 
 def _make_train_parser() -> Parser:
@@ -80,7 +81,21 @@ def _resume_command(given: list[str]) -> str:
     name = _own_name()
     if "TORCHELASTIC_RUN_ID" in os.environ:
         name = f"torchrun --nproc_per_node={os.environ['LOCAL_WORLD_SIZE']} -m hf_nanogpt"
-    return f"{name} train {shlex.join([*given, '--resume'])}"
+    return f"{name} train {shlex.join([*_hide_secrets(given), '--resume'])}"
+
+
+def _hide_secrets(words: list[str]) -> list[str]:
+    """Leave tokens out of a command, and passwords out of the addresses in it: logs are kept."""
+    kept, shown = [], True
+    for word in words:
+        flag, equals, value = word.partition("=")
+        if word.startswith("--"):
+            shown = not flag.endswith("token")
+        if not shown:
+            continue
+        is_flag = word.startswith("--") and equals
+        kept.append(f"{flag}={without_secrets(value)}" if is_flag else without_secrets(word))
+    return kept
 
 
 def _print_train_help(own: argparse.ArgumentParser) -> None:
