@@ -51,6 +51,9 @@ class Writer:
         model.generation_config.eos_token_id = ends or None
         own = model.generation_config.to_diff_dict()
         self._can_batch = {name for name in own if own[name] not in (None, False)} <= _BATCHED
+        # It turns keys by the longest text of a batch: other requests would change a text.
+        rope = getattr(model.config, "rope_parameters", None)
+        self._can_batch &= "'longrope'" not in str(rope)
         self._manager: Any = None
         self._ids = count()
         self._alone = ThreadPoolExecutor(1)

@@ -7,6 +7,7 @@ and a saved copy.
 
 import os
 import platform
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -197,14 +198,21 @@ def _version(name: str) -> str:
         return "not installed"
 
 
-def _find_missing(extra: str) -> list[str]:
-    """Return the packages of an extra that are not installed."""
-    marker, names = f'extra == "{extra}"', []
-    for requirement in requires("hf-nanogpt") or []:
+def _find_missing(extra: str, owner: str = "hf-nanogpt") -> list[str]:
+    """Return the packages of an extra, and of the extras that it names, that are not installed."""
+    missing = []
+    for requirement in requires(owner) or []:
         spec, _, condition = requirement.partition(";")
-        if marker in condition.replace("'", '"'):
-            names.append(spec.split(">")[0].split("[")[0].strip())
-    return [name for name in names if _version(name) == "not installed"]
+        found = re.match(r"([\w.-]+)(?:\[([\w,. -]+)\])?", spec.strip())
+        if not found or condition.replace("'", '"').strip() != f'extra == "{extra}"':
+            continue
+        name, inner = found[1], found[2] or ""
+        if _version(name) == "not installed":
+            missing.append(name)
+        else:
+            for other in filter(None, map(str.strip, inner.split(","))):
+                missing += _find_missing(other, name)
+    return missing
 
 
 def _name_processor() -> str:

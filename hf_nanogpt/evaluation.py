@@ -63,7 +63,14 @@ def sum_losses(
             part = labels[:, start : start + size]
             if size < length:
                 kept["logits_to_keep"] = start + torch.arange(part.shape[1], device=labels.device)
-            logits = model(**inputs, **kept).logits[:, : part.shape[1]]
+            logits = model(**inputs, **kept).logits
+            if size >= length and logits.shape[1] != length + 1:
+                raise ValueError(
+                    f"The model gives {logits.shape[1]} logits for {length + 1} tokens, as with "
+                    "PEFT's prompt tuning, which also ignores what keeps packed documents apart: "
+                    "measure it one document at a time, or use LoRA."
+                )
+            logits = logits[:, : part.shape[1]]
             nats[:, start : start + size] = nn.functional.cross_entropy(
                 logits.float().mT, part, reduction="none"
             )  # 0 where ignored
@@ -74,6 +81,8 @@ def sum_losses(
 
 def _find_trunk(model: nn.Module) -> tuple[nn.Module | None, int]:
     """Return what makes the hidden states of a model that takes `logits_to_keep`, and its V."""
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        return None, 0  # positions are not those of the tokens
     model = unwrap_peft_model(model)
     # Sharded, all processes must call the model equally often, however long their rows are.
     if not isinstance(model, PreTrainedModel) or isinstance(model, FSDPModule):

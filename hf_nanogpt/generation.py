@@ -155,6 +155,8 @@ def _prepare_drawing(
         if value not in (None, neutral):
             device = {"device": model.device} if warper is EtaLogitsWarper else {}
             processors.append(warper(value, **device))
+    if watermark := model.generation_config.watermarking_config:
+        processors.append(watermark.construct_processor(model.config.vocab_size, model.device))
     source = None if seed is None else torch.Generator(model.device).manual_seed(seed)
     return [*processors, _Draw(source)]
 
@@ -163,6 +165,7 @@ class _Draw(LogitsProcessor):
     """Draw one token as `torch.multinomial` does, from a source of chance that may be our own.
 
     The largest of p / q, where each q is exponentially distributed, is a token of probability p.
+    All others become impossible, so that no later processor, such as a watermark's, changes it.
     """
 
     def __init__(self, source: torch.Generator | None):
@@ -170,7 +173,9 @@ class _Draw(LogitsProcessor):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         shares = scores.softmax(dim=-1)
-        return shares / torch.empty_like(shares).exponential_(generator=self.source)
+        shares /= torch.empty_like(shares).exponential_(generator=self.source)
+        drawn = shares.argmax(dim=-1, keepdim=True)
+        return torch.full_like(scores, -torch.inf).scatter_(-1, drawn, 0.0)
 
 
 def compiled_decoding() -> dict[str, Any]:

@@ -457,7 +457,7 @@ class NanoGPTModel(NanoGPTPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         is_new = is_empty(past_key_values)
-        if type(past_key_values) is DynamicCache and is_new:
+        if type(past_key_values) is DynamicCache and is_new and not torch.compiler.is_compiling():
             for layer in past_key_values.layers:
                 if type(layer) is DynamicLayer:
                     layer.__class__ = NanoGPTCacheLayer

@@ -8,6 +8,7 @@ from test_chat import END, TOKENIZER, talker
 
 from hf_nanogpt import export_checkpoint, load_checkpoint, stream_text
 from hf_nanogpt.batching import EndedError, Writer
+from hf_nanogpt.modeling_nanogpt import NanoGPTRotaryEmbedding
 
 PROMPTS = ["the cat", "a", "dogs bark at the moon", "the cat sat"]
 GREEDY = {"max_new_tokens": 12, "temperature": 0, "top_k": 0, "top_p": 1.0}
@@ -105,6 +106,27 @@ def test_what_a_batch_does_not_know_is_written_alone(own):
 
     text, manager = run(model, work)
     assert manager is None and text == alone(model, "the cat", temperature=1.0, seed=1)
+
+
+def test_no_other_request_changes_what_longrope_makes_of_a_text():
+    model = batched()
+    half = model.config.head_dim // 2
+    model.config.rope_parameters = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "original_max_position_embeddings": 30,
+        "short_factor": [1.0] * half,
+        "long_factor": [50.0 * (n + 1) for n in range(half)],
+        "factor": 8.0,
+    }
+    model.model.rotary_emb = NanoGPTRotaryEmbedding(model.config)
+    # The first ends below 30 tokens, the second begins above.
+    prompts, given = ["a", "the cat sat " * 4], {"max_new_tokens": 25}
+
+    async def work(writer):
+        return await asyncio.gather(*(take(writer, prompt, **given) for prompt in prompts))
+
+    assert run(model, work) == [alone(model, prompt, **given) for prompt in prompts]
 
 
 def test_a_request_that_is_given_up_leaves_the_batch():

@@ -2,12 +2,13 @@
 
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 import torch
 from conftest import tiny_model
 
-from hf_nanogpt import modeling_nanogpt, train_tokenizer
+from hf_nanogpt import doctor, modeling_nanogpt, train_tokenizer
 from hf_nanogpt.cli import main
 from hf_nanogpt.doctor import check_installation, check_model, describe_environment
 
@@ -100,6 +101,17 @@ def test_a_fresh_nano_is_said_to_prove_nothing():
     [finding] = check_model("fresh", tiny_model("nano", initializer_range=None))
     assert fails(SPREAD, [finding])
     assert "train this model first" in finding.detail
+
+
+def test_an_extra_lacks_what_the_extra_that_it_names_lacks(monkeypatch):
+    # `serve` is transformers[serving]: transformers is always there, and uvicorn may not be.
+    monkeypatch.setattr(
+        doctor, "_version", lambda name: "not installed" if name == "uvicorn" else version(name)
+    )
+    facts = describe_environment()
+    assert "serve (uvicorn)" in facts["extras that lack a package"]
+    assert "serve" not in facts["extras"].split(", ")
+    assert "eval" in facts["extras"].split(", ")
 
 
 def test_the_command_prints_versions_and_findings(tmp_path, capsys):

@@ -272,3 +272,15 @@ def test_an_adapter_is_measured_in_pieces_as_whole(monkeypatch):
         whole = evaluation.sum_losses(model, batch, counts)
         monkeypatch.setattr(evaluation, "_LOGITS_AT_ONCE", 10 * SIZE)
         torch.testing.assert_close(evaluation.sum_losses(model, batch, counts), whole)
+
+
+@pytest.mark.parametrize("limit", [2**26, 10 * SIZE])
+def test_a_prompt_that_was_learnt_is_refused_as_it_moves_all_positions(limit, monkeypatch):
+    peft = pytest.importorskip("peft")
+    settings = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model = peft.get_peft_model(tiny_model("nano", vocab_size=SIZE), settings)
+    rows = [{"input_ids": row} for row in torch.randint(1, SIZE, (3, 40)).numpy()]
+    batch = PackedCollator(TOKENIZER.eos_token_id)(rows)
+    monkeypatch.setattr(evaluation, "_LOGITS_AT_ONCE", limit)
+    with pytest.raises(ValueError, match="43 logits for 40 tokens"):
+        evaluation.sum_losses(model, batch, token_byte_counts(TOKENIZER))

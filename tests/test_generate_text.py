@@ -14,7 +14,13 @@ import pytest
 import torch
 from conftest import ROOT, tiny_model
 from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast, TextIteratorStreamer, pipeline, set_seed
+from transformers import (
+    PreTrainedTokenizerFast,
+    TextIteratorStreamer,
+    WatermarkingConfig,
+    pipeline,
+    set_seed,
+)
 from transformers.utils import logging
 
 from hf_nanogpt import generate_text, stream_text, train_tokenizer
@@ -130,7 +136,14 @@ def test_same_seed_gives_the_same_text():
     assert first != second
 
 
-@pytest.mark.parametrize("own", [{}, {"top_k": 5, "typical_p": 0.9, "eta_cutoff": 1e-3}])
+@pytest.mark.parametrize(
+    "own",
+    [
+        {},
+        {"top_k": 5, "typical_p": 0.9, "eta_cutoff": 1e-3},
+        {"watermarking_config": WatermarkingConfig(bias=2.5)},
+    ],
+)
 @pytest.mark.parametrize("given", [{}, {"top_k": 3, "top_p": 0.9}, {"min_p": 0.1}])
 def test_sampled_text_is_that_of_transformers_after_the_same_seed(own, given):
     model = talker()

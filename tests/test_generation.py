@@ -261,6 +261,7 @@ def test_compiled_model_gives_the_same_logits_without_a_graph_break(family, toke
     expected = model(tokens, use_cache=False).logits
     logits = compiled(tokens, use_cache=False).logits
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(compiled(tokens).logits, expected, rtol=0, atol=1e-5)  # and a cache
 
     memory = StaticCache(config=model.config, max_cache_len=tokens.shape[1])
     model(tokens[:, :17], past_key_values=memory)
