@@ -51,7 +51,10 @@ def path_inside(folder: str | Path, name: object) -> Path:
             "not followed. The folder was not written by a tool that can be trusted."
         )
     path = folder / str(name)
-    real = path.resolve()
+    try:
+        real = path.resolve()
+    except (OSError, RuntimeError) as error:  # a link to itself
+        raise ValueError(f"{path} cannot be followed: {error}.") from error
     if not any(real.is_relative_to(root) for root in _own_roots(folder)):
         raise ValueError(
             f"{path} is a link to {real}, outside its folder: it was not followed. Put the file "

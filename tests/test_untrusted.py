@@ -18,7 +18,13 @@ from hf_nanogpt import convert_checkpoint, load_checkpoint, train_tokenizer
 from hf_nanogpt.arguments import parse_settings
 from hf_nanogpt.checkpoint import find_intact_checkpoint, find_last_checkpoint
 from hf_nanogpt.cli import main
-from hf_nanogpt.untrusted import explain_errors, parse_json, parse_yaml, without_secrets
+from hf_nanogpt.untrusted import (
+    explain_errors,
+    parse_json,
+    parse_yaml,
+    path_inside,
+    without_secrets,
+)
 
 TOKENIZER = train_tokenizer([], kind="byte")
 DEEP = '{"a":' + "[" * 100_000 + "]" * 100_000 + "}"
@@ -416,3 +422,9 @@ def test_a_tokenizer_whose_expression_never_ends_is_stopped_by_its_library(folde
 )
 def test_an_address_is_shown_without_what_is_secret(address, shown):
     assert without_secrets(address) == shown
+
+
+def test_a_link_to_itself_is_refused(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(ValueError, match="loop"):
+        path_inside(tmp_path, "loop")

@@ -39,7 +39,7 @@ _MODULES = {
 }
 _WHERE = {verb: module for module, verbs in _MODULES.items() for verb in verbs}
 # These do nothing but print: they end when nobody reads it. The others go on without a reader.
-_ONLY_PRINTING = ("generate", "explain", "chat", "info", "-h", "--help", "--version")
+_ONLY_PRINTING = ("generate", "explain", "chat", "info", "doctor", "-h", "--help", "--version")
 # What to lower where memory does not suffice.
 _LOWER = {
     "train": "--per_device_train_batch_size (with --gradient_accumulation_steps as much higher it "
