@@ -173,6 +173,8 @@ class _Draw(LogitsProcessor):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         shares = scores.softmax(dim=-1)
+        if shares.isnan().any():  # as `torch.multinomial` does; the largest of them means nothing
+            raise ValueError("The model's probabilities are nan: its training has diverged.")
         shares /= torch.empty_like(shares).exponential_(generator=self.source)
         drawn = shares.argmax(dim=-1, keepdim=True)
         return torch.full_like(scores, -torch.inf).scatter_(-1, drawn, 0.0)

@@ -331,3 +331,11 @@ def test_token_id_that_the_model_has_not_is_refused():
     assert len(tokenizer) == 2
     with pytest.raises(ValueError, match=r"token id 900.*vocab_size=257"):
         generate_text(talker(), tokenizer, "b", max_new_tokens=2)
+
+
+def test_a_model_whose_logits_are_nan_writes_nothing():
+    model = talker()
+    with torch.no_grad():
+        model.lm_head.weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match="probabilities are nan"):
+        generate_text(model, TOKENIZER, "the cat", max_new_tokens=3, seed=0)
