@@ -7,8 +7,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import transformers
 from accelerate import PartialState
 from accelerate.utils import DistributedType
+from packaging.version import parse
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import fully_shard
 
@@ -16,6 +18,8 @@ from hf_nanogpt import NanoGPTConfig, NanoGPTForCausalLM, build_optimizer, train
 
 BATCHES = torch.randint(1, 61, (4, 4, 16), generator=torch.Generator().manual_seed(1))
 RECIPES = ("muon", "adamw")
+NO_TENSOR_PARALLEL = "tensor parallelism is tested with transformers 5.23 and newer"
+HAS_TENSOR_PARALLEL = parse(transformers.__version__) >= parse("5.23")
 
 
 def train_steps(model: NanoGPTForCausalLM, recipe: str, *, own: slice = slice(None)) -> list[float]:
@@ -81,6 +85,12 @@ def check_all(folder: Path, settings: dict) -> dict:
             for name, path in trained.items()
         },
         "first_loss": check_first_loss(),
+        **(check_parallel(models, trained) if HAS_TENSOR_PARALLEL else {}),
+    }
+
+
+def check_parallel(models: dict[str, Path], trained: dict[str, Path]) -> dict:
+    return {
         "logits": {name: check_logits(path) for name, path in models.items()},
         "tensor_parallel": {
             name: {recipe: train_steps(load_in_parallel(path), recipe) for recipe in RECIPES}

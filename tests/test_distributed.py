@@ -15,7 +15,13 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import DistributedType
 from conftest import FAMILIES, ROOT, tiny_model
-from distributed_checks import BATCHES, RECIPES, train_steps
+from distributed_checks import (
+    BATCHES,
+    HAS_TENSOR_PARALLEL,
+    NO_TENSOR_PARALLEL,
+    RECIPES,
+    train_steps,
+)
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -183,6 +189,7 @@ def test_model_initialised_in_shards_starts_at_the_entropy_of_the_vocabulary(che
     assert checked[1]["first_loss"] == pytest.approx(math.log(61), abs=1e-5)
 
 
+@pytest.mark.skipif(not HAS_TENSOR_PARALLEL, reason=NO_TENSOR_PARALLEL)
 def test_tensor_parallel_model_gives_the_logits_of_the_whole_one(checked, family):
     with torch.no_grad():
         expected = tiny_model(family)(input_ids=BATCHES[0]).logits
@@ -193,6 +200,8 @@ def test_tensor_parallel_model_gives_the_logits_of_the_whole_one(checked, family
 @pytest.mark.parametrize("kind", ["fully_sharded", "tensor_parallel"])
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_sharded_model_trains_like_the_whole_one(checked, kind, recipe):
+    if kind == "tensor_parallel" and not HAS_TENSOR_PARALLEL:
+        pytest.skip(NO_TENSOR_PARALLEL)
     for family, losses in checked[1][kind].items():
         expected = train_steps(tiny_model(family), recipe)
         assert losses[recipe] == pytest.approx(expected, abs=1e-5), family

@@ -150,8 +150,11 @@ def _trace(step: _Step) -> Any:
     shapes["past_key_values"] = {n: {x: {0: free, 2: free} for x in past[n]} for n in past}
     with _quiet():
         exported = OnnxExporter().export(step, inputs, config=OnnxConfig(dynamic_shapes=shapes))
-        ClearMetadataAndDocStringPass()(exported.program)
-    return exported.program
+        # Older releases of transformers return torch's program, which has the graph inside.
+        old = isinstance(exported, torch.onnx.ONNXProgram)
+        graph = exported.model if old else exported.program
+        ClearMetadataAndDocStringPass()(graph)
+    return graph
 
 
 @contextmanager
