@@ -12,7 +12,7 @@ from pathlib import Path
 
 from results_file import write_results
 
-from hf_nanogpt.data import STDLIB, DataArguments, load_documents
+from hf_nanogpt.data.documents import STDLIB, DataArguments, load_documents
 
 CARD = Path(__file__).parent.parent / "model_cards/quickstart/metrics.json"
 

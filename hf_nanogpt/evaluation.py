@@ -17,11 +17,11 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import unwrap_peft_model
 
-from .checkpoint import load_checkpoint
-from .data import DataArguments, Documents, load_documents, load_text
-from .packing import PackedBlocks, PackedCollator, PackedStream, pack_documents
-from .tokenization import token_byte_counts
-from .untrusted import without_secrets
+from .checkpoint.folder import load_checkpoint
+from .data.documents import DataArguments, Documents, load_documents, load_text
+from .data.packing import PackedBlocks, PackedCollator, PackedStream, pack_documents
+from .data.tokenization import token_byte_counts
+from .errors import UserError, without_secrets
 
 _LOGITS_AT_ONCE = 2**26  # 256 MB in float32: with large vocabularies all of a batch are gigabytes
 
@@ -65,7 +65,7 @@ def sum_losses(
                 kept["logits_to_keep"] = start + torch.arange(part.shape[1], device=labels.device)
             logits = model(**inputs, **kept).logits
             if size >= length and logits.shape[1] != length + 1:
-                raise ValueError(
+                raise UserError(
                     f"The model gives {logits.shape[1]} logits for {length + 1} tokens, as with "
                     "PEFT's prompt tuning, which also ignores what keeps packed documents apart: "
                     "measure it one document at a time, or use LoRA."
@@ -187,15 +187,15 @@ def evaluate(
         held_out: measure on the part that training with `validation_fraction=held_out` holds out.
 
     Raises:
-        ValueError: there is no such checkpoint or data, or a length is out of range.
+        UserError: there is no such checkpoint or data, or a length is out of range.
     """
     if not isinstance(model, PreTrainedModel):
         model, own_tokenizer = load_checkpoint(model)
         tokenizer = tokenizer or own_tokenizer
     if tokenizer is None:
-        raise ValueError("tokenizer=None: give the tokenizer that goes with the model.")
+        raise UserError("tokenizer=None: give the tokenizer that goes with the model.")
     if len(tokenizer) > model.config.vocab_size:
-        raise ValueError(
+        raise UserError(
             f"The tokenizer has {len(tokenizer)} tokens and the model vocab_size="
             f"{model.config.vocab_size}: they do not belong together."
         )
@@ -217,7 +217,7 @@ def evaluate(
     finally:
         model.train(was_training)
     if not total[1]:
-        raise ValueError(
+        raise UserError(
             f"data={without_secrets(data)} holds no text, or no answers: there is nothing to "
             "measure on."
         )
@@ -228,17 +228,17 @@ def _load_text(data: str, text_column: str, held_out: float | None) -> Documents
     if held_out is None:
         return load_text(data, text_column=text_column)
     if not 0 < held_out < 1:
-        raise ValueError(f"held_out={held_out} must be between 0 and 1, for example 0.1.")
+        raise UserError(f"held_out={held_out} must be between 0 and 1, for example 0.1.")
     split = DataArguments(data=data, text_column=text_column, validation_fraction=held_out)
     return load_documents(split)[1]
 
 
 def check_context_length(config: PreTrainedConfig, context_length: int | None) -> int:
-    """Return the block length to use, or raise a `ValueError` where the model cannot take it."""
+    """Return the block length to use, or raise a `UserError` where the model cannot take it."""
     limit = config.max_position_embeddings
     length = limit if context_length is None else context_length
     if not 2 <= length <= limit:
-        raise ValueError(
+        raise UserError(
             f"context_length={length} is out of range: this model takes 2 to {limit} tokens "
             "(max_position_embeddings, or block_size)."
         )
@@ -246,10 +246,10 @@ def check_context_length(config: PreTrainedConfig, context_length: int | None) -
 
 
 def check_stride(context_length: int, stride: int | None) -> int:
-    """Return how far the window moves each time, or raise a `ValueError` if it would skip some."""
+    """Return how far the window moves each time, or raise a `UserError` if it would skip some."""
     step = context_length - 1 if stride is None else stride
     if not 1 <= step < context_length:
-        raise ValueError(
+        raise UserError(
             f"stride={stride} is out of range: with blocks of {context_length} tokens it is 1 to "
             f"{context_length - 1}."
         )

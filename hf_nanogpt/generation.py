@@ -23,8 +23,8 @@ from transformers import (
     TypicalLogitsWarper,
 )
 
+from .errors import UserError, explain_errors
 from .modeling_nanogpt import CACHE
-from .untrusted import explain_errors
 
 # What shapes the distribution that a token is drawn from, in the order in which transformers
 # applies it, and the value that changes nothing.
@@ -107,7 +107,7 @@ def stream_text(
             iterated over.
 
     Raises:
-        ValueError: a setting is out of range, the prompt leaves no room in the model's context, or
+        UserError: a setting is out of range, the prompt leaves no room in the model's context, or
             the tokenizer is of another model.
     """
     stop_strings = [stop_strings] if isinstance(stop_strings, str) else stop_strings
@@ -174,7 +174,7 @@ class _Draw(LogitsProcessor):
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         shares = scores.softmax(dim=-1)
         if shares.isnan().any():  # as `torch.multinomial` does; the largest of them means nothing
-            raise ValueError("The model's probabilities are nan: its training has diverged.")
+            raise UserError("The model's probabilities are nan: its training has diverged.")
         shares /= torch.empty_like(shares).exponential_(generator=self.source)
         drawn = shares.argmax(dim=-1, keepdim=True)
         return torch.full_like(scores, -torch.inf).scatter_(-1, drawn, 0.0)
@@ -199,12 +199,12 @@ def encode_prompt(
     `add_special_tokens=False` is for a chat template's text, which has them already.
 
     Raises:
-        ValueError: the prompt has no tokens and there is no bos token, or the tokenizer cannot
+        UserError: the prompt has no tokens and there is no bos token, or the tokenizer cannot
             encode it, or has ids that the model has not.
     """
     size, vocab_size = len(tokenizer), model.config.vocab_size
     if size > vocab_size:
-        raise ValueError(
+        raise UserError(
             f"The tokenizer has {size} tokens and the model vocab_size={vocab_size}: take the "
             "tokenizer that the model was trained with."
         )
@@ -212,13 +212,13 @@ def encode_prompt(
         prompt.encode()  # a shell or a pipe may hand over bytes that are not UTF-8
         ids = tokenizer(prompt, add_special_tokens=add_special_tokens)["input_ids"]
     if not ids and tokenizer.bos_token_id is None:
-        raise ValueError(
+        raise UserError(
             f"prompt={prompt!r} starts from the bos token, and this tokenizer has none: give a "
             "text."
         )
     ids = ids or [tokenizer.bos_token_id]
     if max(ids) >= vocab_size:
-        raise ValueError(
+        raise UserError(
             f"The tokenizer gives the prompt the token id {max(ids)}, and the model has ids below "
             f"vocab_size={vocab_size}: take the tokenizer that the model was trained with."
         )
@@ -252,7 +252,7 @@ def _choose_length(model: PreTrainedModel, prompt_tokens: int, max_new_tokens: i
     limit = model.config.max_position_embeddings
     room = limit - prompt_tokens
     if room < 1:
-        raise ValueError(
+        raise UserError(
             f"The prompt has {prompt_tokens} tokens, and this model's context is {limit}: shorten "
             "the prompt to less than that."
         )
@@ -260,7 +260,7 @@ def _choose_length(model: PreTrainedModel, prompt_tokens: int, max_new_tokens: i
         return min(100, room)
     check_settings(max_new_tokens=max_new_tokens)
     if max_new_tokens > room:
-        raise ValueError(
+        raise UserError(
             f"The prompt has {prompt_tokens} tokens and max_new_tokens={max_new_tokens}, together "
             f"more than this model's context of {limit}: shorten the prompt, or generate at most "
             f"{room} tokens."
@@ -282,8 +282,8 @@ _ALLOWED = {
 
 
 def check_settings(**settings: Any) -> None:
-    """Raise a `ValueError` for the first setting of `stream_text` that is out of range."""
+    """Raise a `UserError` for the first setting of `stream_text` that is out of range."""
     for name, value in settings.items():
         fine, rule = _ALLOWED[name]
         if not fine(value):
-            raise ValueError(f"{name}={value} is not possible: it must be {rule}.")
+            raise UserError(f"{name}={value} is not possible: it must be {rule}.")

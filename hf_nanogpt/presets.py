@@ -1,10 +1,10 @@
 """Named architectures: one row each, with the paper or code that the figures come from."""
 
 import copy
-import difflib
 from typing import Any
 
 from .configuration_nanogpt import NanoGPTConfig
+from .errors import UserError, did_you_mean, settings_errors
 
 _GPT: dict[str, Any] = {
     "vocab_size": 50257,
@@ -141,15 +141,14 @@ def load_preset(name: str, **overrides: Any) -> NanoGPTConfig:
 
     Fields go by their own names or nanoGPT's (`n_layer`, `n_head`, `n_embd`, `block_size`, `bias`);
     what a preset states but an override makes wrong, such as the MLP's width after a change of
-    `hidden_size`, is derived again. An unknown name or field raises a `ValueError`.
+    `hidden_size`, is derived again. An unknown name or field raises a `UserError`.
 
     >>> load_preset("gpt2", n_layer=6, n_head=6, n_embd=384).intermediate_size
     1536
     """
     if name not in PRESETS:
-        nearest = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.4)
-        hint = f"Did you mean {nearest[0]!r}? " if nearest else ""
-        raise ValueError(f"preset={name!r} is unknown. {hint}Known: {', '.join(PRESETS)}.")
+        hint = did_you_mean(name, PRESETS)
+        raise UserError(f"preset={name!r} is unknown.{hint} Known: {', '.join(PRESETS)}.")
     aliases = NanoGPTConfig.attribute_map
     overrides = {aliases.get(key, key): value for key, value in overrides.items()}
     if "bias" in overrides:
@@ -165,4 +164,5 @@ def load_preset(name: str, **overrides: Any) -> NanoGPTConfig:
     if "layer_types" not in overrides and (pattern := row.get("layer_types")):
         layers = fields["num_hidden_layers"]
         fields["layer_types"] = [pattern[i % len(pattern)] for i in range(layers)]
-    return NanoGPTConfig(**fields)
+    with settings_errors():
+        return NanoGPTConfig(**fields)

@@ -7,6 +7,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from .errors import UserError
+
 
 class Int8Linear(nn.Module):
     """A linear layer with int8 weights, one scale for each output.
@@ -64,21 +66,21 @@ def quantize_model(model: PreTrainedModel) -> PreTrainedModel:
     97 % and 0.0013, see `export_gguf`. Measure your own model by `hf-nanogpt eval --quantize int8`.
 
     Raises:
-        ValueError: the model is not in float32 on the CPU, or has layers of another kind, as
+        UserError: the model is not in float32 on the CPU, or has layers of another kind, as
             transformers' own GPT-2; or this processor multiplies 8-bit numbers wrongly.
     """
     if any(isinstance(module, Conv1D) for module in model.modules()):
-        raise ValueError(
+        raise UserError(
             f"int8 weights are for linear layers, and {type(model).__name__} has Conv1D instead: "
             "make it ours first by hf-nanogpt convert."
         )
     if model.device.type != "cpu" or model.dtype != torch.float32:
-        raise ValueError(
+        raise UserError(
             f"int8 weights are for a float32 model on the CPU, and this one is {model.dtype} on "
             f"{model.device}: load it there first."
         )
     if not multiplies_exactly():
-        raise ValueError(
+        raise UserError(
             "int8 weights are not possible on this processor: torch multiplies large 8-bit numbers "
             "wrongly on it, as it lacks AVX512-VNNI. Use float32, or export the model to GGUF with "
             "--dtype q8_0 for llama.cpp."

@@ -8,30 +8,15 @@ is shown as `without_secrets` gives it.
 """
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
-from urllib.parse import urlsplit
 
 import yaml
 
+from .errors import UserError
+
 _LARGEST_JSON = 256 * 2**20  # bytes; the largest tokenizers in use have about 30 MB
 _LARGEST_YAML = 2**20
-
-# What a terminal obeys: all control characters, of which a line's end and a tab are no danger. A
-# carriage return is left out, so that the ends of lines stay what they are.
-_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))}
-_CONTROLS |= {ord("\n"): "\n", ord("\t"): "\t", ord("\r"): ""}
-
-
-def printable(text: object) -> str:
-    r"""Return the text with nothing in it that a terminal obeys, such as `\x1b[2J`.
-
-    >>> print(printable("a\x1b[2Jb"))
-    a\x1b[2Jb
-    """
-    return str(text).translate(_CONTROLS)
 
 
 def path_inside(folder: str | Path, name: object) -> Path:
@@ -40,13 +25,13 @@ def path_inside(folder: str | Path, name: object) -> Path:
     The links that `huggingface_hub` makes from a snapshot to its own store of files are followed.
 
     Raises:
-        ValueError: `name` is not a relative path of plain names, or is a link to another place.
+        UserError: `name` is not a relative path of plain names, or is a link to another place.
     """
     folder = Path(folder)
     parts = PureWindowsPath(name).parts if isinstance(name, str) else ()
     plain = bool(parts) and ".." not in parts and not PureWindowsPath(str(name)).anchor
     if not plain or "\0" in str(name) or PurePosixPath(str(name)).is_absolute():
-        raise ValueError(
+        raise UserError(
             f"{folder} names a file {name!r}, which is not a plain path inside that folder: it was "
             "not followed. The folder was not written by a tool that can be trusted."
         )
@@ -54,9 +39,9 @@ def path_inside(folder: str | Path, name: object) -> Path:
     try:
         real = path.resolve()
     except (OSError, RuntimeError) as error:  # a link to itself
-        raise ValueError(f"{path} cannot be followed: {error}.") from error
+        raise UserError(f"{path} cannot be followed: {error}.") from error
     if not any(real.is_relative_to(root) for root in _own_roots(folder)):
-        raise ValueError(
+        raise UserError(
             f"{path} is a link to {real}, outside its folder: it was not followed. Put the file "
             "itself into the folder."
         )
@@ -64,7 +49,7 @@ def path_inside(folder: str | Path, name: object) -> Path:
 
 
 def check_links(folder: str | Path) -> None:
-    """Raise a `ValueError` if a file that loading may read is a link that leads out of the folder.
+    """Raise a `UserError` if a file that loading may read is a link that leads out of the folder.
 
     What is loaded is often written elsewhere, and published: a link could lead to a secret.
     """
@@ -85,16 +70,16 @@ def read_json(path: str | Path) -> dict[str, Any]:
     """Return the object in a JSON file.
 
     Raises:
-        ValueError: it cannot be read, is not JSON, is nested too deeply, is larger than 256 MB, or
+        UserError: it cannot be read, is not JSON, is nested too deeply, is larger than 256 MB, or
             holds something else than an object.
     """
     path = Path(path)
     try:
         if (size := path.stat().st_size) > _LARGEST_JSON:
-            raise ValueError(f"it has {size:,} bytes, and at most {_LARGEST_JSON:,} are read")
+            raise UserError(f"it has {size:,} bytes, and at most {_LARGEST_JSON:,} are read")
         text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as JSON: {error}") from error
+        raise UserError(f"{path} cannot be read as JSON: {error}") from error
     return parse_json(text, where=str(path))
 
 
@@ -103,11 +88,11 @@ def parse_json(text: str, *, where: str) -> dict[str, Any]:
     try:
         content = json.loads(text)
     except RecursionError as error:
-        raise ValueError(f"{where} cannot be read as JSON: it is nested too deeply.") from error
+        raise UserError(f"{where} cannot be read as JSON: it is nested too deeply.") from error
     except ValueError as error:
-        raise ValueError(f"{where} cannot be read as JSON: {error}") from error
+        raise UserError(f"{where} cannot be read as JSON: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{where} holds a {type(content).__name__}, where an object is needed.")
+        raise UserError(f"{where} holds a {type(content).__name__}, where an object is needed.")
     return content
 
 
@@ -128,44 +113,14 @@ def parse_yaml(text: str, *, where: str) -> Any:
     """Return what a text in YAML describes, as plain values; `where` names the text in errors.
 
     Raises:
-        ValueError: it is not YAML, is nested too deeply, has aliases or is larger than 1 MB.
+        UserError: it is not YAML, is nested too deeply, has aliases or is larger than 1 MB.
     """
     if len(text) > _LARGEST_YAML:
-        raise ValueError(f"{where} has more than {_LARGEST_YAML:,} characters: it was not read.")
+        raise UserError(f"{where} has more than {_LARGEST_YAML:,} characters: it was not read.")
     try:
         return yaml.load(text, _PlainLoader)
     except RecursionError as error:
-        raise ValueError(f"{where} is not valid YAML: it is nested too deeply.") from error
+        raise UserError(f"{where} is not valid YAML: it is nested too deeply.") from error
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2026-99-99
         why = " ".join(str(error).split())
-        raise ValueError(f"{where} is not valid YAML: {why}") from error
-
-
-@contextmanager
-def explain_errors(what: str) -> Iterator[None]:
-    """Raise whatever a library raises for a hostile or damaged file as a `ValueError`.
-
-    A panic in Rust, as in tokenizers, is not even an `Exception`.
-    """
-    try:
-        yield
-    except (KeyboardInterrupt, SystemExit, GeneratorExit):
-        raise
-    except BaseException as error:
-        nested = isinstance(error, RecursionError)
-        why = "it is nested too deeply" if nested else " ".join(str(error).split())
-        raise ValueError(f"{what}: {why or type(error).__name__}") from error
-
-
-def without_secrets(address: str) -> str:
-    """Return an address of the web without user, password, query and fragment; else the text.
-
-    The query may hold a signature, which is as good as a password.
-    """
-    if not address.lower().startswith(("http://", "https://")):
-        return address
-    try:
-        parts = urlsplit(address)
-    except ValueError:  # not an address at all
-        return address.partition("://")[0] + "://..."
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+        raise UserError(f"{where} is not valid YAML: {why}") from error

@@ -4,7 +4,7 @@ Each release is installed into a folder of its own, `.compat/RELEASE`, and share
 environment that runs this file. The expected values are computed here, by the installed package.
 
 Run: python tests/compat.py [RELEASE ...]. By default it checks all releases that
-`hf_nanogpt.releases` lists; `oldest` and `newest` name the two ends of that list. With `--broken`
+`hf_nanogpt.auto` lists; `oldest` and `newest` name the two ends of that list. With `--broken`
 it breaks the model's code on purpose, and fails if the checks do not notice.
 """
 
@@ -23,7 +23,7 @@ from compat_checks import LENGTH, TEXT, generate
 from safetensors.torch import save_file
 
 from hf_nanogpt import NanoGPTForCausalLM, load_preset, train_tokenizer
-from hf_nanogpt.releases import TESTED_TRANSFORMERS
+from hf_nanogpt.auto import TESTED_TRANSFORMERS
 
 ROOT = Path(__file__).parent.parent
 OVERLAYS = ROOT / ".compat"

@@ -7,7 +7,7 @@ import torch
 from test_chat import END, TOKENIZER, talker
 
 from hf_nanogpt import export_checkpoint, load_checkpoint, stream_text
-from hf_nanogpt.batching import EndedError, Writer
+from hf_nanogpt.apps.batching import EndedError, Writer
 from hf_nanogpt.modeling_nanogpt import NanoGPTRotaryEmbedding
 
 PROMPTS = ["the cat", "a", "dogs bark at the moon", "the cat sat"]

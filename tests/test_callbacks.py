@@ -18,10 +18,10 @@ from transformers import TrainerControl, TrainerState
 from transformers.testing_utils import CaptureLogger
 
 from hf_nanogpt import NanoGPTTrainingArguments, train, train_tokenizer
-from hf_nanogpt import callbacks as callbacks_module
-from hf_nanogpt.callbacks import PlotCallback, SpeedCallback, draw_sample, plot_losses
-from hf_nanogpt.checkpoint import check_output_dir
-from hf_nanogpt.throughput import GPU_PEAKS, count_flops, find_peak
+from hf_nanogpt.checkpoint.folder import check_output_dir
+from hf_nanogpt.flops import GPU_PEAKS, count_flops, find_peak
+from hf_nanogpt.training import callbacks as callbacks_module
+from hf_nanogpt.training.callbacks import PlotCallback, SpeedCallback, draw_sample, plot_losses
 
 ROOT = Path(__file__).parent.parent
 SMALL = {

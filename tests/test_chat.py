@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT, tiny_model
 
 from hf_nanogpt import stream_text, train_tokenizer
-from hf_nanogpt.chat import Chat, find_turn_ends
+from hf_nanogpt.apps.chat import Chat, find_turn_ends
 from hf_nanogpt.cli import main
 
 CHATML = (
@@ -148,7 +148,7 @@ def test_template_that_refuses_is_one_sentence():
 
 
 def test_template_that_fails_or_never_ends_is_one_sentence(monkeypatch):
-    monkeypatch.setattr("hf_nanogpt.chat._TEMPLATE_SECONDS", 0.2)
+    monkeypatch.setattr("hf_nanogpt.apps.chat._TEMPLATE_SECONDS", 0.2)
     endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     tokenizer = train_tokenizer([], kind="byte")
     for template, words in ((endless, "within 0.2 seconds"), ("{{ 1 // 0 }}", "fails on this")):

@@ -13,13 +13,13 @@ from conftest import _HUB, assert_same, tiny_model
 from safetensors.torch import load_file, save_file
 
 from hf_nanogpt import load_checkpoint, train, train_tokenizer
-from hf_nanogpt.checkpoint import (
+from hf_nanogpt.checkpoint.folder import (
     check_output_dir,
     clear_output_dir,
     clear_unfinished,
     staged_folder,
 )
-from hf_nanogpt.locking import lock_output_dir
+from hf_nanogpt.training.locking import lock_output_dir
 
 TOKENIZER = train_tokenizer([], kind="byte")
 

@@ -280,7 +280,7 @@ def test_a_limit_of_memory_is_told_by_generate_and_eval(checkpoint, tmp_path):
     text.write_text(TEXT * 8, encoding="utf-8")
     code = """if True:
         import resource, sys
-        import hf_nanogpt.training
+        import hf_nanogpt.training.run
         from hf_nanogpt.cli import main
         pages = int(open("/proc/self/statm").read().split()[0])
         resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**30, -1))

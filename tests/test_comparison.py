@@ -7,8 +7,8 @@ from conftest import tiny_model
 from test_quantization import needs_int8
 
 from hf_nanogpt import evaluate, load_checkpoint, train_tokenizer
+from hf_nanogpt.analysis.compare import format_table
 from hf_nanogpt.cli import main
-from hf_nanogpt.comparison import format_table
 from hf_nanogpt.quantization import quantize_model
 
 

@@ -21,9 +21,9 @@ from hf_nanogpt import (
     train,
     train_tokenizer,
 )
-from hf_nanogpt.conversations import ConversationEncoder
-from hf_nanogpt.packing import cut_blocks
-from hf_nanogpt.tokenized import load_tokens
+from hf_nanogpt.data.conversations import ConversationEncoder
+from hf_nanogpt.data.packing import cut_blocks
+from hf_nanogpt.data.stored import load_tokens
 
 FRUIT = ["apple", "pear", "plum", "fig", "lemon", "melon", "grape", "lime", "date", "kiwi"]
 

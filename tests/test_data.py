@@ -19,7 +19,7 @@ from hf_nanogpt import (
     pack_documents,
     train_tokenizer,
 )
-from hf_nanogpt.data import load_tokenizer
+from hf_nanogpt.data.documents import load_tokenizer
 
 ROWS = [f"Document {i}: naïve 東京 🦊,\r\nwith {'many ' * (i % 7)}words.\n" for i in range(60)]
 TOKENIZER = train_tokenizer([], kind="byte")

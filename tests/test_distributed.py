@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from hf_nanogpt import NanoGPTForCausalLM, NanoGPTTrainingArguments, train
-from hf_nanogpt import trainer as trainer_module
+from hf_nanogpt.training import trainer as trainer_module
 
 EXAMPLES = ROOT / "examples" / "accelerate"
 STEPS = 7  # into the second epoch of 5

@@ -8,9 +8,10 @@ import pytest
 import torch
 from conftest import tiny_model
 
-from hf_nanogpt import doctor, modeling_nanogpt, train_tokenizer
+from hf_nanogpt import modeling_nanogpt, train_tokenizer
+from hf_nanogpt.analysis import doctor
+from hf_nanogpt.analysis.doctor import check_installation, check_model, describe_environment
 from hf_nanogpt.cli import main
-from hf_nanogpt.doctor import check_installation, check_model, describe_environment
 
 CACHED, GENERATE = "cached logits", "generate gives"
 LEAK, NATIVE, COPY, SPREAD = "no token sees", "logits equal those", "a saved copy", "logits are"
@@ -128,7 +129,7 @@ def test_the_command_prints_versions_and_findings(tmp_path, capsys):
 def test_the_command_fails_where_a_check_does(tmp_path):
     tiny_model("nano", initializer_range=None).save_pretrained(tmp_path)
     code = f"""
-import hf_nanogpt.doctor as doctor, hf_nanogpt.cli as cli
+import hf_nanogpt.analysis.doctor as doctor, hf_nanogpt.cli as cli
 model = doctor.AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})
 doctor.load_checkpoint = lambda checkpoint: (model, None)
 cli.main(["doctor", "fresh"])

@@ -15,8 +15,8 @@ from conftest import tiny_model
 from transformers import LlamaTokenizer
 
 from hf_nanogpt import explain_text, train_tokenizer
+from hf_nanogpt.analysis.explain import MAX_WEIGHTS, render_page, render_table, show_token
 from hf_nanogpt.cli import main
-from hf_nanogpt.explain import MAX_WEIGHTS, render_page, render_table, show_token
 
 TOKENIZER = train_tokenizer([], kind="byte")
 TEXT = 'a "text"\twith\n</script><b>&amp; é'

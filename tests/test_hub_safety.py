@@ -19,11 +19,11 @@ from test_hub import make_run, refuse
 from test_hub_training import PUSH, SMALL
 
 from hf_nanogpt import DataArguments, NanoGPTTrainingArguments, pull_checkpoint, push_to_hub, train
-from hf_nanogpt.arguments import ModelArguments, parse_settings
-from hf_nanogpt.checkpoint import clear_abandoned, staged_folder
+from hf_nanogpt.checkpoint.folder import clear_abandoned, staged_folder
 from hf_nanogpt.cli import main
-from hf_nanogpt.facts import _publish_command
-from hf_nanogpt.hub.queue import PushQueue
+from hf_nanogpt.hub.publishable import publish_command
+from hf_nanogpt.training.arguments import ModelArguments, parse_settings
+from hf_nanogpt.training.push_queue import PushQueue
 
 ROOT = Path(__file__).parent.parent
 
@@ -137,7 +137,7 @@ def list_text_settings() -> list[str]:
 def text_server(tmp_path):
     """The address of a text, behind a user, a password and a signature that are ignored."""
     (tmp_path / "web").mkdir()
-    shutil.copyfile(ROOT / "hf_nanogpt/data.py", tmp_path / "web" / "text.txt")
+    shutil.copyfile(ROOT / "hf_nanogpt/data/documents.py", tmp_path / "web" / "text.txt")
 
     class Handler(SimpleHTTPRequestHandler):
         def __init__(self, *args):
@@ -193,7 +193,7 @@ def test_no_spelling_of_a_flag_that_is_not_listed_is_published(form):
     names = [field.name for field in fields(NanoGPTTrainingArguments)]
     for name in (*names, "hub_token", "push_to_hub_token", "anything_new"):
         for spelled in (name, name.replace("_", "-")):
-            shown = _publish_command(form.format(spelled, "hf_marked").split(" "))
+            shown = publish_command(form.format(spelled, "hf_marked").split(" "))
             assert not shown or not takes_text(name)
 
 
@@ -226,7 +226,9 @@ def test_metrics_of_the_wrong_type_are_one_sentence_that_names_the_file(hub, run
 
 @pytest.mark.parametrize("by_flag", [True, False])
 def test_a_private_repository_that_is_deleted_comes_back_private(hub, tmp_path, by_flag):
-    (tmp_path / "text.txt").write_text((ROOT / "hf_nanogpt/data.py").read_text(encoding="utf-8"))
+    (tmp_path / "text.txt").write_text(
+        (ROOT / "hf_nanogpt/data/documents.py").read_text(encoding="utf-8")
+    )
     if not by_flag:
         hub.repos["user/gpt"] = Repo(private=True)
         hub.repos["user/gpt"].commit("main", {})
@@ -334,8 +336,8 @@ def stop(source, target):
     replace(source, target)
 os.replace = stop
 from hf_nanogpt.cli import main
-from hf_nanogpt.facts import _publish_command
-from hf_nanogpt.hub.queue import PushQueue
+from hf_nanogpt.hub.publishable import publish_command
+from hf_nanogpt.training.push_queue import PushQueue
 sys.exit(main(sys.argv[2:]))
 """
 

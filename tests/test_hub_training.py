@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from hf_nanogpt import NanoGPTTrainingArguments, evaluate, pull_checkpoint, push_to_hub, train
-from hf_nanogpt.arguments import parse_settings
 from hf_nanogpt.cli import main
-from hf_nanogpt.hub.queue import PushQueue
+from hf_nanogpt.training.arguments import parse_settings
+from hf_nanogpt.training.push_queue import PushQueue
 
 SMALL = {
     "tokenizer": "byte",

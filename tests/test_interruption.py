@@ -33,15 +33,15 @@ from hf_nanogpt import (
     NanoGPTTrainingArguments,
     train_tokenizer,
 )
-from hf_nanogpt.checkpoint import (
+from hf_nanogpt.checkpoint.checksums import RECORD, find_damage, sum_file, sum_state
+from hf_nanogpt.checkpoint.folder import (
     clear_unfinished,
     find_intact_checkpoint,
     find_last_checkpoint,
 )
-from hf_nanogpt.checksums import RECORD, find_damage, sum_file, sum_state
 from hf_nanogpt.cli import main
 from hf_nanogpt.cli.train import _resume_command
-from hf_nanogpt.interruption import stop_on_signals
+from hf_nanogpt.training.stopping import stop_on_signals
 
 # Batches of 4 of some 30 blocks make several epochs, dropout makes random numbers count, and no two
 # of logging, evaluating and saving go in step.
@@ -85,7 +85,7 @@ def run(tmp_path_factory) -> Callable:
     text = tmp_path_factory.mktemp("corpus") / "text.txt"
     text.write_text(CORPUS[:1300], encoding="utf-8")
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["hf_nanogpt.training"])
+    processes.set_forkserver_preload(["hf_nanogpt.training.run"])
 
     def run(
         folder: Path, *flags: str, moment: tuple | None = None, ranks: int = 1, **settings

@@ -8,7 +8,7 @@ import torch
 from conftest import tiny_model
 
 from hf_nanogpt import MuonAdamW, build_optimizer
-from hf_nanogpt.optim import OPTIM_DEFAULTS, orthogonalize
+from hf_nanogpt.training.optim import OPTIM_DEFAULTS, orthogonalize
 
 RECIPES = list(OPTIM_DEFAULTS)
 SHAPES = {"square": (48, 48), "tall": (96, 32), "wide": (32, 96), "row": (1, 16), "one": (1, 1)}

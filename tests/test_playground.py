@@ -18,10 +18,10 @@ from browser import MISSING, open_browser
 from conftest import ROOT, tiny_model
 
 from hf_nanogpt import stream_text, train_tokenizer
+from hf_nanogpt.analysis.likeliest import Candidate, Step, choose_candidate, stream_steps
+from hf_nanogpt.apps.playground import Speaker, render_candidates, render_legend, render_text
 from hf_nanogpt.cli import main
-from hf_nanogpt.playground import Speaker, render_candidates, render_legend, render_text
-from hf_nanogpt.stepping import Candidate, Step, choose_candidate, stream_steps
-from hf_nanogpt.untrusted import printable
+from hf_nanogpt.errors import printable
 
 TOKENIZER = train_tokenizer([], kind="byte")
 PROMPT = "the cat"

@@ -14,10 +14,10 @@ import yaml
 from conftest import ROOT
 
 from hf_nanogpt import list_presets, load_preset, train
-from hf_nanogpt.arguments import parse_settings
+from hf_nanogpt.analysis.info import describe
 from hf_nanogpt.benchmark.decoding import OURS
 from hf_nanogpt.cli import VERBS, main
-from hf_nanogpt.info import describe
+from hf_nanogpt.training.arguments import parse_settings
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PROSE = " ".join(README.split())  # wherever its lines are broken

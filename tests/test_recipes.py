@@ -4,7 +4,7 @@ import pytest
 from conftest import ROOT
 
 from hf_nanogpt import NanoGPTForCausalLM, build_optimizer, list_recipes
-from hf_nanogpt.arguments import make_config, parse_settings
+from hf_nanogpt.training.arguments import make_config, parse_settings
 
 RECIPES = ROOT / "hf_nanogpt" / "recipes"
 

@@ -12,7 +12,7 @@ from conftest import ROOT
 from packaging.version import parse
 
 import hf_nanogpt
-from hf_nanogpt.releases import TESTED_TRANSFORMERS, warn_of_newer
+from hf_nanogpt.auto import TESTED_TRANSFORMERS, warn_of_newer
 
 PACKAGE = ROOT / "hf_nanogpt"
 # Every private name of transformers that we override or use, and the last release that has it. Add

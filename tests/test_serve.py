@@ -16,8 +16,8 @@ from conftest import _HUB, ROOT
 from test_chat import TOKENIZER, answer_whole, save_talker, talker, user
 
 from hf_nanogpt import generate_text
+from hf_nanogpt.apps.serving import open_socket
 from hf_nanogpt.cli import main
-from hf_nanogpt.serving import open_socket
 
 openai = pytest.importorskip("openai", reason="needs pip install 'hf-nanogpt[serve]'")
 pytest.importorskip("uvicorn", reason="needs pip install 'hf-nanogpt[serve]'")

@@ -49,7 +49,7 @@ def _run(argv: list[str], log: Path, changes: list[tuple[Callable, int]]) -> Non
 @pytest.fixture(scope="module")
 def run() -> Callable:
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["hf_nanogpt.training"])
+    processes.set_forkserver_preload(["hf_nanogpt.training.run"])
 
     def run(log: Path, argv: list, *changes: tuple[Callable, int]) -> tuple[int, str, str]:
         """Run a command in a process with other streams; return its code and what came out."""

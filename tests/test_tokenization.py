@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from hf_nanogpt import token_byte_counts, train_tokenizer
-from hf_nanogpt.tokenization import END_OF_TEXT
+from hf_nanogpt.data.tokenization import END_OF_TEXT
 
 KINDS = ("bpe", "char", "byte")
 CORPUS = [

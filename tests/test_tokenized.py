@@ -20,15 +20,15 @@ from hf_nanogpt import (
     load_documents,
     pack_documents,
     tokenize_corpus,
-    tokenized,
     train,
     train_tokenizer,
 )
-from hf_nanogpt.checkpoint import staged_folder
+from hf_nanogpt.checkpoint.folder import staged_folder
 from hf_nanogpt.cli import main
-from hf_nanogpt.encoding import DocumentEncoder
-from hf_nanogpt.packing import cut_blocks
-from hf_nanogpt.tokenized import load_tokens
+from hf_nanogpt.data import stored as tokenized
+from hf_nanogpt.data.encoding import DocumentEncoder
+from hf_nanogpt.data.packing import cut_blocks
+from hf_nanogpt.data.stored import load_tokens
 
 ROOT = Path(__file__).parent.parent
 ROWS = [f"Document {i}: naïve 東京 🦊,\r\nwith {'many ' * (i % 7)}words.\n" for i in range(60)]
@@ -157,7 +157,8 @@ def test_any_way_of_writing_gives_the_same_bytes(table, tmp_path, monkeypatch, s
 
 KILLED = """
 import os, signal, sys
-from hf_nanogpt import DataArguments, tokenize_corpus, tokenized
+from hf_nanogpt import DataArguments, tokenize_corpus
+from hf_nanogpt.data import stored as tokenized
 replace, files = os.replace, []
 def die_before_file_21(staged, path):
     files.extend([path] * str(path).endswith(".arrow"))
@@ -400,8 +401,8 @@ import json, sys
 from pathlib import Path
 from conftest import tiny_model
 from hf_nanogpt import DataArguments, NanoGPTTrainer, NanoGPTTrainingArguments
-from hf_nanogpt.packing import cut_blocks
-from hf_nanogpt.tokenized import load_tokens
+from hf_nanogpt.data.packing import cut_blocks
+from hf_nanogpt.data.stored import load_tokens
 def read(data, folder, batch_size, count):
     args = NanoGPTTrainingArguments(folder, per_device_train_batch_size=batch_size, use_cpu=True,
                                     max_steps=9, eval_strategy="no")

@@ -15,16 +15,11 @@ from conftest import ROOT, tiny_model
 from safetensors.torch import load_file, save_file
 
 from hf_nanogpt import convert_checkpoint, load_checkpoint, train_tokenizer
-from hf_nanogpt.arguments import parse_settings
-from hf_nanogpt.checkpoint import find_intact_checkpoint, find_last_checkpoint
+from hf_nanogpt.checkpoint.folder import find_intact_checkpoint, find_last_checkpoint
 from hf_nanogpt.cli import main
-from hf_nanogpt.untrusted import (
-    explain_errors,
-    parse_json,
-    parse_yaml,
-    path_inside,
-    without_secrets,
-)
+from hf_nanogpt.errors import explain_errors, without_secrets
+from hf_nanogpt.training.arguments import parse_settings
+from hf_nanogpt.untrusted import parse_json, parse_yaml, path_inside
 
 TOKENIZER = train_tokenizer([], kind="byte")
 DEEP = '{"a":' + "[" * 100_000 + "]" * 100_000 + "}"
@@ -78,7 +73,7 @@ EvilTokenizer = EvilModel
 """
 ANSWER_YES = """
 import json, sys
-from hf_nanogpt.checkpoint import find_intact_checkpoint, find_last_checkpoint
+from hf_nanogpt.checkpoint.folder import find_intact_checkpoint, find_last_checkpoint
 from hf_nanogpt.cli import main
 assert sys.stdin.isatty()
 for words in json.loads(sys.argv[1]):

@@ -12,7 +12,7 @@ from conftest import ROOT
 from datasets import config
 
 from hf_nanogpt import DataArguments, load_documents, load_text, tokenize_corpus
-from hf_nanogpt.web import download_text
+from hf_nanogpt.data.web import download_text
 
 TEXT = "Naïve 東京 🦊,\r\nand many words.\n" * 30
 SECRET = "S3cret"

@@ -16,10 +16,11 @@ from transformers import (
     set_seed,
 )
 
-from ..checkpoint import load_model
+from ..analysis.info import load_config
+from ..checkpoint.folder import load_model
 from ..convert import export_checkpoint, find_native_twin
+from ..errors import UserError
 from ..generation import compiled_decoding
-from ..info import load_config
 from ..modeling_nanogpt import NanoGPTForCausalLM
 from ..presets import PRESETS, load_preset
 from ..quantization import multiplies_exactly, quantize_model
@@ -67,7 +68,7 @@ def benchmark_generation(
         `same_tokens`, the share of ours in float32.
 
     Raises:
-        ValueError: a number is out of range, or there is no `model`.
+        UserError: a number is out of range, or there is no `model`.
     """
     settings = {"batch_size": batch_size, "rounds": rounds, "tokens": tokens}
     check_counts(settings, num_threads)
@@ -76,7 +77,7 @@ def benchmark_generation(
     limit = ours.config.max_position_embeddings
     lengths = [n for n in (64, 128, 256, 512, 1024) if tokens + 2 <= n <= limit] or [limit]
     if lengths[0] < tokens + 2:
-        raise ValueError(
+        raise UserError(
             f"tokens={tokens} do not fit: the model's context is {limit}, and a prompt and a first "
             f"token come before them; give {max(limit - 2, 1)} or fewer."
         )
@@ -126,7 +127,7 @@ def _load(model: str | None, sizes: dict[str, int]) -> PreTrainedModel:
         fields |= ({} if model else SIZES) | sizes
         return NanoGPTForCausalLM(load_preset(model or "gpt2", **fields)).eval()
     if sizes:
-        raise ValueError(f"{next(iter(sizes))} is for presets: {model} has its own sizes.")
+        raise UserError(f"{next(iter(sizes))} is for presets: {model} has its own sizes.")
     load_config(model)  # says what is wrong, and which presets there are
     return load_model(model).float()
 

@@ -8,13 +8,13 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, get_scheduler
 
-from ..arguments import NanoGPTTrainingArguments
+from ..data.packing import PackedBlocks, PackedCollator
+from ..data.tokenization import train_tokenizer
 from ..modeling_nanogpt import NanoGPTForCausalLM
-from ..optim import build_optimizer
-from ..packing import PackedBlocks, PackedCollator
 from ..presets import load_preset
-from ..tokenization import train_tokenizer
-from ..trainer import NanoGPTTrainer
+from ..training.arguments import NanoGPTTrainingArguments
+from ..training.optim import build_optimizer
+from ..training.trainer import NanoGPTTrainer
 
 
 def measure_trainer_overhead(*, rounds: int = 5, steps: int = 100) -> list[float]:

@@ -12,16 +12,17 @@ from typing import Any
 import torch
 
 from .. import __version__
-from ..callbacks import BLUE, GREY
-from ..checkpoint import check_writable, staged_folder
+from ..analysis.plots import BLUE, GREY
+from ..checkpoint.folder import check_writable, staged_folder
+from ..errors import UserError
 
 
 def check_counts(settings: dict[str, int], num_threads: int | None) -> None:
-    """Raise a `ValueError` for a count below 1; then set torch's threads, if a number is given."""
+    """Raise a `UserError` for a count below 1; then set torch's threads, if a number is given."""
     threads = {} if num_threads is None else {"num_threads": num_threads}
     for name, value in (settings | threads).items():
         if value < 1:
-            raise ValueError(f"{name}={value} is not possible: give 1 or more.")
+            raise UserError(f"{name}={value} is not possible: give 1 or more.")
     if num_threads is not None:
         torch.set_num_threads(num_threads)
 
@@ -83,10 +84,10 @@ def _spread(milliseconds: list[float]) -> str:
 
 
 def prepare_output(folder: str | Path, *, name: str) -> None:
-    """Raise a `ValueError` unless `save_report` can write there without replacing anything."""
+    """Raise a `UserError` unless `save_report` can write there without replacing anything."""
     check_writable(Path(folder), name="output")
     if taken := [path for path in _name_files(Path(folder), name) if path.exists()]:
-        raise ValueError(f"output={folder} has {taken[0].name} already: choose another folder.")
+        raise UserError(f"output={folder} has {taken[0].name} already: choose another folder.")
 
 
 def save_report(

@@ -11,9 +11,9 @@ from accelerate import Accelerator
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..analysis.info import load_config
 from ..configuration_nanogpt import NanoGPTConfig
-from ..info import load_config
-from ..throughput import count_flops, find_peak
+from ..flops import count_flops, find_peak
 from .contestants import GPT2, NANO, make_contestants
 from .overhead import measure_batches, measure_trainer_overhead
 from .report import check_counts, describe_machine, summarize
@@ -53,7 +53,7 @@ def benchmark_training(
         to ours of the same shape. Milliseconds beside them are least, median and largest too.
 
     Raises:
-        ValueError: a number is out of range, the sizes do not fit together, or there is no `model`.
+        UserError: a number is out of range, the sizes do not fit together, or there is no `model`.
     """
     settings = {"batch_size": batch_size, "rounds": rounds, "steps": steps}
     check_counts(settings, num_threads)

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from ..errors import UserError
 from .parser import find_nearest
 from .streams import OutputLostError, describe_loss, standard_streams
 
@@ -98,11 +99,11 @@ def _call(verb: str, argv: list[str]) -> None:
         getattr(import_module(f".{module}", __name__), f"run_{verb}")(argv)
     else:
         near = find_nearest(verb, list(VERBS)) or f": choose one of {', '.join(VERBS)}"
-        raise ValueError(f"{verb!r} is no command{near}.")
+        raise UserError(f"{verb!r} is no command{near}.")
 
 
 def _refuse(sentence: str) -> int:
-    from ..untrusted import printable
+    from ..errors import printable
 
     print(printable(f"hf-nanogpt: {' '.join(sentence.split())}"), file=sys.stderr)
     return 2

@@ -7,7 +7,7 @@ from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
-from ..untrusted import printable
+from ..errors import UserError, printable
 from . import VERBS
 from .parser import Parser, add_sampling, quiet_libraries
 
@@ -23,8 +23,8 @@ def run_chat(argv: list[str]) -> None:
     given = vars(parser.parse(argv))
 
     quiet_libraries()
-    from ..chat import Chat
-    from ..checkpoint import load_checkpoint
+    from ..apps.chat import Chat
+    from ..checkpoint.folder import load_checkpoint
 
     chat = Chat(*load_checkpoint(given.pop("checkpoint")), **given)
     if isinstance(sys.stdin, io.TextIOWrapper):
@@ -92,12 +92,11 @@ def run_serve(argv: list[str]) -> None:
     args = parser.parse(argv)
 
     if not all(map(find_spec, ("starlette", "uvicorn"))):
-        raise ValueError("A server needs packages: pip install 'hf-nanogpt[serve]'.")
+        raise UserError("A server needs packages: pip install 'hf-nanogpt[serve]'.")
 
     quiet_libraries()
-    from ..chat import NO_TEMPLATE
-    from ..checkpoint import load_checkpoint
-    from ..serving import (
+    from ..apps.chat import NO_TEMPLATE
+    from ..apps.serving import (
         build_app,
         check_key_is_there,
         list_hosts,
@@ -105,6 +104,7 @@ def run_serve(argv: list[str]) -> None:
         serve_app,
         write_request,
     )
+    from ..checkpoint.folder import load_checkpoint
 
     key = args.api_key or os.environ.get("HF_NANOGPT_API_KEY")
     listener = open_socket(args.host, args.port)

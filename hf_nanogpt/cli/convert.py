@@ -3,6 +3,7 @@
 import shlex
 from typing import Any
 
+from ..errors import UserError
 from . import VERBS
 from .parser import Parser, quiet_libraries, sigterm_like_ctrl_c
 
@@ -53,7 +54,7 @@ def run_export(argv: list[str]) -> None:
     parser.add_argument("--dtype", choices=["f32", "f16", "q8_0"], help="of the weights of a gguf")
     args = parser.parse(argv)
     if args.dtype and args.to != "gguf":
-        raise ValueError(f"dtype={args.dtype} is for --to gguf only: leave it out.")
+        raise UserError(f"dtype={args.dtype} is for --to gguf only: leave it out.")
 
     quiet_libraries()
     from ..convert import TARGET_FORMATS, check_name, export_checkpoint

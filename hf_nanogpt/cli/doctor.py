@@ -14,7 +14,7 @@ def run_doctor(argv: list[str]) -> None:
     checkpoint = parser.parse(argv).checkpoint
 
     quiet_libraries()
-    from ..doctor import check_installation, describe_environment
+    from ..analysis.doctor import check_installation, describe_environment
 
     facts = describe_environment()
     width = max(map(len, facts))

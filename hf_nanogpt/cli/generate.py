@@ -4,7 +4,7 @@ import os
 import shutil
 import sys
 
-from ..untrusted import printable
+from ..errors import UserError, printable
 from . import VERBS
 from .parser import Parser, add_sampling, quiet_libraries
 
@@ -34,11 +34,11 @@ def run_generate(argv: list[str]) -> None:
     )
     args = parser.parse(argv)
     if args.num_samples < 1:
-        raise ValueError(f"num_samples={args.num_samples} is not possible: give 1 or more.")
+        raise UserError(f"num_samples={args.num_samples} is not possible: give 1 or more.")
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
 
     quiet_libraries()
-    from ..checkpoint import load_checkpoint
+    from ..checkpoint.folder import load_checkpoint
     from ..generation import stream_text
 
     model, tokenizer = load_checkpoint(args.checkpoint)
@@ -81,10 +81,10 @@ def run_explain(argv: list[str]) -> None:
     text = sys.stdin.read() if args.text == "-" else args.text
 
     quiet_libraries()
-    from ..explain import check_page, explain_text, render_table, write_page
+    from ..analysis.explain import check_page, explain_text, render_table, write_page
 
     page = None if args.html is None else check_page(args.html)
-    from ..checkpoint import load_checkpoint
+    from ..checkpoint.folder import load_checkpoint
 
     model, tokenizer = load_checkpoint(args.checkpoint)
     explanation = explain_text(model, tokenizer, text, with_attention=page is not None)

@@ -3,6 +3,7 @@
 import logging
 from typing import Any
 
+from ..errors import UserError
 from . import VERBS
 from .parser import Parser, quiet_libraries
 
@@ -11,7 +12,7 @@ def run_eval(argv: list[str]) -> None:
     args = _parse_eval(argv)
 
     quiet_libraries()
-    from ..comparison import (
+    from ..analysis.compare import (
         check_picture,
         compare_on_tasks,
         compare_on_text,
@@ -38,7 +39,7 @@ def run_eval(argv: list[str]) -> None:
         try:
             plot_comparison(comparison.figures, plot)
         except OSError as error:  # the figures above are not lost for it
-            raise ValueError(f"plot={plot} cannot be written: {error.strerror}.") from error
+            raise UserError(f"plot={plot} cannot be written: {error.strerror}.") from error
         print(f"\n{plot} shows it.")
 
 
@@ -70,11 +71,11 @@ def _parse_eval(argv: list[str]) -> dict[str, Any]:
     tasks.add_argument("--limit", type=int, help="look at the first so many questions only")
     args = {name: value for name, value in vars(parser.parse(argv)).items() if value is not None}
     if args["batch_size"] < 1:
-        raise ValueError(f"batch_size={args['batch_size']} is not possible: give 1 or more.")
+        raise UserError(f"batch_size={args['batch_size']} is not possible: give 1 or more.")
     other, flags = ("tasks", tasks) if "data" in args else ("data", text)
     for action in flags._group_actions:
         if action.dest in args:
-            raise ValueError(f"--{action.dest} is for --{other} only: leave it out.")
+            raise UserError(f"--{action.dest} is for --{other} only: leave it out.")
     return args
 
 
@@ -83,7 +84,7 @@ def run_info(argv: list[str]) -> None:
     parser.add_argument("model", help="folder or Hub id of a checkpoint, or the name of a preset")
     args = parser.parse(argv)
 
-    from ..info import describe
+    from ..analysis.info import describe
 
     for name, value in describe(args.model).items():
         print(f"{name:<28} {value}")
@@ -97,7 +98,7 @@ def run_bench(argv: list[str]) -> None:
     elif what in benchmarks:
         benchmarks[what](argv[1:])
     else:
-        raise ValueError(f"{what!r} is no benchmark: choose one of {', '.join(benchmarks)}.")
+        raise UserError(f"{what!r} is no benchmark: choose one of {', '.join(benchmarks)}.")
 
 
 def _bench_train(argv: list[str]) -> None:

@@ -9,14 +9,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NoReturn
 
+from ..errors import UserError
+
 
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are exceptions of one sentence."""
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(
-            message[0].upper() + message[1:].rstrip(".") + f": see {self.prog} --help."
-        )
+        raise UserError(message[0].upper() + message[1:].rstrip(".") + f": see {self.prog} --help.")
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
         args, unknown = self.parse_known_args(argv)

@@ -17,7 +17,7 @@ def run_playground(argv: list[str]) -> None:
     args = parser.parse(argv)
 
     quiet_libraries()
-    from ..playground import serve_playground
+    from ..apps.playground import serve_playground
 
     checkpoints = [name for name in (args.checkpoint, args.second) if name is not None]
     page = serve_playground(checkpoints, host=args.host, port=args.port)

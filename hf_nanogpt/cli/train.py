@@ -9,7 +9,7 @@ import sys
 import textwrap
 from typing import Any
 
-from ..untrusted import printable, without_secrets
+from ..errors import UserError, printable, without_secrets
 from .parser import Parser, quiet_libraries
 
 
@@ -22,11 +22,11 @@ def run_train(argv: list[str]) -> None:
         _print_train_help(own)
         return
     if args.resume and args.overwrite:
-        raise ValueError("--resume and --overwrite exclude each other: give one of them.")
+        raise UserError("--resume and --overwrite exclude each other: give one of them.")
 
     quiet_libraries()
-    from ..interruption import TrainingInterrupted
-    from ..training import train
+    from ..training.run import train
+    from ..training.stopping import TrainingInterrupted
 
     try:
         result = train(
@@ -99,7 +99,7 @@ def _hide_secrets(words: list[str]) -> list[str]:
 
 
 def _print_train_help(own: argparse.ArgumentParser) -> None:
-    from ..arguments import list_recipes, make_parser
+    from ..training.arguments import list_recipes, make_parser
 
     print(own.format_help())
     print(f"recipes: {', '.join(list_recipes())}, or the path of a YAML file\n")
@@ -159,19 +159,19 @@ def _summary(result: Any) -> str:
 
 def run_tokenize(argv: list[str]) -> None:
     if {"-h", "--help"} & set(argv):
-        from ..arguments import make_data_parser
+        from ..training.arguments import make_data_parser
 
         print(make_data_parser().format_help())
         return
     if len(argv) < 2 or argv[0].startswith("-") or argv[1].startswith("-"):
-        raise ValueError(
+        raise UserError(
             "Give the text and then the folder to make: hf-nanogpt tokenize DATA FOLDER."
         )
     data, folder, *flags = argv
 
     quiet_libraries()
-    from ..arguments import parse_data
-    from ..tokenized import tokenize_corpus
+    from ..data.stored import tokenize_corpus
+    from ..training.arguments import parse_data
 
     result = tokenize_corpus(parse_data([*flags, f"--data={data}"]), folder, show_progress=True)
     print(f"{folder} is ready, {result['vocab_size']:,} tokens in its vocabulary:")

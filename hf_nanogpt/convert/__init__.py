@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import local_folder
+from ..checkpoint.folder import local_folder
 from ..configuration_nanogpt import NanoGPTConfig
+from ..errors import UserError
 from ..untrusted import read_json
 from . import nanogpt, nanogpt_words
 from .folders import check_destination, load_tokenizer, write_folder
@@ -56,7 +57,7 @@ def convert_checkpoint(
             source's own (for nanoGPT see `nanogpt_words.find_tokenizer`).
 
     Raises:
-        ValueError: the source is damaged or of another kind, it has a setting that ours has not, a
+        UserError: the source is damaged or of another kind, it has a setting that ours has not, a
             tensor is missing, unknown or of another shape, or the destination cannot be written.
     """
     folder = check_destination(destination)
@@ -84,7 +85,7 @@ def export_checkpoint(
         to: one of `FORMATS`, or `"auto"` for the first of them that can express the model.
 
     Raises:
-        ValueError: a field of the configuration, or a bias, has no place in that format; the
+        UserError: a field of the configuration, or a bias, has no place in that format; the
             checkpoint is damaged or not ours; or the destination cannot be written.
     """
     check_name("to", to, TARGET_FORMATS)
@@ -108,7 +109,7 @@ def _recognise(source: str | Path, source_format: str | None) -> tuple[str, Path
     is_nanogpt = path.is_file() and (path.suffix in (".pt", ".pth") or source_format == "nanogpt")
     if is_nanogpt != (source_format == "nanogpt") and source_format is not None:
         kind = "the file of nanoGPT" if is_nanogpt else "no such file as nanoGPT's ckpt.pt"
-        raise ValueError(f"source_format={source_format!r}, but {path} is {kind}: leave it out.")
+        raise UserError(f"source_format={source_format!r}, but {path} is {kind}: leave it out.")
     if is_nanogpt:
         return "nanogpt", path
     folder = local_folder(source)
@@ -116,27 +117,27 @@ def _recognise(source: str | Path, source_format: str | None) -> tuple[str, Path
 
 
 def _name_format(config: dict[str, Any], folder: Path) -> str:
-    """Return the format that a `config.json` names, or raise a `ValueError` with the nearest."""
+    """Return the format that a `config.json` names, or raise a `UserError` with the nearest."""
     kind, classes = config.get("model_type"), config.get("architectures") or ["no architecture"]
     for name, native in FORMATS.items():
         if kind == native.model_type or (kind is None and native.architecture in classes):
             return name
     if kind == NanoGPTConfig.model_type:
-        raise ValueError(f"{folder} is a checkpoint of ours already: there is nothing to convert.")
+        raise UserError(f"{folder} is a checkpoint of ours already: there is nothing to convert.")
     what = str(kind or classes[0])
     near = difflib.get_close_matches(
         what, [f.model_type for f in FORMATS.values()], n=1, cutoff=0.4
     )
     hint = f" Nearest is {near[0]!r}." if near else ""
-    raise ValueError(
+    raise UserError(
         f"{folder} is a model of type {what!r}, which cannot be converted.{hint} Supported are "
         f"{', '.join(SOURCE_FORMATS)}; if it is one of them in disguise, name it (--from)."
     )
 
 
 def check_name(field: str, value: str, allowed: Collection[str]) -> None:
-    """Raise a `ValueError` with the nearest known name unless the value is one of them."""
+    """Raise a `UserError` with the nearest known name unless the value is one of them."""
     if value not in allowed:
         near = difflib.get_close_matches(value, allowed, n=1, cutoff=0.4)
         hint = f"Did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"{field}={value!r} is unknown. {hint}Known: {', '.join(allowed)}.")
+        raise UserError(f"{field}={value!r} is unknown. {hint}Known: {', '.join(allowed)}.")

@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..checkpoint import (
+from ..checkpoint.folder import (
     TOKENIZER_FILES,
     check_writable,
     clear_abandoned,
@@ -16,7 +16,8 @@ from ..checkpoint import (
     split_revision,
     staged_folder,
 )
-from ..foreign import TOKENIZERS, check_generation_config, read_tokenizer
+from ..checkpoint.foreign import TOKENIZERS, check_generation_config, read_tokenizer
+from ..errors import UserError
 
 _ONE_OF = (*TOKENIZERS, "tokenizer_config.json")
 _SETTINGS = "generation_config.json"
@@ -35,17 +36,17 @@ def load_tokenizer(place: str | Path) -> PreTrainedTokenizerBase | None:
 
 
 def check_destination(destination: str | Path) -> Path:
-    """Return the path if a new folder can be written there, or raise a `ValueError`."""
+    """Return the path if a new folder can be written there, or raise a `UserError`."""
     path = Path(destination)
     clear_abandoned(path)
     content = [p.name for p in path.iterdir()] if path.is_dir() else []
     if content and all(name.startswith(".staged-") for name in content):
-        raise ValueError(
+        raise UserError(
             f"destination={path} is being written by another process ({content[0]}): wait for its "
             "end, or choose another folder."
         )
     if content:
-        raise ValueError(f"destination={path} exists and is not empty: choose another folder.")
+        raise UserError(f"destination={path} exists and is not empty: choose another folder.")
     check_writable(path, name="destination")
     return path
 
@@ -70,7 +71,7 @@ def write_folder(
 
 @contextmanager
 def written_folder(destination: Path) -> Iterator[Path]:
-    """Stage a folder; after a failure, say so in a `ValueError` and leave no trace of it."""
+    """Stage a folder; after a failure, say so in a `UserError` and leave no trace of it."""
     existed = destination.exists()
     try:
         with staged_folder(destination) as staged:
@@ -80,7 +81,7 @@ def written_folder(destination: Path) -> Iterator[Path]:
             destination.rmdir()
         # tokenizers, which is written in Rust, raises a bare Exception when the disk is full.
         if isinstance(error, OSError | SafetensorError) or type(error) is Exception:
-            raise ValueError(
+            raise UserError(
                 f"destination={destination} could not be written, and nothing was left of it: "
                 f"{error}. Make room there, or choose another folder."
             ) from error

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checkpoint import staged_folder
+from ..checkpoint.folder import staged_folder
+from ..errors import UserError
 from ..modeling_nanogpt import NanoGPTForCausalLM, NanoGPTRotaryEmbedding
 from .gguf_model import GGUFType, choose_architecture, describe_model
 from .gguf_vocabulary import describe_tokenizer
@@ -52,18 +53,18 @@ def export_gguf(
         destination: a path that ends in `.gguf` and does not exist; its folder is made.
 
     Raises:
-        ValueError: a field of the configuration has no place in that architecture, the tokenizer
+        UserError: a field of the configuration has no place in that architecture, the tokenizer
             is of a kind that llama.cpp would read differently, a weight is too large for f16,
             rows do not divide by 32 for q8_0, the package `gguf` is missing, or the destination
             cannot be written.
     """
     if dtype not in get_args(GGUFType):
-        raise ValueError(f"dtype={dtype!r} is unknown: choose f32, f16 or q8_0.")
+        raise UserError(f"dtype={dtype!r} is unknown: choose f32, f16 or q8_0.")
     destination = check_new_file(destination, ".gguf")
     try:
         import gguf
     except ModuleNotFoundError as error:
-        raise ValueError("GGUF needs a package: pip install 'hf-nanogpt[gguf]'.") from error
+        raise UserError("GGUF needs a package: pip install 'hf-nanogpt[gguf]'.") from error
 
     model, tokenizer = load_own(checkpoint)
     name = choose_architecture(model.config)
@@ -76,7 +77,7 @@ def export_gguf(
                 _ADD[type(value)](writer, key, value)
             _write_tensors(writer, model, name, dtype)
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"destination={destination} could not be written, and nothing was left of it: {error}."
         ) from error
     return destination
@@ -134,7 +135,7 @@ def _choose_type(theirs: str, tensor: Tensor, dtype: GGUFType) -> Any:
     kind = GGMLQuantizationType[dtype.upper()]
     width, (block, _) = tensor.shape[-1], GGML_QUANT_SIZES[kind]
     if width % block:
-        raise ValueError(
+        raise UserError(
             f"{theirs} has rows of {width} weights, and {dtype} takes {block} together: "
             "use dtype='f16'."
         )
@@ -158,6 +159,6 @@ def _write_tensors(writer: Any, model: NanoGPTForCausalLM, name: str, dtype: GGU
         with np.errstate(over="ignore"):
             array = quants.quantize(tensor.float().contiguous().numpy(), kind)
         if array.dtype == np.float16 and not np.isfinite(array).all():
-            raise ValueError(f"{theirs} has weights beyond f16's 65504: use dtype='f32'.")
+            raise UserError(f"{theirs} has weights beyond f16's 65504: use dtype='f32'.")
         writer.write_tensor_data(array)
     writer.close()

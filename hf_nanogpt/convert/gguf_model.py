@@ -3,6 +3,7 @@
 from typing import Any, Literal
 
 from ..configuration_nanogpt import NanoGPTConfig
+from ..errors import UserError
 
 GGUFType = Literal["f32", "f16", "q8_0"]
 _FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7}  # llama.cpp's numbers for most of a file's matrices
@@ -39,7 +40,7 @@ _SIZES = {
 
 
 def choose_architecture(config: NanoGPTConfig) -> str:
-    """Return the architecture of llama.cpp that computes this, or raise a `ValueError`."""
+    """Return the architecture of llama.cpp that computes this, or raise a `UserError`."""
     learned = config.position_embedding_type == "learned"
     name = "gpt2" if learned else "qwen3" if config.qk_norm else "llama"
     allowed = dict(ARCHITECTURES[name])
@@ -58,7 +59,7 @@ def choose_architecture(config: NanoGPTConfig) -> str:
     if kind not in scalings:
         obstacles.append(f"rope_parameters with rope_type={kind!r} (it has {', '.join(scalings)})")
     if obstacles:
-        raise ValueError(
+        raise UserError(
             f"GGUF: llama.cpp would run this as {name}, in whose way stands {', '.join(obstacles)}."
         )
     return name

@@ -6,6 +6,8 @@ from typing import Any
 from tokenizers import pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from ..errors import UserError
+
 # How text is split before the merges: what llama.cpp calls it. Its "gpt-2" is the expression that
 # is built into ByteLevel; the others are a Split before it, by expression and `ignore_merges`.
 _LLAMA3 = (
@@ -30,15 +32,15 @@ def describe_tokenizer(tokenizer: PreTrainedTokenizerBase, *, vocab_size: int) -
     come composed.
 
     Raises:
-        ValueError: the tokenizer is no byte-level BPE, or one that llama.cpp would not repeat.
+        UserError: the tokenizer is no byte-level BPE, or one that llama.cpp would not repeat.
     """
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise ValueError(f"GGUF: {type(tokenizer).__name__} has no tokenizer.json to be written.")
+        raise UserError(f"GGUF: {type(tokenizer).__name__} has no tokenizer.json to be written.")
     parts = json.loads(tokenizer.backend_tokenizer.to_str())
     split = _name_split(parts)
     vocabulary = parts["model"]["vocab"] | {t["content"]: t["id"] for t in parts["added_tokens"]}
     if (size := max(vocabulary.values()) + 1) > vocab_size:
-        raise ValueError(f"GGUF: the tokenizer has {size} tokens, and vocab_size={vocab_size}.")
+        raise UserError(f"GGUF: the tokenizer has {size} tokens, and vocab_size={vocab_size}.")
     tokens = [f"[PAD{i}]" for i in range(vocab_size)]
     types = [_UNUSED] * vocab_size
     for token, i in vocabulary.items():
@@ -69,7 +71,7 @@ def _name_split(parts: dict[str, Any]) -> str:
     ]
     bytes_missing = set(pre_tokenizers.ByteLevel.alphabet()) - set(model["vocab"])
     if model["type"] != "BPE" or last.get("type") != "ByteLevel" or odd or bytes_missing:
-        raise ValueError(
+        raise UserError(
             f"GGUF: the tokenizer ({model['type']}, {last.get('type')}) is no byte-level BPE, the "
             "only kind that can be written."
         )
@@ -78,28 +80,28 @@ def _name_split(parts: dict[str, Any]) -> str:
     plain = all(s.get("behavior") == "Isolated" and not s["invert"] for s in before)
     whole = len(before) < 2 and plain and last["use_regex"] == (not before)
     if name is None or not whole or last["add_prefix_space"]:
-        raise ValueError(
+        raise UserError(
             "GGUF: the tokenizer splits text by rules that are not GPT-2's, Qwen's or Llama 3's, "
             f"and llama.cpp could not repeat them: {json.dumps(splitter)}."
         )
     if (normalizer := parts["normalizer"]) and normalizer != {"type": "NFC"}:
-        raise ValueError(f"GGUF: llama.cpp cannot repeat the tokenizer's normalizer {normalizer}.")
+        raise UserError(f"GGUF: llama.cpp cannot repeat the tokenizer's normalizer {normalizer}.")
     for added in parts["added_tokens"]:
         if added["lstrip"] or added["rstrip"] or added["single_word"]:
-            raise ValueError(f"GGUF: llama.cpp cannot strip around the token {added['content']!r}.")
+            raise UserError(f"GGUF: llama.cpp cannot strip around the token {added['content']!r}.")
     return name
 
 
 def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Return the ids of special tokens, and whether a prompt begins with one."""
     if tokenizer.eos_token_id is None:
-        raise ValueError(
+        raise UserError(
             "GGUF: the tokenizer has no eos_token, and llama.cpp would take token 11 for it."
         )
     bare = tokenizer("a", add_special_tokens=False).input_ids
     whole, bos = tokenizer("a").input_ids, tokenizer.bos_token_id
     if whole not in (bare, [bos, *bare]):
-        raise ValueError(f"GGUF: the tokenizer puts {whole} around {bare}: only BOS can be told.")
+        raise UserError(f"GGUF: the tokenizer puts {whole} around {bare}: only BOS can be told.")
     keys = {
         "eos_token_id": tokenizer.eos_token_id,
         "bos_token_id": tokenizer.eos_token_id if bos is None else bos,

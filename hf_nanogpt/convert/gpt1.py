@@ -3,6 +3,7 @@
 from typing import Any
 
 from ..configuration_nanogpt import NanoGPTConfig
+from ..errors import UserError
 from . import gpt2
 from .rules import SPLIT, TRANSPOSE, Format, one_dropout, plain_heads, rename, rename_back
 
@@ -31,7 +32,7 @@ ACTIVATIONS = {"gelu": "gelu_new", "relu": "relu", "silu": "silu", "swish": "sil
 def read_config(theirs: dict[str, Any]) -> dict[str, Any]:
     """Return our fields; the MLP is always four times as wide as the model."""
     if theirs["afn"] not in ACTIVATIONS:
-        raise ValueError(f"afn={theirs['afn']!r} is none of GPT-1's: {', '.join(ACTIVATIONS)}.")
+        raise UserError(f"afn={theirs['afn']!r} is none of GPT-1's: {', '.join(ACTIVATIONS)}.")
     fields = FIXED | rename(theirs, FIELDS)
     fields["hidden_act"] = ACTIVATIONS[theirs["afn"]]
     fields["intermediate_size"] = 4 * theirs["n_embd"]

@@ -8,11 +8,12 @@ import torch
 import transformers
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
+from ..checkpoint.foreign import check_fields, check_finite
+from ..checkpoint.weights import LazyTensor, check_tensors, open_weights
 from ..configuration_nanogpt import NanoGPTConfig
-from ..foreign import check_fields, check_finite
+from ..errors import UserError, explain_errors
 from ..modeling_nanogpt import NanoGPTForCausalLM
-from ..untrusted import explain_errors, read_json
-from ..weights import LazyTensor, check_tensors, open_weights
+from ..untrusted import read_json
 from . import nanogpt
 from .rules import Format, Rows, their_shapes, translate
 
@@ -28,7 +29,7 @@ def read_native_model(native: Format, folder: Path) -> PreTrainedModel:
         config = NanoGPTConfig(**native.read_config(theirs.to_dict()))
     weights: Weights = _clean(open_weights(folder), native)
     if newer := [name for name in weights if re.search(native.newer, name)]:
-        raise ValueError(
+        raise UserError(
             f"{folder} holds {newer[0]!r}: this is a newer {native.model_type}, with parts that "
             "NanoGPTConfig cannot express. Only the form that transformers has can be converted."
         )
@@ -65,10 +66,10 @@ def make_native_model(
 
 
 def read_our_config(folder: Path) -> NanoGPTConfig:
-    """Return the configuration of a folder of ours, or raise a `ValueError`."""
+    """Return the configuration of a folder of ours, or raise a `UserError`."""
     kind = read_json(path := folder / _CONFIG).get("model_type")
     if kind != NanoGPTConfig.model_type:
-        raise ValueError(
+        raise UserError(
             f"{path} is that of a {kind!s:.80} model, and only ours "
             f"({NanoGPTConfig.model_type}) are exported: convert it first."
         )
@@ -80,7 +81,7 @@ def _read_config(config_class: type[PreTrainedConfig], folder: Path) -> PreTrain
     fields = read_json(path) | {"model_type": config_class.model_type}
     check_fields(fields, path)
     if fields.get("quantization_config") is not None:
-        raise ValueError(f"{folder} is quantized: take the model that it was made from.")
+        raise UserError(f"{folder} is quantized: take the model that it was made from.")
     with explain_errors(f"{path} is no {config_class.__name__}"):
         return config_class.from_dict(fields)
 
@@ -121,7 +122,7 @@ def _untie(weights: Weights, embedding: str, config: PreTrainedConfig, where: Pa
     if not config.tie_word_embeddings or not {_HEAD, embedding} <= weights.keys():
         return weights
     if not weights[_HEAD].read().equal(weights[embedding].read()):
-        raise ValueError(
+        raise UserError(
             f"{where} says tie_word_embeddings=True, but {_HEAD!r} differs from {embedding!r}: "
             "set it to False in config.json."
         )

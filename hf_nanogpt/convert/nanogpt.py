@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
+from ..checkpoint.foreign import check_fields
+from ..checkpoint.weights import LazyTensor, in_memory
 from ..configuration_nanogpt import NanoGPTConfig
-from ..foreign import check_fields
-from ..untrusted import explain_errors
-from ..weights import LazyTensor, in_memory
+from ..errors import UserError, explain_errors
 from . import gpt2
 from .rules import TRANSPOSE
 
@@ -43,13 +43,13 @@ def read_checkpoint(path: Path) -> tuple[NanoGPTConfig, dict[str, LazyTensor]]:
     2023.
 
     Raises:
-        ValueError: it is no such file, it needs more than tensors and plain values, or it was
+        UserError: it is no such file, it needs more than tensors and plain values, or it was
             written by a variant of nanoGPT with settings of its own.
     """
     checkpoint = _load(path)
     tensors, args = map(checkpoint.get, PARTS) if isinstance(checkpoint, dict) else (None, None)
     if not isinstance(tensors, dict) or not isinstance(args, dict):
-        raise ValueError(
+        raise UserError(
             f"{path} is no checkpoint of nanoGPT, which has {' and '.join(PARTS)}: other models "
             "are converted from a folder that save_pretrained wrote."
         )
@@ -61,7 +61,7 @@ def read_checkpoint(path: Path) -> tuple[NanoGPTConfig, dict[str, LazyTensor]]:
     # A tensor of a few stored values can claim any shape. (The embeddings are stored once for two.)
     size, claimed = path.stat().st_size, sum(t.nbytes for t in weights.values())
     if claimed > 2 * size:
-        raise ValueError(
+        raise UserError(
             f"{path} has {size:,} bytes, and its tensors claim {claimed:,}: it is damaged, or made "
             "to fill the memory."
         )
@@ -76,12 +76,12 @@ def _load(path: Path) -> Any:
     except pickle.UnpicklingError as error:
         wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
         what = f"it needs {wanted[1]}" if wanted else "it is damaged, or no checkpoint"
-        raise ValueError(
+        raise UserError(
             f"{path} was not loaded: a checkpoint of nanoGPT needs tensors and plain values only, "
             f"and {what}. Nothing in it was run."
         ) from error
     except Exception as error:  # a damaged pickle raises nearly anything
-        raise ValueError(f"{path} cannot be read, it is cut off or damaged: {error}") from error
+        raise UserError(f"{path} cannot be read, it is cut off or damaged: {error}") from error
 
 
 def _read_config(args: dict[str, Any], path: Path) -> NanoGPTConfig:
@@ -89,12 +89,12 @@ def _read_config(args: dict[str, Any], path: Path) -> NanoGPTConfig:
     args = {str(name): value for name, value in args.items()}
     check_fields(args, path)
     if unknown := args.keys() - known:
-        raise ValueError(
+        raise UserError(
             f"{path} has model_args that nanoGPT does not know ({', '.join(sorted(unknown))}): it "
             "comes from a variant, whose weights may mean something else."
         )
     if missing := FIELDS.keys() - args.keys():
-        raise ValueError(f"{path} lacks these of its model_args: {', '.join(sorted(missing))}.")
+        raise UserError(f"{path} lacks these of its model_args: {', '.join(sorted(missing))}.")
     with explain_errors(f"{path} has model_args that do not make a model"):
         has_gpt2s = GPT2_VOCABULARY <= args["vocab_size"] <= GPT2_PADDED
         end = GPT2_END_OF_TEXT if has_gpt2s else None

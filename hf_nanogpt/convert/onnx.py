@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
-from ..checkpoint import check_writable, staged_folder
+from ..checkpoint.folder import check_writable, staged_folder
+from ..errors import UserError
 from ..modeling_nanogpt import NanoGPTForCausalLM
 from .one_file import check_free, check_new_file, load_own
 
@@ -54,7 +55,7 @@ def export_onnx(checkpoint: str | Path, destination: str | Path) -> OnnxFile:
         destination: a path that ends in `.onnx` and does not exist; its folder is made.
 
     Raises:
-        ValueError: the frequencies of RoPE depend on the text's length, the tokenizer has no
+        UserError: the frequencies of RoPE depend on the text's length, the tokenizer has no
             `tokenizer.json`, onnxruntime gives other logits, packages are missing, or the
             destination cannot be written.
     """
@@ -67,7 +68,7 @@ def export_onnx(checkpoint: str | Path, destination: str | Path) -> OnnxFile:
         import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
     except ModuleNotFoundError as error:
-        raise ValueError("ONNX needs three packages: pip install 'hf-nanogpt[onnx]'.") from error
+        raise UserError("ONNX needs three packages: pip install 'hf-nanogpt[onnx]'.") from error
 
     model, tokenizer = load_own(checkpoint)
     metadata = _describe(model, tokenizer)
@@ -78,7 +79,7 @@ def export_onnx(checkpoint: str | Path, destination: str | Path) -> OnnxFile:
         with staged_folder(destination.parent) as staged:
             difference = _write(program, staged / destination.name, step)
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"destination={destination} could not be written, and nothing was left of it: {error}."
         ) from error
     files = [path for path in (destination, data) if path.exists()]
@@ -87,16 +88,16 @@ def export_onnx(checkpoint: str | Path, destination: str | Path) -> OnnxFile:
 
 
 def _describe(model: NanoGPTForCausalLM, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    """Return the metadata of the file, or raise a `ValueError` for what has no place in it."""
+    """Return the metadata of the file, or raise a `UserError` for what has no place in it."""
     config: Any = model.config
     kind = (config.rope_parameters or {}).get("rope_type")
     if kind in ("dynamic", "longrope"):
-        raise ValueError(
+        raise UserError(
             f"ONNX: rope_parameters has rope_type={kind!r}, whose frequencies depend on the text's "
             "length, and a graph has none but fixed ones."
         )
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise ValueError(f"ONNX: {type(tokenizer).__name__} has no tokenizer.json to be written.")
+        raise UserError(f"ONNX: {type(tokenizer).__name__} has no tokenizer.json to be written.")
     return {
         "tokenizer.json": tokenizer.backend_tokenizer.to_str(),
         "eos_token_id": json.dumps(model.generation_config.eos_token_id),
@@ -182,7 +183,7 @@ def _write(program: Any, path: Path, step: _Step) -> float:
     onnx_ir.save(program, path, external_data=beside)
     difference, largest = _compare(step, path)
     if not difference <= TOLERANCE * largest:  # nor is it where one is not a number
-        raise ValueError(
+        raise UserError(
             f"ONNX: the logits of onnxruntime are {difference:.2g} away from the model's, which "
             f"reach {largest:.2g}, so nothing was written: try other versions of hf-nanogpt[onnx]."
         )

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
+from ..checkpoint.weights import LazyTensor, Shapes
 from ..configuration_nanogpt import NanoGPTConfig
-from ..weights import LazyTensor, Shapes
+from ..errors import UserError
 
 logger = logging.get_logger(__name__)
 
@@ -97,7 +98,7 @@ def translate(
     Both must have been checked: each tensor that the table leads to is there.
 
     Raises:
-        ValueError: a bias is not zero that the target has no place for.
+        UserError: a bias is not zero that the target has no place for.
     """
     dtype = torch.float32
     for theirs, ours, operations in _expand(rows, config.num_hidden_layers):
@@ -139,7 +140,7 @@ def _expand(rows: Rows, layers: int) -> Iterator[tuple[str, list[str], list[Oper
 def _check_zero(names: Sequence[str], tensors: list[Tensor]) -> None:
     for name, tensor in zip(names, tensors, strict=True):
         if tensor.count_nonzero():
-            raise ValueError(
+            raise UserError(
                 f"{name!r} is not zero, and this format has no such bias: choose another one, or "
                 "train with attention_bias=False."
             )
@@ -177,10 +178,10 @@ def plain_heads(fields: Mapping[str, Any]) -> dict[str, int | None]:
 
 
 def expect(theirs: Mapping[str, Any], **values: Any) -> None:
-    """Raise a `ValueError` that names the first foreign setting that ours has no counterpart of."""
+    """Raise a `UserError` that names the first foreign setting that ours has no counterpart of."""
     for name, value in values.items():
         if theirs.get(name, value) != value:
-            raise ValueError(
+            raise UserError(
                 f"{name}={theirs[name]!r} has no counterpart in NanoGPTConfig: only models with "
                 f"{name}={value!r} can be converted."
             )

@@ -4,6 +4,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.utils import logging
 
 from ..configuration_nanogpt import NanoGPTConfig
+from ..errors import UserError
 from . import gpt1, gpt2, gpt_neo, llama, nanochat, qwen3
 from .rules import Format
 
@@ -58,12 +59,12 @@ def make_native_config(config: NanoGPTConfig, name: str) -> tuple[str, PreTraine
         name: one of `FORMATS`, or `"auto"` for the twin.
 
     Raises:
-        ValueError: fields of ours stand in the way, which the message names.
+        UserError: fields of ours stand in the way, which the message names.
     """
     if name == "auto":
         name = find_native_twin(config) or _nearest(config)
     if lost := find_obstacles(config, name):
-        raise ValueError(
+        raise UserError(
             f"The configuration has no twin in {name}, in whose way stands {', '.join(lost)}: "
             "change that and train again, or share the checkpoint as it is, which loads with "
             "trust_remote_code=True."

@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 from .card_edits import seal_card
 
 STDLIB = "python-stdlib"
-_TEMPLATE = Path(__file__).with_name("model_card.md")
+_TEMPLATE = Path(__file__).parent.parent / "templates" / "model_card.md"
 
 
 def render_model_card(

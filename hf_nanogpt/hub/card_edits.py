@@ -14,6 +14,7 @@ import yaml
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from transformers.utils import logging
 
+from ..errors import UserError
 from ..untrusted import parse_yaml
 
 logger = logging.get_logger(__name__)
@@ -27,11 +28,11 @@ _OURS = ("model-index", "widget")
 
 
 def read_card(path: str | Path) -> str:
-    """Return the text of a card, or raise a `ValueError` if it is not UTF-8."""
+    """Return the text of a card, or raise a `UserError` if it is not UTF-8."""
     try:
         return Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: save it as that, and push again.") from error
+        raise UserError(f"{path} is not UTF-8 text: save it as that, and push again.") from error
 
 
 def seal_card(card: str) -> str:
@@ -51,7 +52,7 @@ def merge_card(
     with a warning, for its figures may be old.
 
     Raises:
-        ValueError: the front matter of `theirs`, which the message calls `where`, is not YAML, or a
+        UserError: the front matter of `theirs`, which the message calls `where`, is not YAML, or a
             person wrote something in both cards, and not alike.
     """
     our_data, our_text = split_card(ours)
@@ -71,7 +72,7 @@ def merge_card(
 
 
 def split_card(card: str, *, where: str = "README.md") -> tuple[dict[str, Any], str]:
-    """Return the front matter and the text of a card, or raise a `ValueError` that names a line."""
+    """Return the front matter and the text of a card, or raise a `UserError` that names a line."""
     card = re.sub("\r\n?", "\n", card)
     match = REGEX_YAML_BLOCK.match(card)
     if match is None:
@@ -80,7 +81,7 @@ def split_card(card: str, *, where: str = "README.md") -> tuple[dict[str, Any], 
     front = "\n" * match[1].count("\n") + match[2]
     data = parse_yaml(front, where=f"The front matter of {where}") or {}
     if not isinstance(data, dict):
-        raise ValueError(f"{where} has front matter that is not `name: value` lines: correct it.")
+        raise UserError(f"{where} has front matter that is not `name: value` lines: correct it.")
     return data, card[match.end() :]
 
 
@@ -105,7 +106,7 @@ def _choose_longer(here: str, there: str, where: str) -> str:
     for part, whole in ((here, there), (there, here)):
         if not part or f"\n{part}\n" in f"\n{whole}\n":
             return whole
-    raise ValueError(
+    raise UserError(
         f"The card was edited here and in {where}, each in another way: make them equal, and push "
         "again."
     )

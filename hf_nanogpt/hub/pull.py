@@ -7,9 +7,9 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, snapshot_download
 
-from ..checkpoint import split_revision
+from ..checkpoint.folder import split_revision
 from ..convert.folders import check_destination, written_folder
-from ..hub_errors import FAILURES, explain_hub_error, retry
+from ..errors import FAILURES, UserError, explain_hub_error, retry
 from ..untrusted import path_inside, read_json
 from .staging import check_repo_id
 
@@ -26,7 +26,7 @@ def pull_checkpoint(
         verify: compare the checksum of each file with the Hub's (SHA-256 for the weights).
 
     Raises:
-        ValueError: there is no such id or revision, the destination has content, a file would land
+        UserError: there is no such id or revision, the destination has content, a file would land
             outside it, or a checksum differs; downloading again then starts anew.
     """
     name, revision = split_revision(checkpoint)
@@ -36,7 +36,7 @@ def pull_checkpoint(
         snapshot = Path(snapshot_download(name, revision=revision))
     except FAILURES as error:
         why = explain_hub_error(error)
-        raise ValueError(f"{checkpoint} could not be downloaded: {why}.") from error
+        raise UserError(f"{checkpoint} could not be downloaded: {why}.") from error
     if verify:
         _verify(name, snapshot)
     # A training checkpoint becomes a folder in the folder, which appears at once as well.
@@ -56,7 +56,7 @@ def pull_checkpoint(
 def _step_name(state: Path) -> str:
     step = read_json(state).get("global_step")
     if not isinstance(step, int) or isinstance(step, bool) or step < 0:
-        raise ValueError(f"{state} has global_step={step!r:.80}, which is not a number of steps.")
+        raise UserError(f"{state} has global_step={step!r:.80}, which is not a number of steps.")
     return f"checkpoint-{step}"
 
 
@@ -68,7 +68,7 @@ def _verify(name: str, snapshot: Path) -> None:
     try:
         found = retry(lambda: HfApi().verify_repo_checksums(name, revision=snapshot.name))
     except FAILURES as error:
-        raise ValueError(
+        raise UserError(
             f"{name} could not be compared with the Hub's checksums: {explain_hub_error(error)}. "
             "Try again, or give --no-verify to take what was downloaded."
         ) from error
@@ -76,6 +76,6 @@ def _verify(name: str, snapshot: Path) -> None:
         (path := path_inside(snapshot, mismatch["path"])).resolve().unlink()
         path.unlink(missing_ok=True)
     if wrong := [*(m["path"] for m in found.mismatches), *found.missing_paths]:
-        raise ValueError(
+        raise UserError(
             f"{name} arrived damaged ({', '.join(wrong)}), and was not kept: pull it again."
         )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 
-from ..hub_errors import FAILURES, LOG_IN, explain_hub_error, retry
+from ..errors import FAILURES, LOG_IN, UserError, explain_hub_error, retry
 from .card_edits import merge_card, read_card
 from .staging import RELEASED, STATE, Release, stage, stage_release
 
@@ -39,7 +39,7 @@ def push_to_hub(
         license, language: for the card, as the Hub calls them; by default what it says already.
 
     Raises:
-        ValueError: the folder is no checkpoint of ours, a name is not possible, the card has
+        UserError: the folder is no checkpoint of ours, a name is not possible, the card has
             invalid YAML, the Hub refuses, or it has another content under this tag.
     """
     with tempfile.TemporaryDirectory(prefix="hf_nanogpt-push-") as folder:
@@ -81,12 +81,12 @@ def send_release(
 ) -> Release:
     """Send what `stage_release` wrote; return it with its commit. Raises as `push_to_hub`."""
     if not (token or get_token()):
-        raise ValueError(f"{release.repo_id} cannot be pushed: {LOG_IN}.")
+        raise UserError(f"{release.repo_id} cannot be pushed: {LOG_IN}.")
     api = HfApi(token=token)
     try:
         return _send(api, release, private)
     except FAILURES as error:
-        raise ValueError(
+        raise UserError(
             f"{release.repo_id} could not be pushed: {explain_hub_error(error)}. Nothing is lost "
             "here; the same command can be repeated."
         ) from error
@@ -96,7 +96,7 @@ def _send(api: HfApi, release: Release, private: bool | None) -> Release:
     name, branch, tag = release.repo_id, release.branch, release.tag
     retry(lambda: api.create_repo(name, private=private, exist_ok=True))
     if private and not retry(lambda: api.repo_info(name)).private:
-        raise ValueError(
+        raise UserError(
             f"{name} exists and is public: make it private on its page, or leave out --private."
         )
     refs = retry(lambda: api.list_repo_refs(name))
@@ -104,7 +104,7 @@ def _send(api: HfApi, release: Release, private: bool | None) -> Release:
     tags = {ref.name: ref.target_commit for ref in refs.tags}
     for kind, other, value in (("tag", "branch", tag), ("branch", "tag", branch)):
         if value in (branches if kind == "tag" else tags):  # a revision must be one thing
-            raise ValueError(
+            raise UserError(
                 f"{kind}={value} is not possible: {name} has a {other} of that name. Choose "
                 "another."
             )
@@ -115,7 +115,7 @@ def _send(api: HfApi, release: Release, private: bool | None) -> Release:
         lambda: api.verify_repo_checksums(name, revision=release.commit, local_dir=release.folder)
     )
     if wrong := [*(m["path"] for m in found.mismatches), *found.extra_paths]:
-        raise ValueError(f"{name} arrived damaged ({', '.join(wrong)}): repeat the push.")
+        raise UserError(f"{name} arrived damaged ({', '.join(wrong)}): repeat the push.")
     if tag and tag not in tags:
         retry(lambda: api.create_tag(name, tag=tag, revision=release.commit, exist_ok=True))
         _check_tag(api, release, tag)  # somebody else may have been faster
@@ -158,12 +158,12 @@ def _commit(api: HfApi, release: Release, tagged: str | None) -> Release:
 
 
 def _check_tag(api: HfApi, release: Release, revision: str) -> None:
-    """Raise a `ValueError` unless a tag that exists has the content of the release."""
+    """Raise a `UserError` unless a tag that exists has the content of the release."""
     if release.tag is None or release.tag.startswith("content-"):  # says by itself what it has
         return
     name, folder = release.repo_id, release.folder
     found = retry(lambda: api.verify_repo_checksums(name, revision=revision, local_dir=folder))
     if found.mismatches or found.extra_paths:
-        raise ValueError(
+        raise UserError(
             f"tag={release.tag} is in {name} already, with another content: choose another tag."
         )

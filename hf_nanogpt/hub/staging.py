@@ -15,13 +15,14 @@ from huggingface_hub.utils import validate_repo_id
 from jinja2 import TemplateError
 from transformers import AutoConfig
 
-from ..checkpoint import ARTIFACTS, LOADING, check_checkpoint, load_checkpoint
+from ..checkpoint.folder import ARTIFACTS, LOADING, check_checkpoint, load_checkpoint
 from ..configuration_nanogpt import NanoGPTConfig
 from ..convert import export_checkpoint
-from ..facts import publish_facts
+from ..errors import UserError
 from ..untrusted import path_inside, read_json
 from .card import render_model_card
 from .card_edits import merge_card, read_card
+from .publishable import publish_facts
 
 # Listed, not found: what else lies in the folder is private, and no pickle is ever among them.
 RELEASED = (
@@ -85,10 +86,10 @@ def stage_release(
     check_ref_names(tag=tag, branch=branch)
     source = Path(check_checkpoint(checkpoint))
     if not source.is_dir():
-        raise ValueError(f"{checkpoint} is no folder here: pull it first, then push the folder.")
+        raise UserError(f"{checkpoint} is no folder here: pull it first, then push the folder.")
     model, _ = load_checkpoint(source)  # what does not load here would not load elsewhere
     if model.config.model_type != NanoGPTConfig.model_type:
-        raise ValueError(
+        raise UserError(
             f"{source} is a {model.config.model_type} model, not one of ours: push the checkpoint "
             "that it was exported from, with --native."
         )
@@ -142,12 +143,12 @@ def stage(
 
 
 def _render(folder: Path, metrics: dict[str, Any], path: Path, **options: Any) -> str:
-    """Render the card of a folder; a `ValueError` names the file that the metrics are from."""
+    """Render the card of a folder; a `UserError` names the file that the metrics are from."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     try:
         return render_model_card(config, metrics, **options)
     except (TypeError, ValueError, LookupError, AttributeError, TemplateError) as error:
-        raise ValueError(
+        raise UserError(
             f"{path} does not hold what a training writes there ({error}): correct or delete it, "
             "and push again."
         ) from error
@@ -174,25 +175,25 @@ def _checksum(folder: Path) -> str:
 
 
 def check_repo_id(repo_id: str) -> None:
-    """Raise a `ValueError` unless a repository can have this id."""
+    """Raise a `UserError` unless a repository can have this id."""
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise ValueError(
+        raise UserError(
             f"repo_id={repo_id!r} is not possible: give USER/NAME of letters, digits, '-', '_' and "
             "'.', at most 96 of them."
         ) from error
     if repo_id.count("/") != 1:
-        raise ValueError(f"repo_id={repo_id!r} must be USER/NAME, such as user/{repo_id}.")
+        raise UserError(f"repo_id={repo_id!r} must be USER/NAME, such as user/{repo_id}.")
 
 
 def check_ref_names(*, tag: str | None = None, branch: str | None = None) -> None:
-    """Raise a `ValueError` unless the Hub can have a tag and a branch of these names."""
+    """Raise a `UserError` unless the Hub can have a tag and a branch of these names."""
     for kind, name in (("tag", tag), ("branch", branch)):
         if name is not None and _NOT_A_REF.search(name):
-            raise ValueError(
+            raise UserError(
                 f"{kind}={name!r} is not possible: use letters, digits, '-', '_', '.' and '/', as "
                 "in v1.0."
             )
     if tag is not None and tag in ("main", branch):
-        raise ValueError(f"tag={tag!r} is the name of a branch: choose another tag, such as v1.")
+        raise UserError(f"tag={tag!r} is the name of a branch: choose another tag, such as v1.")

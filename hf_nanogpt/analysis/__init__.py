@@ -1,0 +1,1 @@
+"""What a model knows: likely next tokens, explanations, comparisons, tasks, sizes."""

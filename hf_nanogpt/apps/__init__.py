@@ -1,0 +1,1 @@
+"""Programs for people: chat, an OpenAI server, a playground in the browser."""

@@ -1,0 +1,310 @@
+"""A page in the browser to play with checkpoints: their text, token by token, and its other ways.
+
+The tokens come from stepping.py; here is the HTML that shows them, and then the widgets around it,
+which are gradio's (extra `demo`).
+"""
+
+import os
+import socket
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from html import escape
+from importlib.util import find_spec
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..analysis.explain import show_token
+from ..analysis.likeliest import Step, choose_candidate, stream_steps
+from ..checkpoint.folder import load_checkpoint
+from ..errors import UserError
+from .chat import find_turn_ends
+from .serving import list_hosts
+
+# The least probability of each colour in playground.css, and what the legend says.
+BANDS = {
+    0.9: "90 % and more",
+    0.5: "50 to 90 %",
+    0.1: "10 to 50 %",
+    0.01: "1 to 10 %",
+    0.0: "below 1 %",
+}
+# Seconds between two pictures of a text that is being written: each costs gradio some hundredths.
+PAUSE = 0.1
+_STYLE = Path(__file__).parent.parent / "templates" / "playground.css"
+_HEAD = (
+    "<h1>Playground</h1><p>The colour of a token tells how probable the model found it: its own "
+    "probability, before temperature, top k and top p.</p>"
+)
+_NO_TEXT = "<p>Press Generate: the text appears here.</p>"
+_NO_TOKEN = "<p>Click a token to see what else might have come, and to go on from there.</p>"
+
+
+# the tokens as HTML
+
+
+def render_legend() -> str:
+    """Return the colours and what they mean."""
+    bands = [f'<span class="token band{i}">{text}</span>' for i, text in enumerate(BANDS.values())]
+    return (
+        f'<p class="legend">Probability: {" ".join(bands)} <b>bold</b> is the prompt, '
+        "<u>underlined</u> what you chose</p>"
+    )
+
+
+def render_text(prompt: str, steps: Sequence[Step], note: str = "", *, error: bool = False) -> str:
+    """Return the prompt, each token in the colour of its probability, and a line below."""
+    tokens = [_render_token(step, place) for place, step in enumerate(steps)]
+    text = f'<span class="given">{_show(prompt)}</span>{"".join(tokens)}'
+    kind = "said error" if error else "said"
+    return f'<div class="tokens">{text}</div><p class="{kind}">{escape(note)}</p>'
+
+
+def _render_token(step: Step, place: int) -> str:
+    band = next(i for i, least in enumerate(BANDS) if step.came.probability >= least)
+    chosen = " chosen" if step.chosen else ""
+    tip = f"{_percent(step.came.probability)}, number {step.rank}" + (chosen and ", chosen by you")
+    return (
+        f'<span class="token band{band}{chosen}" role="button" tabindex="0" title="{tip}" '
+        f'data-place="{place}">{_show(step.came.text)}</span>'
+    )
+
+
+def render_candidates(step: Step, place: int) -> str:
+    """Return the likeliest tokens at a place, each to go on from, and the one that came."""
+    rows = [
+        f'<div class="way{" came" if candidate == step.came else ""}" role="button" tabindex="0" '
+        f'data-place="{place}" data-choice="{i}"><span>{escape(show_token(candidate.text))}</span>'
+        f'<b><i style="width:{100 * candidate.probability:.1f}%"></i></b>'
+        f"<span>{_percent(candidate.probability)}</span></div>"
+        for i, candidate in enumerate(step.likeliest)
+    ]
+    came = f"“{escape(show_token(step.came.text))}” ({_percent(step.came.probability)})"
+    return (
+        f"<h3>What might come at token {place + 1}</h3><p>Here came {came}, number {step.rank} of "
+        f"the model's list. Click another to go on with it.</p>{''.join(rows)}"
+    )
+
+
+def _show(text: str) -> str:
+    """Return the text as HTML in which white space other than blanks can be seen."""
+    shown = []
+    for c in text:
+        mark = "" if c.isprintable() else f"<i>{escape(show_token(c))}</i>"
+        shown.append(f"{mark}\n" if c == "\n" else mark or escape(c))
+    return "".join(shown)
+
+
+def _percent(share: float) -> str:
+    if share < 0.001:
+        return "under 0.1 %"
+    return f"{100 * share:.{1 if share < 0.1 else 0}f} %"
+
+
+# what happens when a button is pressed
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """A loaded checkpoint and what it is called."""
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+    def describe(self) -> str:
+        """Return its name and sizes as HTML."""
+        millions = self.model.num_parameters() / 1e6
+        context = self.model.config.max_position_embeddings
+        facts = f"{millions:,.1f} million parameters, context of {context:,} tokens"
+        return f"<h2>{escape(self.name)}</h2><p>{facts}</p>"
+
+    def write(
+        self, prompt: str, steps: Sequence[Step], settings: dict[str, Any]
+    ) -> Iterator[tuple[str, tuple[str, list[Step]]]]:
+        """Yield the text so far as HTML, and the prompt and steps that it is of."""
+        steps, shown = list(steps), monotonic()
+        yield render_text(prompt, steps, "Reading …"), (prompt, steps)
+        try:
+            for step in stream_steps(self.model, self.tokenizer, prompt, steps=steps, **settings):
+                steps.append(step)
+                if monotonic() - shown > PAUSE:
+                    yield render_text(prompt, steps, "Writing …"), (prompt, steps)
+                    shown = monotonic()
+            yield render_text(prompt, steps, self.tell_end(steps)), (prompt, steps)
+        except ValueError as error:
+            yield render_text(prompt, steps, str(error), error=True), (prompt, steps)
+
+    def tell_end(self, steps: list[Step]) -> str:
+        """Return how long a text is, and whether the model has ended it."""
+        ended = steps[-1].came.id in find_turn_ends(self.model, self.tokenizer)
+        return f"{len(steps)} tokens{': the model has ended the text' if ended else ''}."
+
+
+# the page
+
+
+def check_gradio() -> None:
+    """Raise a `UserError` that says how to install gradio, if it is missing."""
+    if find_spec("gradio") is None:
+        raise UserError("The playground needs gradio: pip install 'hf-nanogpt[demo]'.")
+
+
+def check_address(host: str, port: int | None) -> None:
+    """Raise a `UserError` unless a server can listen there; without a port, on any."""
+    if port == 0:
+        raise UserError("port=0 is not possible: leave --port out for the first free one.")
+    try:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port or 0))
+    except (OSError, OverflowError) as error:
+        where = f"host={host}" if port is None else f"host={host}, port={port}"
+        why = getattr(error, "strerror", None) or error
+        raise UserError(f"Cannot listen at {where} ({why}): choose another.") from error
+
+
+def serve_playground(
+    checkpoints: Sequence[str | Path], *, host: str = "127.0.0.1", port: int | None = None
+) -> Any:
+    """Serve the page of one checkpoint or several, and return it, a running `gradio.Blocks`.
+
+    The page fetches nothing from elsewhere, and tells nobody. Without a `port` it is the first free
+    one from 7860 on.
+
+    Raises:
+        UserError: gradio is missing, a checkpoint cannot be loaded, or the address is taken.
+    """
+    check_gradio()
+    check_address(host, port)
+    speakers = [Speaker(str(name), *load_checkpoint(name)) for name in checkpoints]
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
+    # gradio asks its own server whether it is up, which a proxy need not know of
+    direct = [os.environ.get("no_proxy") or os.environ.get("NO_PROXY"), "localhost", host]
+    os.environ["no_proxy"] = ",".join(filter(None, direct))
+    import gradio
+    from starlette.middleware import Middleware
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+    hosts: Any = {"allowed_hosts": list_hosts(host, socket.gethostbyname(host))}
+    page = _build_page(speakers)
+    page.launch(
+        server_name=host,
+        server_port=port,
+        share=False,
+        quiet=True,
+        prevent_thread_lock=True,
+        footer_links=[],
+        run_history=False,
+        ssr_mode=False,
+        mcp_server=False,
+        app_kwargs={"middleware": [Middleware(TrustedHostMiddleware, **hosts)]},
+        theme=gradio.themes.Default(primary_hue="blue").set(
+            body_text_color_subdued="*neutral_600", block_info_text_color="*neutral_600"
+        ),
+        css=(Path(__file__).parent.parent / "templates" / "playground.css").read_text(
+            encoding="utf-8"
+        ),
+    )
+    return page
+
+
+def _build_page(speakers: Sequence[Speaker]):
+    import gradio
+
+    with gradio.Blocks(title="hf_nanogpt playground", analytics_enabled=False) as page:
+        gradio.HTML(_HEAD)
+        prompt = gradio.Textbox(
+            label="Prompt", lines=2, placeholder="A text to go on from", elem_id="prompt"
+        )
+        settings = _build_settings(speakers)
+        with gradio.Row():
+            start = gradio.Button("Generate", variant="primary", scale=3, elem_id="generate")
+            stop = gradio.Button("Stop", elem_id="stop")
+        gradio.HTML(render_legend())
+        with gradio.Row():
+            for speaker in speakers:
+                _build_column(speaker, prompt, settings, start, stop)
+    return page
+
+
+def _build_settings(speakers: Sequence[Speaker]) -> dict[str, Any]:
+    """Return the widgets by the names that `stream_steps` gives these settings."""
+    from gradio import Number, Row, Slider
+
+    own = speakers[0].model.generation_config
+    longest = max(s.model.config.max_position_embeddings for s in speakers)
+    top_k, top_p = own.top_k or 0, own.top_p or 1.0
+    with Row():
+        return {
+            "temperature": Slider(0, 2, 0.8, step=0.05, label="Temperature", info="0: likeliest"),
+            "top_k": Slider(0, max(100, top_k), top_k, step=1, label="Top k", info="0: all tokens"),
+            "top_p": Slider(0.01, 1, top_p, step=0.01, label="Top p", info="1: all tokens"),
+            "max_new_tokens": Slider(
+                1, longest, min(100, longest), step=1, label="New tokens", info="at most"
+            ),
+            "seed": Number(1, precision=0, label="Seed", info="empty: another text each time"),
+        }
+
+
+# A click, Enter or the space bar on what can be focused is an event with its data-* attributes.
+_CLICKS = """
+const choose = event => {
+  const found = event.target.closest('[tabindex]');
+  if (!found || (event.key && !['Enter', ' '].includes(event.key))) return;
+  if (event.key) event.preventDefault();  // the space bar would scroll
+  element.querySelectorAll('[aria-pressed]').forEach(one => one.removeAttribute('aria-pressed'));
+  found.setAttribute('aria-pressed', true);
+  trigger('click', {...found.dataset});
+};
+element.addEventListener('click', choose);
+element.addEventListener('keydown', choose);
+"""
+
+
+def _build_column(speaker: Speaker, prompt, settings: dict[str, Any], start, stop) -> None:
+    """Add what shows one speaker, and what happens when something is pressed."""
+    import gradio
+
+    with gradio.Column(elem_classes="speaker"):
+        gradio.HTML(speaker.describe())
+        with gradio.Row():  # below each other where there is no room for both
+            with gradio.Column(scale=3, min_width=340):
+                text = gradio.HTML(_NO_TEXT, js_on_load=_CLICKS)
+            with gradio.Column(scale=2, min_width=340):
+                candidates = gradio.HTML(_NO_TOKEN, js_on_load=_CLICKS, elem_classes="candidates")
+        story = gradio.State(("", []))
+
+    def begin(prompt, *values):
+        given = dict(zip(settings, values, strict=True))
+        for shown, now in speaker.write(prompt, [], given):
+            yield shown, _NO_TOKEN, now
+
+    def reveal(event: gradio.EventData, story):
+        place = int(event.place)
+        return render_candidates(story[1][place], place)
+
+    def go_on(event: gradio.EventData, story, *values):
+        place = int(event.place)
+        steps = choose_candidate(story[1], place, int(event.choice))
+        candidates = render_candidates(steps[place], place)
+        given = dict(zip(settings, values, strict=True))
+        for shown, now in speaker.write(story[0], steps, given):
+            yield shown, candidates, now
+
+    def halt(story):
+        prompt, steps = story
+        return render_text(prompt, steps, speaker.tell_end(steps)) if steps else _NO_TEXT
+
+    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+    # One at a time: two at once would only slow each other down.
+    alone: dict[str, Any] = quiet | {"concurrency_id": "model", "concurrency_limit": 1}
+    widgets, outputs = list(settings.values()), [text, candidates, story]
+    triggers = [start.click, prompt.submit]
+    first = gradio.on(triggers, begin, [prompt, *widgets], outputs, **alone)
+    text.click(reveal, story, candidates, **quiet)
+    again = candidates.click(go_on, [story, *widgets], outputs, cancels=[first], **alone)
+    gradio.on(triggers, None, cancels=[again], **quiet)
+    stop.click(halt, story, text, cancels=[first, again], **quiet)

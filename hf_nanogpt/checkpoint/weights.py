@@ -1,0 +1,93 @@
+"""What is read of a foreign checkpoint: tensors, one at a time, with every fault named."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..errors import UserError, explain_errors
+from ..untrusted import path_inside, read_json
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor of a known shape that is read only when it is needed."""
+
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]
+
+
+def in_memory(tensors: Mapping[str, Tensor]) -> dict[str, LazyTensor]:
+    """Give tensors that are there already the same face as those in files."""
+    return {name: LazyTensor(tuple(t.shape), t.detach) for name, t in tensors.items()}
+
+
+def open_weights(folder: Path) -> dict[str, LazyTensor]:
+    """Return the tensors of a folder's safetensors file or shards; only the headers are read.
+
+    Raises:
+        UserError: there are no such files, a shard is missing, or one is cut off or damaged.
+    """
+    return {name: t for path in _weight_files(folder) for name, t in _open_file(path).items()}
+
+
+def _weight_files(folder: Path) -> Iterable[Path]:
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        raise UserError(
+            f"{folder} has neither {single.name} nor {index.name}: load the model with "
+            "transformers and write it again with save_pretrained, which makes them."
+        )
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(n, str) for n in shards.values()):
+        raise UserError(f"{index} has no weight_map that says which file holds which tensor.")
+    with explain_errors(str(index)):
+        return [path_inside(folder, name) for name in sorted(set(shards.values()))]
+
+
+def _open_file(path: Path) -> dict[str, LazyTensor]:
+    try:
+        file = safe_open(path, framework="pt")
+        return {
+            name: LazyTensor(
+                tuple(file.get_slice(name).get_shape()), partial(file.get_tensor, name)
+            )
+            for name in file.keys()  # noqa: SIM118 (it is no dict)
+        }
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{path} cannot be read, it is missing, cut off or damaged: {error}"
+        ) from error
+
+
+def check_tensors(found: Mapping[str, LazyTensor], expected: Shapes, *, where: Path) -> None:
+    """Raise a `UserError` that names the tensors missing, unknown or of another shape."""
+    common = [name for name in expected if name in found]
+    faults = {
+        "missing": [repr(name) for name in expected if name not in found],
+        "unknown": [repr(name) for name in found if name not in expected],
+        "of another shape": [
+            f"{name!r} is {found[name].shape} and should be {expected[name]}"
+            for name in common
+            if found[name].shape != expected[name]
+        ],
+    }
+    named = [f"{kind}: {_shorten(names)}" for kind, names in faults.items() if names]
+    if named:
+        raise UserError(
+            f"{where} does not hold the tensors that its config.json describes ("
+            + "; ".join(named)
+            + "). Check that the weights and the configuration belong together."
+        )
+
+
+def _shorten(names: list[str], limit: int = 3) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

@@ -1,0 +1,1 @@
+"""Faster norm and rotary positions on CPUs, equal to the plain forms."""

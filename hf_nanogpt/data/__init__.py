@@ -1,0 +1,1 @@
+"""From text to packed blocks of tokens: sources, documents, tokenizers, conversations, packing."""

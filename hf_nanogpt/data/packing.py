@@ -1,0 +1,207 @@
+"""From documents to training batches: tokens in packed blocks with `position_ids`.
+
+Packed, a corpus reads `<eos> document <eos> document ... <eos>`, cut into blocks of
+`context_length` tokens in which the last token of one block is the first of the next: as models
+predict the tokens after the first of a block, every token is predicted exactly once.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import count
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from datasets import Dataset, Features, IterableDataset, List, Value
+from datasets.fingerprint import Hasher
+from torch.utils import data as torch_data
+from transformers import PreTrainedTokenizerBase
+
+from .conversations import MESSAGES, ConversationEncoder
+from .documents import Documents
+from .encoding import DocumentEncoder
+
+_VERSION = 2  # of the tokens; a new one leaves those in the cache of `datasets` behind
+_SHUFFLED = 10_000  # documents of a stream among which the next one is drawn
+
+Pieces: TypeAlias = Callable[[], list[np.ndarray]]
+"""Opens a corpus: its token ids in arrays, one after the other, as a rule memory-mapped."""
+
+
+class PackedBlocks(torch_data.Dataset):
+    """Rows with `input_ids` of `context_length` tokens, cut out of a corpus when asked for.
+
+    The corpus stays on disk and may be larger than memory; another process opens it anew.
+    """
+
+    def __init__(self, pieces: Pieces, *, context_length: int):
+        self.open_pieces = pieces
+        self.context_length = context_length
+        self.pieces = [piece for piece in pieces() if len(piece)]
+        self.ends = np.cumsum([len(piece) for piece in self.pieces], dtype=np.int64)
+
+    def __reduce__(self):
+        return partial(type(self), context_length=self.context_length), (self.open_pieces,)
+
+    def __len__(self) -> int:
+        tokens = int(self.ends[-1]) if self.pieces else 0
+        return max(1, -(-(tokens - 1) // (self.context_length - 1)))
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"There are {len(self)} blocks, and none of number {index}.")
+        start = (index % len(self)) * (self.context_length - 1)
+        return {"input_ids": self._slice(start, start + self.context_length)}
+
+    def _slice(self, start: int, end: int) -> np.ndarray:
+        number, parts = int(np.searchsorted(self.ends, start, side="right")), []
+        while start < end and number < len(self.pieces):
+            first = int(self.ends[number]) - len(self.pieces[number])
+            parts.append(self.pieces[number][start - first : end - first])
+            start, number = int(self.ends[number]), number + 1
+        return np.concatenate(parts) if len(parts) > 1 else parts[0]
+
+
+class PackedStream(torch_data.IterableDataset):
+    """The same rows, cut out of a stream of documents as it is read.
+
+    With a `seed` the stream never ends: it is read again and again, shuffled anew each time, in an
+    order that depends on the seed alone. Where several processes train, the first reads for all, as
+    Accelerate does by default, so that no document is read twice.
+    """
+
+    def __init__(
+        self,
+        tokens: IterableDataset,
+        *,
+        context_length: int,
+        eos_token_id: int | None,
+        seed: int | None = None,
+    ):
+        self.tokens = tokens
+        self.context_length = context_length
+        self.eos = np.array([] if eos_token_id is None else [eos_token_id], dtype=np.int64)
+        self.seed = seed
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        rest, step = self.eos[:0], self.context_length - 1
+        for row in self._rows():
+            rest = np.concatenate((rest, row["input_ids"]))
+            whole = max(0, len(rest) - 1) // step * step
+            for start in range(0, whole, step):
+                yield {"input_ids": rest[start : start + step + 1]}
+            rest = rest[whole:]
+        yield {"input_ids": np.concatenate((rest, _end_like(rest, self.eos)))}
+
+    def _rows(self) -> Iterator[dict[str, Any]]:
+        if self.seed is None:
+            yield from self.tokens
+            return
+        shuffled = self.tokens.shuffle(seed=self.seed, buffer_size=_SHUFFLED)
+        for epoch in count():
+            shuffled.set_epoch(epoch)
+            row = None
+            for row in shuffled:
+                yield row
+            if row is None:  # nothing is left for this worker of a DataLoader
+                return
+
+
+Tokens: TypeAlias = Pieces | IterableDataset
+
+
+def pack_documents(
+    documents: Documents,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    context_length: int,
+    num_proc: int | None = None,
+) -> PackedBlocks | PackedStream:
+    """Tokenise documents and pack them into rows with `input_ids` of `context_length` tokens.
+
+    The last block may be shorter; `PackedCollator` pads it. The tokens of a `Dataset` are memory-
+    mapped from Arrow files in the cache of `datasets`, so the corpus may be larger than memory; an
+    `IterableDataset` is tokenised and packed as it streams. Of conversations, a token that is not
+    to be learnt is written as its complement `~id`, see `PackedCollator`.
+    """
+    tokens = tokenize_documents(documents, tokenizer, num_proc=num_proc)
+    return cut_blocks(tokens, context_length=context_length, eos_token_id=tokenizer.eos_token_id)
+
+
+def tokenize_documents(
+    documents: Documents, tokenizer: PreTrainedTokenizerBase, *, num_proc: int | None = None
+) -> Tokens:
+    """Return the tokens of all documents, each behind an eos, one more of which ends them."""
+    columns = documents.column_names or ["text"]
+    is_chat = MESSAGES in columns
+    encode = ConversationEncoder(tokenizer) if is_chat else DocumentEncoder(tokenizer)
+    features = Features({"input_ids": List(Value(encode.kind))})
+    if isinstance(documents, IterableDataset):
+        return documents.map(encode, batched=True, batch_size=64, remove_columns=columns)
+    eos = tokenizer.eos_token_id
+    words = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer
+    words = (words, tokenizer.chat_template) if is_chat else words
+    tokens = documents.map(
+        encode,
+        batched=True,
+        batch_size=64,
+        remove_columns=columns,
+        features=features,
+        num_proc=num_proc,
+        new_fingerprint=Hasher.hash((_VERSION, documents._fingerprint, words, eos)),
+        desc="Tokenising",
+    )
+    return partial(_open_arrow, tokens, np.array([] if eos is None else [eos], dtype=encode.kind))
+
+
+def _open_arrow(tokens: Dataset, end: np.ndarray) -> list[np.ndarray]:
+    chunks = tokens.data.column("input_ids").chunks if len(tokens) else []
+    pieces = [chunk.flatten().to_numpy() for chunk in chunks]
+    return [*pieces, _end_like(pieces[-1], end) if pieces else end]
+
+
+def _end_like(tokens: np.ndarray, end: np.ndarray) -> np.ndarray:
+    """Return the `end` of a corpus, not to be learnt where the last of its tokens is not."""
+    return ~end if len(tokens) and tokens[-1] < 0 else end
+
+
+def cut_blocks(
+    tokens: Tokens, *, context_length: int, eos_token_id: int | None, seed: int | None = None
+) -> PackedBlocks | PackedStream:
+    """Return the blocks of a corpus of tokens, read only when asked for; `seed` is a stream's."""
+    if isinstance(tokens, IterableDataset):
+        return PackedStream(
+            tokens, context_length=context_length, eos_token_id=eos_token_id, seed=seed
+        )
+    return PackedBlocks(tokens, context_length=context_length)
+
+
+@dataclass
+class PackedCollator:
+    """Make a batch of blocks: `input_ids`, `labels` and `position_ids`, each (B, T) of int64.
+
+    Positions start again at every eos, which keeps packed documents from seeing each other, and the
+    labels equal the inputs (models shift them). A negative id of a row stands for the token `~id`
+    that is not to be learnt: its label is -100. A short block is filled with eos, labelled -100.
+    Where `eos_token_id` is `None`, no document ends, and a short block is filled with 0.
+    """
+
+    eos_token_id: int | None
+
+    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        length = max(len(row["input_ids"]) for row in rows)
+        input_ids = np.full((len(rows), length), self.eos_token_id or 0)
+        labels = np.full_like(input_ids, -100)
+        for i, row in enumerate(rows):
+            ids = np.asarray(row["input_ids"], dtype=np.int64)
+            input_ids[i, : len(ids)] = np.maximum(ids, ~ids)
+            labels[i, : len(ids)] = np.where(ids < 0, -100, ids)
+        index = np.arange(length)
+        if self.eos_token_id is None:
+            starts = np.zeros_like(input_ids)
+        else:
+            starts = np.where(input_ids == self.eos_token_id, index, 0)
+        positions = index - np.maximum.accumulate(starts, axis=1)
+        batch = {"input_ids": input_ids, "labels": labels, "position_ids": positions}
+        return {name: torch.from_numpy(array) for name, array in batch.items()}

@@ -1,0 +1,1 @@
+"""Training: settings, optimizer, callbacks, the Trainer, exact resume, and `train()`."""

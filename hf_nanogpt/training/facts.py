@@ -1,0 +1,92 @@
+"""What a model card has to tell of a training besides its results, as JSON for `metrics.json`."""
+
+import platform
+import re
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import __version__
+from ..data.documents import DataArguments
+from ..data.stored import TOKENIZED
+from ..data.token_files import find_token_files
+from ..hub.publishable import publish_command, publish_place
+from .arguments import NanoGPTTrainingArguments
+
+
+def collect_facts(
+    recipe: str,
+    flags: Sequence[str],
+    *,
+    start_from: str | Path | None = None,
+    data_args: DataArguments,
+    args: NanoGPTTrainingArguments,
+    context_length: int,
+) -> dict[str, Any]:
+    """Return data, command, settings, hardware and versions of a training.
+
+    They are made to be published: only listed settings are shown, an address without user and
+    query, which may be secrets, and an absolute path by its last part.
+    """
+    start = ["--from", str(start_from)] if start_from else []
+    batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return {
+        "recipe": Path(recipe).name,
+        "data": publish_place(data_args.data),
+        "datasets": [data_args.data] if _is_hub_dataset(data_args.data) else [],
+        "start_from": start_from and publish_place(str(start_from)),
+        "command": publish_command(["hf-nanogpt", "train", recipe, *start, *flags]),
+        "eval_command": _repeat_evaluation(data_args),
+        "settings": {
+            "Tokenizer": publish_place(data_args.tokenizer),
+            "Batch": f"{batch} blocks of {context_length} tokens",
+            "Optimizer": args.optim_recipe,
+            "Learning rate": args.learning_rate,
+            "Schedule": str(args.lr_scheduler_type.value),
+            "Weight decay": args.weight_decay,
+            "Precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
+            "Seed": args.seed,
+            "LoRA": _describe_adapter(args),
+        },
+        "hardware": _describe_hardware(args),
+        "versions": {"hf_nanogpt": __version__, "python": platform.python_version()}
+        | {name: version(name) for name in ("torch", "transformers", "datasets", "tokenizers")},
+    }
+
+
+def _describe_adapter(args: NanoGPTTrainingArguments) -> str | None:
+    return f"rank {args.lora_rank}, alpha {args.lora_alpha}, merged" if args.lora else None
+
+
+def _is_hub_dataset(data: str) -> bool:
+    """Say whether data that was loaded came from the Hub: it looks so, and is no path here."""
+    return not Path(data).exists() and bool(re.fullmatch(r"[\w.-]+/[\w.-]+", data))
+
+
+def _repeat_evaluation(data_args: DataArguments) -> list[str] | None:
+    """Return the arguments of `hf-nanogpt eval` that measure on the same text, where it can."""
+    default, folder = DataArguments(), Path(data_args.data)
+    if (folder / TOKENIZED).is_file() or find_token_files(folder):
+        return None
+    if data_args.streaming or data_args.dataset_config or data_args.dataset_split != "train":
+        return None
+    words = ["--data", publish_place(data_args.validation_data or data_args.data)]
+    if not data_args.validation_data:
+        words += ["--held_out", str(data_args.validation_fraction)]
+    if data_args.text_column != default.text_column:
+        words += ["--text_column", data_args.text_column]
+    if data_args.context_length:
+        words += ["--context_length", str(data_args.context_length)]
+    return words
+
+
+def _describe_hardware(args: NanoGPTTrainingArguments) -> str:
+    if args.device.type == "cuda":
+        return f"{args.world_size} x {torch.cuda.get_device_name(args.device)}"
+    if args.device.type == "cpu":
+        processes = f"{args.world_size} processes of " if args.world_size > 1 else ""
+        return f"{processes}{torch.get_num_threads()} CPU threads ({platform.machine()})"
+    return f"{args.world_size} x {args.device.type}"
