@@ -4,10 +4,10 @@ EXTRAS ?= dev
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help train test compat check format bench build clean
+.PHONY: help train test test-all compat check format bench wheel clean
 
 help:  ## show this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## */  make \1\t/'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 18
 
 # On Linux pip takes the CUDA build of torch; PIP_EXTRA_INDEX_URL with PyTorch's CPU index saves 3 GB.
 $(READY): pyproject.toml constraints.txt
@@ -20,7 +20,10 @@ $(READY): pyproject.toml constraints.txt
 train: $(READY)  ## train a first GPT on Python's own source code, about 4 minutes on 2 cores
 	$(BIN)/hf-nanogpt train
 
-test: $(READY)  ## run the test suite
+test: $(READY)  ## run the tests that matter for every change, about 3 minutes
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 -m "not slow"
+
+test-all: $(READY)  ## run all tests, about 10 minutes; EXTRAS=dev,all for those of the extras
 	$(BIN)/python -m pytest -n auto --maxprocesses 4
 
 compat: $(READY)  ## load checkpoints in other releases of transformers: make compat RELEASES="oldest newest"
@@ -35,11 +38,17 @@ format: $(READY)  ## format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(READY)  ## measure the speed of training steps here, beside transformers and plain torch
+bench: $(READY)  ## compare the speed of training steps here with transformers and plain torch
 	$(BIN)/hf-nanogpt bench train
 
-build: $(READY)  ## build the wheel and the source distribution
+wheel: $(READY)  ## build the wheel, install it in an environment of its own and use it there
+	rm -rf dist .wheel
 	$(BIN)/python -m build
+	$(PYTHON) -m venv .wheel
+	.wheel/bin/python -m pip install --quiet --constraint constraints.txt dist/*.whl
+	cd .wheel && bin/python -c 'import hf_nanogpt; [getattr(hf_nanogpt, name) for name in hf_nanogpt.__all__]'
+	cd .wheel && bin/hf-nanogpt doctor
+	rm -rf .wheel
 
-clean:  ## remove the environment and what was built (never runs/)
-	rm -rf .venv .compat dist build .mypy_cache .pytest_cache .ruff_cache
+clean:  ## remove the environment and what was built, never runs/
+	rm -rf .venv .compat .wheel dist build .mypy_cache .pytest_cache .ruff_cache
