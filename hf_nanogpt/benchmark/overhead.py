@@ -63,17 +63,14 @@ def _make_loader(blocks: PackedBlocks, batch_size: int, eos_token_id: int) -> Da
 def _run_trainer(
     config: NanoGPTConfig, blocks: PackedBlocks, tokenizer: PreTrainedTokenizerBase, steps: int
 ) -> float:
-    clock = Clock()
+    """Return the seconds of a step."""
+    clock, model = Clock(), NanoGPTForCausalLM(config)
     settings: dict[str, Any] = {"max_steps": steps, "optim_recipe": "adamw", "max_grad_norm": 0.0}
     settings |= {"eval_strategy": "no", "save_strategy": "no", "logging_steps": 10}
+    data: dict[str, Any] = {"train_dataset": blocks, "processing_class": tokenizer}
     with tempfile.TemporaryDirectory() as folder:
-        NanoGPTTrainer(
-            NanoGPTForCausalLM(config),
-            NanoGPTTrainingArguments(output_dir=folder, disable_tqdm=True, **settings),
-            train_dataset=blocks,
-            processing_class=tokenizer,
-            callbacks=[clock],
-        ).train()
+        args = NanoGPTTrainingArguments(output_dir=folder, disable_tqdm=True, **settings)
+        NanoGPTTrainer(model, args, callbacks=[clock], **data).train()
     return _find_step_seconds(clock)
 
 

@@ -14,7 +14,8 @@ import torch
 from .. import __version__
 from ..analysis.compare import format_table
 from ..analysis.doctor import name_processor
-from ..checkpoint.folder import check_writable, staged_folder
+from ..analysis.plots import replace_file
+from ..checkpoint.folder import check_writable
 from ..errors import UserError
 
 
@@ -100,12 +101,10 @@ def save_report(
     report: dict[str, Any], folder: str | Path, *, plot: Callable[[dict[str, Any], Path], None]
 ) -> list[Path]:
     """Write bench_NAME.json and bench_NAME.png, where NAME is the benchmark; return their paths."""
-    folder, name = Path(folder), report["benchmark"]
-    with staged_folder(folder) as staged:
-        file, picture = _name_files(staged, name)
-        file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        plot(report, picture)
-    return _name_files(folder, name)
+    file, picture = _name_files(Path(folder), report["benchmark"])
+    plot(report, picture)
+    replace_file(file, f"{json.dumps(report, indent=2)}\n".encode())
+    return [file, picture]
 
 
 def _name_files(folder: Path, name: str) -> list[Path]:

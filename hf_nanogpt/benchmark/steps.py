@@ -61,7 +61,9 @@ def benchmark_training(
     machine, models = describe_machine(), make_contestants(sizes)
     flops = {name: 3 * count_flops(models[name]) for name in (NANO, GPT2)}
     if compile:
-        models |= {f"{name}, compiled": _compile(module) for name, module in models.items()}
+        models |= {
+            f"{name}, compiled": torch.compile(copy.deepcopy(m)) for name, m in models.items()
+        }
     device, dtype = Accelerator().device, torch.bfloat16 if bf16 else torch.float32
     tokens = torch.randint(sizes["vocab_size"], (batch_size, sizes["block_size"]), device=device)
     step_of = {name: _make_step(module, tokens, bf16=bf16) for name, module in models.items()}
@@ -95,12 +97,6 @@ def _read_sizes(model: str) -> dict[str, int]:
     return {name: getattr(config, NanoGPTConfig.attribute_map.get(name, name)) for name in SIZES}
 
 
-def _compile(module: nn.Module) -> nn.Module:
-    compiled = copy.deepcopy(module)
-    compiled.compile()
-    return compiled
-
-
 def _make_step(model: nn.Module, tokens: torch.Tensor, *, bf16: bool) -> Callable[[], None]:
     model.to(tokens.device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
@@ -117,19 +113,13 @@ def _make_step(model: nn.Module, tokens: torch.Tensor, *, bf16: bool) -> Callabl
 
 def _time(step: Callable[[], None], steps: int) -> float:
     """Return the mean seconds of a step."""
-    _wait()
     clock = Clock()
     for _ in range(steps):
         step()
-    _wait()
+    if torch.accelerator.is_available():  # it works asynchronously: wait until it has finished
+        torch.accelerator.synchronize()
     clock()
     return sum(clock.seconds()) / steps
-
-
-def _wait() -> None:
-    """Wait until an accelerator, which works asynchronously, has finished."""
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
 
 
 def _make_row(
