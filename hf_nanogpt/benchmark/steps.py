@@ -61,9 +61,9 @@ def benchmark_training(
     machine, models = describe_machine(), make_contestants(sizes)
     flops = {name: 3 * count_flops(models[name]) for name in (NANO, GPT2)}
     if compile:
-        models |= {
-            f"{name}, compiled": torch.compile(copy.deepcopy(m)) for name, m in models.items()
-        }
+        for name, module in list(models.items()):
+            models[f"{name}, compiled"] = compiled = copy.deepcopy(module)
+            compiled.compile()
     device, dtype = Accelerator().device, torch.bfloat16 if bf16 else torch.float32
     tokens = torch.randint(sizes["vocab_size"], (batch_size, sizes["block_size"]), device=device)
     step_of = {name: _make_step(module, tokens, bf16=bf16) for name, module in models.items()}
