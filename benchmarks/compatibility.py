@@ -1,10 +1,11 @@
-"""How near converted models are to the classes of transformers and to nanoGPT's layout.
+"""How close converted models are to the classes of transformers and to nanoGPT's checkpoints.
 
-Builds tiny random models in fp32, converts them, and measures the largest difference of a logit on
-the same tokens, and whether ours -> theirs -> ours gives each bit back (GPT-Neo rounds queries that
-did not come from it, where sqrt(head_dim) is no power of two: tests/test_export.py). Writes
-benchmarks/results/compatibility.json and prints the table of README. Run:
-python benchmarks/compatibility.py (10 seconds)
+Builds tiny random models in fp32 and converts them. Measures the largest difference of a logit on
+the same tokens, and whether a conversion to the native format and back keeps every bit. (GPT-Neo
+rounds queries of other models unless sqrt(head_dim) is a power of two: tests/test_export.py.)
+Writes benchmarks/results/compatibility.json and prints the table in README.
+
+Run: python benchmarks/compatibility.py (10 seconds)
 """
 
 import json
@@ -30,22 +31,22 @@ RESULTS = Path(__file__).parent / "results" / "compatibility.json"
 
 @torch.no_grad()
 def measure_reference(name: str, folder: Path) -> dict[str, Any]:
-    """Compare one model of transformers with what it is converted to, and go there and back."""
-    reference, theirs = REFERENCES[name], make_reference(name)
-    theirs.save_pretrained(folder / "theirs")
-    convert_checkpoint(folder / "theirs", folder / "ours")
+    """Compare a model of transformers with its conversion, then convert it to native and back."""
+    reference, model = REFERENCES[name], make_reference(name)
+    model.save_pretrained(folder / "original")
+    convert_checkpoint(folder / "original", folder / "ours")
     export_checkpoint(folder / "ours", folder / "native", to=reference.format)
     convert_checkpoint(folder / "native", folder / "back")
     return {
         "format": reference.format,
         "reference": reference.architecture,
-        "max_difference": _difference(folder / "ours", theirs(make_tokens()).logits),
+        "max_difference": _difference(folder / "ours", model(make_tokens()).logits),
         "round_trip": _is_same(folder / "ours", folder / "back"),
     }
 
 
 def measure_nanogpt(bias: bool, folder: Path) -> dict[str, Any]:
-    """Compare a ckpt.pt with what it is converted to."""
+    """Compare a ckpt.pt with its conversion."""
     state = make_state(bias=bias)
     convert_checkpoint(write_checkpoint(folder, state, bias=bias), folder / "ours")
     return {
@@ -68,7 +69,7 @@ def _is_same(*folders: Path) -> bool:
 
 
 def render_table(rows: dict[str, dict[str, Any]]) -> str:
-    """Return one line of Markdown for each format: the worst of its rows."""
+    """Return a Markdown table with one line for each format, the worst of its rows."""
     lines = [
         "| format | reference | shapes | largest difference | there and back |",
         "|---|---|---|---|---|",

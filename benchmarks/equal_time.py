@@ -1,8 +1,8 @@
-"""Quality at equal time: the quickstart recipe beside nanoGPT's on Python's own source code.
+"""Quality at equal time: the quickstart recipe compared with nanoGPT's on Python's source code.
 
-Both sides have the same blocks of the same documents, tokenizer, sizes and batches. Ours trains for
-a number of steps; the time it took, evaluations left out, is what the peer gets, whose steps are
-timed in a short run before: the times differ by some percent. Rows alternate, once for each seed.
+Both use the same blocks of the same documents, the same tokenizer, sizes and batches. Ours trains
+for a number of steps. The peer then trains for the same time, without evaluations: a short run
+before times its steps, so that the times differ by a few percent. Rows alternate, once per seed.
 
 Run: python benchmarks/equal_time.py [STEPS [SEEDS]] (default 150 and 3; 10 minutes on 2 cores)
 """
@@ -33,8 +33,8 @@ def compare(steps: int, seeds: tuple[int, ...]) -> dict[str, list[dict]]:
         ours = run_training("quickstart", "python-stdlib", seed=seed, max_steps=steps)
         runs["quickstart (nano, Muon)"].append(ours)
         for name, rate in PEERS.items():
-            least = json.dumps({"min_lr": rate / 10})
-            settings = NANOGPT | {"learning_rate": rate, "lr_scheduler_kwargs": least}
+            decay = json.dumps({"min_lr": rate / 10})
+            settings = NANOGPT | {"learning_rate": rate, "lr_scheduler_kwargs": decay}
             timed = run_training(
                 "quickstart", "python-stdlib", seed=seed, max_steps=STEPS_TIMED, **settings
             )

@@ -1,4 +1,4 @@
-"""The speed of generation by the code of `hf-nanogpt bench generate`: two sizes, one text or eight.
+"""The speed of generation with `hf-nanogpt bench generate`: two model sizes, one text or eight.
 
 Run: python benchmarks/generation.py [NAME ...] (names of RUNS; half an hour for all on 2 cores)
 """

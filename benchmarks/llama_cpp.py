@@ -1,39 +1,28 @@
-"""The speed of generation beside llama.cpp, which runs our GGUF export of the same checkpoint.
+"""The speed of generation compared with llama.cpp, which runs our GGUF export of the checkpoint.
 
 Run: python benchmarks/llama_cpp.py [--num_threads 2] [--preset NAME ...] [--checkpoint FOLDER ...]
-(by default GPT-2 with 10 and 124 million parameters, random weights; some minutes)
+(by default GPT-2 with 10 and 124 million parameters and random weights; takes some minutes)
 """
 
 import argparse
 import tempfile
 import time
-from itertools import pairwise
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 
 import torch
 import xllamacpp
 from results_file import write_results
-from tqdm.auto import tqdm
-from transformers import StoppingCriteria, set_seed
+from transformers import set_seed
 
 from hf_nanogpt import NanoGPTForCausalLM, load_checkpoint, load_preset, train_tokenizer
 from hf_nanogpt.benchmark.decoding import SIZES
-from hf_nanogpt.benchmark.report import summarize
+from hf_nanogpt.benchmark.turns import Clock, compare_speeds, take_turns
 from hf_nanogpt.convert.gguf import export_gguf
 from hf_nanogpt.quantization import quantize_model
 
 PROMPT_TOKENS = 64
-KINDS = {"f32": "ours, float32", "q8_0": "ours, int8"}
-
-
-class Clock(StoppingCriteria):
-    def __init__(self):
-        self.marks = []
-
-    def __call__(self, input_ids, scores, **kwargs):
-        self.marks.append(time.perf_counter())
-        return torch.zeros(len(input_ids), dtype=torch.bool)
+DTYPES = {"f32": "ours, float32", "q8_0": "ours, int8"}
 
 
 def by_ours(model):
@@ -48,8 +37,7 @@ def by_ours(model):
             pad_token_id=0,
             stopping_criteria=[clock],
         )
-        gaps = [later - sooner for sooner, later in pairwise(clock.marks)]
-        return text[0, len(prompt) :].tolist(), sum(gaps) / len(gaps)
+        return text[0, len(prompt) :].tolist(), fmean(clock.seconds()[1:])
 
     return generate
 
@@ -66,21 +54,21 @@ def by_llama_cpp(path, num_threads):
         settings = {"n_predict": new, "temperature": 0, "ignore_eos": True, "cache_prompt": False}
         more = {"verbose": True, "return_tokens": True}
         answer = server.handle_completions({"prompt": prompt} | settings | more)["__verbose"]
-        # Its clock starts when the first token is there.
+        # Its clock starts after the first token.
         return answer["tokens"], answer["timings"]["predicted_ms"] / 1000 / (new - 1)
 
     return generate
 
 
 def make_contestants(checkpoint, folder, num_threads):
-    """Return ways to generate by name, those of the same bits one after the other."""
-    files = {kind: export_gguf(checkpoint, folder / f"{kind}.gguf", dtype=kind) for kind in KINDS}
+    """Return functions that generate, by name: for each dtype ours, then llama.cpp."""
     (model, _), (rounded, _) = load_checkpoint(checkpoint), load_checkpoint(checkpoint)
     ours = {"f32": model.float(), "q8_0": quantize_model(rounded.float())}
     contestants = {}
-    for kind, name in KINDS.items():
-        contestants[name] = by_ours(ours[kind])
-        contestants[f"llama.cpp, {kind}"] = by_llama_cpp(files[kind], num_threads)
+    for dtype, name in DTYPES.items():
+        file = export_gguf(checkpoint, folder / f"{dtype}.gguf", dtype=dtype)
+        contestants[name] = by_ours(ours[dtype])
+        contestants[f"llama.cpp, {dtype}"] = by_llama_cpp(file, num_threads)
     return contestants, model.num_parameters()
 
 
@@ -89,22 +77,21 @@ def measure(checkpoint, *, num_threads, rounds, max_new_tokens):
         contestants, parameters = make_contestants(checkpoint, Path(folder), num_threads)
     prompt = torch.randint(256, (PROMPT_TOKENS,)).tolist()
     seconds, texts = {name: [] for name in contestants}, {}
-    for turn in tqdm(range(rounds + 1), desc=f"{parameters / 1e6:.0f} M parameters"):
-        for name, generate in contestants.items():
-            time.sleep(0.2)  # until the threads of the one before have stopped to wait for work
-            texts[name], taken = generate(prompt, max_new_tokens)
-            if turn > 0:  # the first one warms up
-                seconds[name].append(taken)
+    description = f"{parameters / 1e6:.0f} M parameters"
+    for turn, name in take_turns(contestants, rounds, description=description):
+        time.sleep(0.2)  # until the threads of the contestant before no longer wait for work
+        texts[name], taken = contestants[name](prompt, max_new_tokens)
+        if turn > 0:  # round 0 is a warm-up
+            seconds[name].append(taken)
     rows, names = [], list(contestants)
-    for at, name in enumerate(names):
-        ours = names[at - at % 2]
-        pairs = zip(seconds[ours], seconds[name], strict=True)
+    for i, name in enumerate(names):
+        ours = names[i - i % 2]  # with weights of the same size
         same = sum(a == b for a, b in zip(texts[names[0]], texts[name], strict=True))
         rows.append(
             {
                 "name": name,
                 "tokens_per_second": 1 / median(seconds[name]),
-                "speed_to_ours": summarize([a / b for a, b in pairs]),
+                "speed_to_ours": compare_speeds(seconds[ours], seconds[name]),
                 "same_tokens": same / max_new_tokens,
                 "seconds_per_token": seconds[name],
             }
@@ -113,7 +100,7 @@ def measure(checkpoint, *, num_threads, rounds, max_new_tokens):
 
 
 def save_random(preset, folder):
-    """Write a preset (GPT-2 of about 10 M parameters for None) with random weights."""
+    """Write a preset, or for None a GPT-2 of about 10 M parameters, with random weights."""
     set_seed(0)
     config = load_preset(preset or "gpt2", **({} if preset else SIZES))
     NanoGPTForCausalLM(config).save_pretrained(folder)

@@ -7,7 +7,7 @@ from generation import RUNS as GENERATION
 from results_file import FOLDER, read_results
 
 HERE = Path(__file__).parent
-PEER, TUNED, OURS = 0, 1, 2  # the rows of a race, in their order
+OURS = 2  # the row of our recipe in a race
 
 
 def header(report: dict, command: str) -> str:
@@ -36,7 +36,7 @@ def spread(runs: list[dict]) -> str:
 
 
 def savings(report: dict) -> tuple[float, float]:
-    """Return how many times fewer tokens and seconds ours takes than nanoGPT's tuned recipe."""
+    """Return by what factor ours needs fewer tokens and seconds than nanoGPT's tuned recipe."""
     _, tuned, _, longer = report["runs"].values()
     tokens, seconds = (
         middle(tuned, key) / middle(longer, key) for key in ("train_tokens", "wall_seconds")
@@ -65,26 +65,27 @@ def race() -> str:
     tokens_less, seconds_less = savings(report)
     plain, _, ours, _ = report["runs"].values()
 
-    def pair(at: int) -> str:
-        return f"{ours[at]['eval_loss']:.4f} against {plain[at]['eval_loss']:.4f}"
+    def pair(seed: int) -> str:
+        losses = (runs[seed - 1]["eval_loss"] for runs in (ours, plain))
+        return " against ".join(f"{loss:.4f}" for loss in losses)
 
     return f"""## Time to loss
 
-Characters of tinyshakespeare, nanoGPT's CPU configuration (4 layers, width 128, context 64, 768
-tokens a step) and its split. Losses are nats per character of the last tenth of the text; times are
-those of whole processes, from start to the written checkpoint, without evaluations on the way. Rows
-alternated; seeds 1, 2 and 3.
+Characters of tinyshakespeare with nanoGPT's CPU configuration (4 layers, width 128, context 64, 768
+tokens per step) and its split. Losses are nats per character on the last tenth of the text. Times
+are those of whole processes, from start to the written checkpoint, without evaluations during
+training. Rows alternated; seeds 1, 2 and 3.
 
-What is compared: our recipe with nanoGPT's recipe, both in our trainer. nanoGPT's own `train.py`
-did not run here. All lengths were fixed before the runs; no row stopped when it reached a loss.
-The learning rates were chosen without this tenth of the text (next section), but earlier
-prototypes of the architecture had been compared on it.
+This compares our recipe with nanoGPT's recipe, both in our trainer. nanoGPT's own `train.py` did
+not run here. All lengths were fixed before the runs; no row stopped when it reached a loss. The
+learning rates were chosen without this tenth of the text (next section), but earlier prototypes of
+the architecture had been compared on it.
 
-The pair to look at is the second and the fourth row: nanoGPT's recipe with a tuned learning rate,
-and ours with 450 steps. Ours is lower with each seed, after {tokens_less:.1f} times fewer tokens
-and {seconds_less:.1f} times less time. The first and the third row are close: ours is lower with
-seeds 2 and 3 ({pair(1)}; {pair(2)}) and higher with seed 1 ({pair(0)}) and with seed 42 (1.9018
-against 1.8862, `model_cards/`).
+Compare the second and the fourth row: nanoGPT's recipe with a tuned learning rate, and ours with
+450 steps. Ours has the lower loss with each seed; nanoGPT's needs {tokens_less:.1f} times as many
+tokens and {seconds_less:.1f} times as much time. The first and the third row are close: ours is
+lower with seeds 2 and 3 ({pair(2)}; {pair(3)}), and higher with seed 1 ({pair(1)}) and seed 42
+(1.9018 against 1.8862, `model_cards/`).
 
 {table(columns, rows)}
 {header(report, "python benchmarks/time_to_loss.py race tinyshakespeare.txt")}"""
@@ -96,12 +97,12 @@ def choice() -> str:
         [name, f"{middle(runs, 'eval_loss'):.4f}", spread(runs)]
         for name, runs in report["runs"].items()
     ]
-    return f"""### What was chosen, and on what
+    return f"""### How the learning rates were chosen
 
-Learning rates were compared on the first nine tenths of the text: trained on 81 % of it, measured
-on 9 %, one seed. Untuned, nanoGPT's recipe is far from its best, so its tuned row is the one to
-compare with. An earlier version of the code made this table: `shakespeare_char` then had 210
-steps, where the race has 190 and 450. How those numbers were chosen is not recorded.
+Learning rates were compared on the first nine tenths of the text: models trained on 81 % of the
+text and were measured on 9 %, with one seed. Untuned, nanoGPT's recipe is far from its best, so
+compare with its tuned row. An earlier version of the code made this table: `shakespeare_char` then
+had 210 steps, but the race has 190 and 450. How those numbers were chosen is not recorded.
 
 {table(["recipe and learning rate", "median loss", "each seed"], rows)}
 {header(report, "python benchmarks/time_to_loss.py choose tinyshakespeare.txt")}"""
@@ -119,12 +120,12 @@ def ablations() -> str:
         ]
         for name, runs in report["runs"].items()
     ]
-    return f"""### Which ingredients earn their place
+    return f"""### Which parts of the recipe help
 
-Changes to `shakespeare_char`, three seeds each; differences below 0.01 say nothing. Each row
-changes one thing, except "AdamW for all instead of Muon": this changes the learning rate, both
-betas, the weight decay and the clipping of gradients as well, so its difference is not that of
-the optimizer alone.
+Changes to `shakespeare_char`, three seeds each. Ignore differences below 0.01. Each
+row changes one thing, except "AdamW for all instead of Muon": it also changes the learning rate,
+both betas, the weight decay and the clipping of gradients, so its difference is not due to the
+optimizer alone.
 
 {table(["", "median loss", "difference", "each seed"], rows)}
 {header(report, "python benchmarks/time_to_loss.py ablate tinyshakespeare.txt")}"""
@@ -145,16 +146,16 @@ def equal_time() -> str:
     ours, *peers = report["runs"].values()
     seeds = len(ours)
     apart = max(
-        abs(theirs["step_seconds"] / own["step_seconds"] - 1)
+        abs(peer["step_seconds"] / our["step_seconds"] - 1)
         for runs in peers
-        for own, theirs in zip(ours, runs, strict=True)
+        for our, peer in zip(ours, runs, strict=True)
     )
     return f"""## Quality at equal time
 
-Bits per byte of unseen files of Python's standard library, on the sizes, blocks and tokenizer of
-the recipe `quickstart`, after about the same seconds of training steps: with each seed within
-{apart:.0%} of ours. {seeds} seed{"s" * (seeds > 1)}. Of the two learning rates of nanoGPT's
-recipe the lower one is better, and no lower one was tried, so it may not be at its best.
+Bits per byte on unseen files of Python's standard library, with the sizes, blocks and tokenizer of
+the recipe `quickstart`, after about the same time in training steps: within {apart:.0%} of ours
+with each seed. {seeds} seed{"s" * (seeds > 1)}. The lower of the two learning rates is better for
+nanoGPT's recipe. No lower one was tried, so this recipe may not be at its best.
 
 {table(["", "median bits per byte", "each seed", "steps", "time"], rows)}
 {header(report, f"python benchmarks/equal_time.py {report['steps']} {seeds}")}"""
@@ -164,22 +165,22 @@ def step_speed(name: str, command: str) -> str:
     report = read_results(name)
     rows = []
     for row in report["rows"]:
-        least, ratio, most = row["speed_to_ours"]
+        lowest, ratio, highest = row["speed_to_ours"]
         alone = row["name"] == row["compared_with"]
         rows.append(
             [
                 row["name"],
                 f"{row['tokens_per_second']:,.0f}",
                 f"{row['mfu']:.0%}",
-                "1" if alone else f"{ratio:.2f} ({least:.2f} to {most:.2f})",
+                "1" if alone else f"{ratio:.2f} ({lowest:.2f} to {highest:.2f})",
             ]
         )
-    columns = ["", "tokens/s", "of the matrix-product peak", "speed, ours of the shape = 1"]
+    columns = ["", "tokens/s", "share of the peak", "speed, ours of the shape = 1"]
     overhead, batch = report["trainer_overhead_ms"], report["batch_ms"]
     return f"""{table(columns, rows)}
-Trainer adds {overhead[1]:.2f} ms a step to a plain loop ({overhead[0]:.2f} to {overhead[2]:.2f});
-to fetch and collate a batch takes {batch[1]:.2f} ms. The peak is
-{report["peak_flops"] / 1e9:,.0f} GFLOP/s, measured between the rounds.
+Trainer adds {overhead[1]:.2f} ms per step to a plain loop ({overhead[0]:.2f} to {overhead[2]:.2f}).
+Fetching and collating a batch takes {batch[1]:.2f} ms. The peak is
+{report["peak_flops"] / 1e9:,.0f} GFLOP/s in matrix products, measured between the rounds.
 
 {header(report, command)}"""
 
@@ -188,8 +189,8 @@ def speed() -> str:
     sizes = ", ".join(f"{k} {v}" for k, v in read_results("step_speed")["settings"].items())
     return f"""## Speed of a training step
 
-Forward, backward and fused AdamW of models of one shape on the same batch, in turns in one process:
-{sizes}. Medians of the rounds; ratios with the least and the largest of a round.
+Forward, backward and fused AdamW on the same batch for models of one shape, in turns in one
+process: {sizes}. Medians of the rounds; ratios with the minimum and maximum of all rounds.
 
 {step_speed("step_speed", "python benchmarks/step_speed.py")}"""
 
@@ -201,7 +202,7 @@ def generation() -> str:
         lengths = list(report["rows"][0]["tokens_per_second"])
         rows = []
         for row in report["rows"]:
-            least, ratio, most = row["speed_to_ours"]
+            lowest, ratio, highest = row["speed_to_ours"]
             share, same = row["bandwidth_share"], row["same_tokens"]
             rows.append(
                 [
@@ -209,11 +210,13 @@ def generation() -> str:
                     *(f"{row['tokens_per_second'][length]:,.0f}" for length in lengths),
                     "" if share is None else f"{median(share.values()):.0%}",
                     "" if same is None else f"{same:.0%}",
-                    "1" if row is report["rows"][0] else f"{ratio:.2f} ({least:.2f} to {most:.2f})",
+                    "1"
+                    if row is report["rows"][0]
+                    else f"{ratio:.2f} ({lowest:.2f} to {highest:.2f})",
                     f"{row['warm_up_seconds']:.0f} s",
                 ]
             )
-        columns = ["", *lengths, "of bandwidth", "same", "speed, ours = 1", "warm-up"]
+        columns = ["", *lengths, "bandwidth", "same", "speed, ours = 1", "warm-up"]
         texts, size = report["settings"]["batch_size"], report["parameters"] / 1e6
         parts.append(f"""### {size:.0f} M parameters, {texts} text{"s" * (texts > 1)}
 
@@ -224,35 +227,35 @@ def generation() -> str:
     content = "\n".join(parts)
     return f"""## Speed of generation
 
-Greedy `generate()` on shapes of GPT-2 with random weights: tokens a second, all texts together,
-where the text is so long; in turns in one process, medians of the rounds. "Of bandwidth" is the
-median share of what these threads read in matrix-vector products of the model's size; "same" are
-the tokens that ours has too. Warm-up is the first turn at all lengths together, with the
-compiler's time. GPT2LMHeadModel is neither compiled nor quantized here. Random weights have no
-outliers, so "same" does not tell what 8 bits cost a trained model: see the last section.
+Greedy `generate()` on shapes of GPT-2 with random weights: tokens per second, for all texts
+together, by length of the text. In turns in one process; medians of the rounds. "Bandwidth" is the
+median share of what these threads read in matrix-vector products of the model's size. "Same" is the
+share of tokens that equal those of ours. Warm-up is the first turn, for all lengths together, and
+includes compilation. GPT2LMHeadModel is neither compiled nor quantized here. Random weights have no
+outliers, so "same" does not show how much 8 bits harm a trained model: see the last section.
 
 {content}"""
 
 
 def llama_cpp() -> str:
     report = read_results("llama_cpp")
-    columns, tables = ["", "tokens/s", "speed, ours of the bits = 1", "same"], []
+    columns, tables = ["", "tokens/s", "speed, ours of that size = 1", "same"], []
     for name, model in report["models"].items():
         rows = []
-        for at, row in enumerate(model["rows"]):
-            least, ratio, most = row["speed_to_ours"]
-            compared = "1" if at % 2 == 0 else f"{ratio:.2f} ({least:.2f} to {most:.2f})"
+        for i, row in enumerate(model["rows"]):
+            lowest, ratio, highest = row["speed_to_ours"]
+            compared = "1" if i % 2 == 0 else f"{ratio:.2f} ({lowest:.2f} to {highest:.2f})"
             speed, same = f"{row['tokens_per_second']:,.1f}", f"{row['same_tokens']:.0%}"
             rows.append([row["name"], speed, compared, same])
         tables.append(f"{name}, {model['parameters']:,} parameters:\n\n{table(columns, rows)}")
     content, settings = "\n".join(tables), report["settings"]
     numbers = ", ".join(f"{name} {value}" for name, value in settings.items())
-    return f"""## Generation beside llama.cpp
+    return f"""## Generation compared with llama.cpp
 
-Greedy generation of one text at a time, seconds after its first token; {numbers}.
-All in turns in one process. llama.cpp (xllamacpp {report["xllamacpp"]}) runs our GGUF export with
-its defaults, keys and values in f16. Our int8 is not compiled here. "same" are the tokens that ours
-has too, in float32, on random weights.
+Greedy generation of one text at a time, timed after its first token; {numbers}. All take turns in
+one process. llama.cpp (xllamacpp {report["xllamacpp"]}) runs our GGUF export with its defaults:
+keys and values are in f16. Our int8 is not compiled here. Rows with weights of the same size are
+compared. "Same" is the share of tokens that equal those of ours in float32, on random weights.
 
 {content}
 {header(report, "python benchmarks/llama_cpp.py")}"""
@@ -263,8 +266,8 @@ def compression() -> str:
     rows = [[f"{row['bytes_first']:,}", f"{row['bits_per_byte']:.3f}"] for row in report["rows"]]
     return f"""## Compared with a compressor
 
-Bits that `xz -9` adds for each byte of the text that the quickstart model is measured on, where
-so much of the training text comes first: none, as much as the model trained on, and all of it.
+Bits that `xz -9` adds for each byte of the text that the quickstart model is measured on, after
+some training text: none, as much as the model trained on, and all of it.
 
 {table(["bytes of training text first", "bits per byte"], rows)}
 {header(report, "python benchmarks/xz.py")}"""
@@ -288,11 +291,10 @@ SECTIONS = (
 PREFACE = """# Results
 
 The tables come from one machine, an Intel Xeon with 2 cores; the last section has figures from
-another. Other programs ran during most measurements: below each table stands the load average,
-read when a run of `bench` began and when another run ended. `hf-nanogpt bench` asks to repeat a
-measurement where it is above 1. These have not been repeated yet, so trust only differences of
-time that are far larger than their spread. The load does not change losses after a number of
-steps.
+another one. Other programs ran during most measurements. The load average is below each table: that
+at the start of a run of `bench`, and at the end of other runs. `hf-nanogpt bench` asks to repeat a
+measurement if it is above 1. These have not been repeated yet, so trust only differences in time
+that are far larger than their spread. The load does not change the loss after a number of steps.
 
 """
 

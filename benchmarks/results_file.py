@@ -1,4 +1,4 @@
-"""The files in results/: what was measured, with its date, commit and machine."""
+"""The files in results/: measurements with their date, commit and machine."""
 
 import datetime
 import json

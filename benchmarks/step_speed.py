@@ -1,4 +1,4 @@
-"""The speed of a step and Trainer's overhead, by the code of `hf-nanogpt bench train`.
+"""The speed of a training step and Trainer's overhead, with `hf-nanogpt bench train`.
 
 Run: python benchmarks/step_speed.py [--compile] (2 minutes on 2 cores; compiled 10 more)
 """

@@ -1,9 +1,9 @@
-"""Tokens and time for a loss: our Shakespeare recipe compared with nanoGPT's, by one command.
+"""Tokens and time to reach a loss: our Shakespeare recipe compared with nanoGPT's.
 
 Each run is a whole process of `hf-nanogpt train`, from start to the written checkpoint with its
-one evaluation, on the tinyshakespeare text with nanoGPT's split; rows alternate, once for each
+one evaluation, on the tinyshakespeare text with nanoGPT's split. Rows alternate, once for each
 seed. Both recipes run in our trainer. The learning rates of both were chosen on the first 90 % of
-the text alone, trained on its first 90 % and measured on the rest (`choose`).
+the text only, with models trained on 90 % of this part and measured on its rest (`choose`).
 
 Run: python benchmarks/time_to_loss.py {choose,race,ablate} TEXT_FILE
 """
@@ -20,11 +20,11 @@ from results_file import write_results
 
 SEEDS = (1, 2, 3)
 RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
-CHOSEN = 4e-3  # of RATES, the best for nanoGPT's recipe: see results/choose.json
+CHOSEN = 4e-3  # the best of RATES for nanoGPT's recipe: see results/choose.json
 
 
 def peer(rate: float) -> dict[str, object]:
-    """Return the settings of nanoGPT's recipe at a learning rate; it decays to a tenth."""
+    """Return the settings of nanoGPT's recipe at a learning rate, which decays to a tenth."""
     return {"learning_rate": rate, "lr_scheduler_kwargs": json.dumps({"min_lr": rate / 10})}
 
 
@@ -77,7 +77,7 @@ def race(text: Path) -> dict[str, list[dict]]:
 
 
 def choose(text: Path) -> dict[str, list[dict]]:
-    """Run both recipes at several learning rates and lengths on the part set apart for choosing."""
+    """Run both recipes at several learning rates on the part of the text kept for choosing."""
     rows: dict[str, tuple] = {
         f"nanogpt_char {rate:g}": ("nanogpt_char", peer(rate)) for rate in RATES
     }
@@ -91,7 +91,7 @@ def choose(text: Path) -> dict[str, list[dict]]:
 
 
 def ablate(text: Path) -> dict[str, list[dict]]:
-    """Change one ingredient of our recipe at a time; with the optimizer its settings change too."""
+    """Change one part of our recipe at a time; the optimizer changes with its settings."""
     return _run_rows(
         {name: ("shakespeare_char", row) for name, row in ABLATIONS.items()}, text, seeds=SEEDS
     )

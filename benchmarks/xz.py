@@ -1,9 +1,9 @@
-"""What `xz -9` needs for the text that the quickstart model is measured on.
+"""How many bits `xz -9` needs for the text that the quickstart model is measured on.
 
-A compressor that has read nothing pays for words that a trained model knows, so each row also tells
-what it needs where training text comes first: none, as much as the model trained on, or all of it.
+A compressor that has read nothing pays for words that a trained model knows. So each row lets it
+read training text first: none, as much as the model trained on, or all of it.
 
-Run: python benchmarks/xz.py (half a minute; needs the Python version of the card for equal text)
+Run: python benchmarks/xz.py (half a minute; the text is that of the model card's Python version)
 """
 
 import json
@@ -29,7 +29,7 @@ if __name__ == "__main__":
     sides = load_documents(DataArguments(data=STDLIB, validation_fraction=0.03))
     training, unseen = ("".join(row["text"] for row in side).encode() for side in sides)
     if len(unseen) != card["eval_bytes"]:
-        raise SystemExit(f"The card's text has {card['eval_bytes']} bytes, this {len(unseen)}.")
+        raise SystemExit(f"The card's text has {card['eval_bytes']} bytes, this one {len(unseen)}.")
     trained_on = round(card["train_tokens"] * card["eval_bytes"] / card["eval_tokens"])
     rows = [measure(training, unseen, read) for read in (0, trained_on, len(training))]
     write_results("xz", {"rows": rows})

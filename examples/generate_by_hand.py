@@ -1,4 +1,4 @@
-"""The generation loop by hand: forward, softmax, pick, append, and what a cache saves.
+"""The generation loop by hand: forward, softmax, choose, append; and the time a cache saves.
 
 Run: python examples/generate_by_hand.py CHECKPOINT [PROMPT ...]
 """
@@ -14,19 +14,22 @@ from hf_nanogpt import load_checkpoint
 
 @torch.no_grad()
 def generate_by_hand(model, ids, mask, *, new_tokens, temperature=0.0, use_cache=True):
-    """Append `new_tokens` to each row of `ids` (B, T), which are padded on the left (mask 0)."""
+    """Append up to `new_tokens` to each row of `ids` (B, T), padded on the left (mask 0)."""
     config = model.generation_config
-    cache = DynamicCache(config=model.config) if use_cache else None  # it grows with each step
+    cache = DynamicCache(config=model.config) if use_cache else None  # grows with each step
     running = torch.ones(len(ids), 1, dtype=torch.bool)
     for _ in range(new_tokens):
-        new = slice(cache.get_seq_length() if cache else 0, None)  # what the model has not read
+        # The model reads only the tokens that are not yet in the cache.
+        new = slice(cache.get_seq_length() if cache else 0, None)
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, new]
         output = model(ids[:, new], mask, positions, cache, use_cache=use_cache)
-        logits = output.logits[:, -1]  # of the last position (B, V)
+        # Choose a token from the logits of the last position.
+        logits = output.logits[:, -1]  # (B, V)
         if temperature == 0:
             token = logits.argmax(dim=-1, keepdim=True)
         else:
             token = torch.multinomial(torch.softmax(logits / temperature, dim=-1), num_samples=1)
+        # Append it; rows that have ended get padding.
         token = torch.where(running, token, config.pad_token_id or 0)
         ids, mask = torch.cat([ids, token], dim=1), torch.cat([mask, mask[:, -1:]], dim=1)
         running &= token != config.eos_token_id

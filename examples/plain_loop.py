@@ -1,7 +1,7 @@
-"""Where is the training loop? Here: plain PyTorch and Accelerate, and nothing hidden.
+"""The training loop in plain PyTorch and Accelerate, with nothing hidden.
 
-`NanoGPTTrainer` does the same and gives the same losses, step by step; it adds checkpoints,
-resuming, evaluation and all the flags of Trainer. Run: python examples/plain_loop.py [TEXT_FILE]
+`NanoGPTTrainer` gives the same losses, step by step. It adds checkpoints, resuming, evaluation and
+all the flags of Trainer. Run: python examples/plain_loop.py [TEXT_FILE]
 """
 
 import sys

@@ -5,8 +5,8 @@ import time
 import torch
 from transformers import PreTrainedModel
 
-# Dense products of 16-bit floats, FLOP/s, from the vendors' data sheets (which print twice as much
-# "with sparsity"), by the name that the driver gives; T4 and V100 have no bf16, so theirs is fp16.
+# FLOP/s in dense products of 16-bit floats, from the vendors' data sheets (which print twice as
+# much "with sparsity"), by the driver's name of the GPU; fp16 for T4 and V100, which have no bf16.
 _PEAKS = {
     65e12: ["Tesla T4"],
     71e12: ["NVIDIA GeForce RTX 3090"],
@@ -28,12 +28,12 @@ GPU_PEAKS: dict[str, float] = {name: peak for peak, names in _PEAKS.items() for 
 
 
 def count_flops(model: PreTrainedModel, *, context_length: int | None = None) -> int:
-    """Return the FLOPs per token of a forward pass of a `NanoGPT...` model; training costs 3 times.
+    """Return the FLOPs per token of a forward pass of our model; training takes 3 times as many.
 
-    2 per weight of a matrix that is multiplied, and 4 per head dimension, layer and position for
-    scores and weighted sum, at full context, as if causality saved nothing: one third of 6N +
-    12LHQT in Chowdhery et al. 2022 (PaLM, arXiv:2204.02311), appendix B, after Kaplan et al. 2020
-    (arXiv:2001.08361), section 2.1. Works on the meta device.
+    Each weight in a matrix product takes 2, and each layer, position and head dimension 4 for
+    scores and weighted sum, at full context, as if causality saved nothing. This is a third of
+    6N + 12LHQT in Chowdhery et al. 2022 (PaLM, arXiv:2204.02311), appendix B, after Kaplan et al.
+    2020 (arXiv:2001.08361), section 2.1. Works on the meta device.
     """
     config = model.config
     context = context_length or config.max_position_embeddings
@@ -44,17 +44,17 @@ def count_flops(model: PreTrainedModel, *, context_length: int | None = None) ->
     if head is not None and config.tie_word_embeddings:
         multiplied += head.weight.numel()
     seen = [
-        min(context, config.sliding_window) if kind == "sliding_attention" else context
-        for kind in config.layer_types
+        min(context, config.sliding_window) if layer == "sliding_attention" else context
+        for layer in config.layer_types
     ]
     return 2 * multiplied + 4 * config.num_attention_heads * config.head_dim * sum(seen)
 
 
 def find_peak(device: torch.device, dtype: torch.dtype = torch.float32) -> float | None:
-    """Return how many FLOP/s of matrix products a device can do, or `None` where that is unknown.
+    """Return a device's peak FLOP/s in matrix products, or `None` if it is unknown.
 
-    On a CPU it is measured, with the present threads and `dtype`, in about 0.3 s. For a GPU it is
-    the data sheet's figure for 16-bit floats, whatever `dtype` is, as MFU is commonly given.
+    On a CPU this is measured, with torch's threads and `dtype`, in about 0.3 s. For a GPU it is the
+    data sheet's figure for 16-bit floats, whatever `dtype` is, as is usual for MFU.
     """
     if device.type == "cpu":
         return max(_measure_product(size, dtype) for size in (512, 1024))
@@ -62,7 +62,7 @@ def find_peak(device: torch.device, dtype: torch.dtype = torch.float32) -> float
 
 
 def _measure_product(size: int, dtype: torch.dtype, seconds: float = 0.12) -> float:
-    # Ones: no random numbers are drawn, and a CPU multiplies them no faster than others.
+    # Ones, so that no random numbers are drawn; a CPU does not multiply them faster than others.
     a, b = (torch.ones(size, size, dtype=dtype) for _ in range(2))
     out = a @ b
     best, end = float("inf"), time.perf_counter() + seconds

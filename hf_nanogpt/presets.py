@@ -1,4 +1,4 @@
-"""Named architectures: one row each, with the paper or code that the figures come from."""
+"""Named architectures: one row each, with the paper or code that the sizes come from."""
 
 import copy
 from typing import Any
@@ -29,7 +29,7 @@ _GPT1 = _GPT | {
     "bos_token_id": None,
     "eos_token_id": None,
 }
-# GPT-3 alternates dense and locally banded layers; the band was never published, 256 is GPT-Neo's.
+# GPT-3 alternates dense and locally banded layers. The band was never published; 256 is GPT-Neo's.
 _GPT3 = _GPT | {
     "max_position_embeddings": 2048,
     "dropout": 0.0,
@@ -70,7 +70,7 @@ def _size(layers: int, width: int, heads: int, **more: Any) -> dict[str, Any]:
 
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # Ours: Qwen3's mathematics.
+    # Our own, with Qwen3's mathematics.
     "nano": _size(12, 768, 12),
     # Radford et al. 2018.
     "gpt1": _GPT1 | _size(12, 768, 12),
@@ -99,7 +99,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "qwen3-1.7b": _QWEN3 | _size(28, 2048, 16, intermediate_size=6144, tie_word_embeddings=True),
     "qwen3-4b": _QWEN3 | _size(36, 2560, 32, intermediate_size=9728, tie_word_embeddings=True),
     "qwen3-8b": _QWEN3 | _size(36, 4096, 32, intermediate_size=12288),
-    # nanochat, speedrun depths: width 64 x depth, heads of 128.
+    # nanochat's speedruns: the width is 64 times the depth, and heads have 128 dimensions.
     "nanochat-d12": _NANOCHAT | _size(12, 768, 6),
     "nanochat-d20": _NANOCHAT | _size(20, 1280, 10),
     "nanochat-d32": _NANOCHAT | _size(32, 2048, 16),
@@ -112,11 +112,11 @@ _SOURCES = {
     "gpt3": "Brown et al. 2020, Language Models are Few-Shot Learners, arXiv:2005.14165",
     "llama": "Touvron et al. 2023, LLaMA, arXiv:2302.13971",
     "qwen3": "Yang et al. 2025, Qwen3 Technical Report, arXiv:2505.09388",
-    "nanochat": "nanochat, the model that transformers has as NanoChatForCausalLM",
+    "nanochat": "nanochat, which transformers has as NanoChatForCausalLM",
 }
 
-# What a row states and what it depends on: overriding the second drops the first, to be derived
-# again.
+# Fields that a row may state, and what each depends on: an override of the latter drops the former,
+# which the configuration then derives again.
 _DEPENDS = {
     "intermediate_size": {"hidden_size", "mlp_type"},
     "head_dim": {"hidden_size", "num_attention_heads"},
@@ -132,16 +132,16 @@ def list_presets() -> list[str]:
 
 
 def describe_source(name: str) -> str:
-    """Return the paper or code that a preset's figures come from."""
+    """Return the paper or code that a preset's sizes come from."""
     return _SOURCES[name.split("-")[0]]
 
 
 def load_preset(name: str, **overrides: Any) -> NanoGPTConfig:
     """Return the configuration of a named architecture, with any field replaced.
 
-    Fields go by their own names or nanoGPT's (`n_layer`, `n_head`, `n_embd`, `block_size`, `bias`);
-    what a preset states but an override makes wrong, such as the MLP's width after a change of
-    `hidden_size`, is derived again. An unknown name or field raises a `UserError`.
+    nanoGPT's names of fields work, too (`n_layer`, `n_head`, `n_embd`, `block_size`, `bias`). If an
+    override makes another field of the preset wrong, that field is derived again: a new
+    `hidden_size` changes the width of the MLP. An unknown name or field raises a `UserError`.
 
     >>> load_preset("gpt2", n_layer=6, n_head=6, n_embd=384).intermediate_size
     1536
@@ -154,14 +154,11 @@ def load_preset(name: str, **overrides: Any) -> NanoGPTConfig:
     if "bias" in overrides:
         bias = overrides.pop("bias")
         overrides = {"attention_bias": bias, "mlp_bias": bias} | overrides
-    row = {
-        key: value
-        for key, value in PRESETS[name].items()
-        if not _DEPENDS.get(key, set()) & set(overrides)
-    }
-    row = copy.deepcopy(row)
-    fields = row | overrides
-    if "layer_types" not in overrides and (pattern := row.get("layer_types")):
+    row = copy.deepcopy(PRESETS[name])
+    kept = {key: row[key] for key in row if not _DEPENDS.get(key, set()) & set(overrides)}
+    fields = kept | overrides
+    # A row states the pattern of its layers, which repeats.
+    if "layer_types" not in overrides and (pattern := kept.get("layer_types")):
         layers = fields["num_hidden_layers"]
         fields["layer_types"] = [pattern[i % len(pattern)] for i in range(layers)]
     with settings_errors():

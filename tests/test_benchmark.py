@@ -1,4 +1,4 @@
-"""The benchmark of training: equal models, sound arithmetic, files whole and never replaced."""
+"""The benchmarks: equal models, right arithmetic, and files that are never replaced."""
 
 import json
 from statistics import median
@@ -83,7 +83,7 @@ def test_command_writes_its_files_once(tmp_path, capsys):
     assert json.loads((output / "bench_train.json").read_text())["settings"]["batch_size"] == 2
     assert (output / "bench_train.png").read_bytes().startswith(b"\x89PNG")
     assert main(["bench", "train", *FLAGS, "--output", str(output)]) == 2
-    assert "bench_train.json already" in capsys.readouterr().err
+    assert "already has bench_train.json" in capsys.readouterr().err
 
 
 def test_generation_report_is_arithmetic_on_what_was_measured():
@@ -109,7 +109,7 @@ def test_generation_report_is_arithmetic_on_what_was_measured():
     assert rows[OURS]["bandwidth_share"][16] == pytest.approx(share)
 
 
-def test_random_weights_of_a_preset_write_more_than_one_token():
+def test_random_weights_of_a_preset_generate_more_than_one_token():
     model = _load("nano", TINY).eval()
     assert model(torch.arange(1, 15)[None]).logits.std() > 0.01
 
@@ -117,9 +117,9 @@ def test_random_weights_of_a_preset_write_more_than_one_token():
 def test_command_measures_generation_of_a_checkpoint(tmp_path, capsys):
     folder, output = tmp_path / "model", tmp_path / "bench"
     tiny_model("nano").save_pretrained(folder)
-    words = ["bench", "generate", str(folder), "--rounds=1", "--tokens=2", "--output", str(output)]
-    assert main([*words[:3], "--n_embd=16"]) == 2 and "own sizes" in capsys.readouterr().err
-    assert main(words) == 0 and "Qwen3ForCausalLM" in capsys.readouterr().out
+    argv = ["bench", "generate", str(folder), "--rounds=1", "--tokens=2", "--output", str(output)]
+    assert main([*argv[:3], "--n_embd=16"]) == 2 and "own sizes" in capsys.readouterr().err
+    assert main(argv) == 0 and "Qwen3ForCausalLM" in capsys.readouterr().out
     assert {path.suffix for path in output.iterdir()} == {".json", ".png"}
 
 
@@ -139,7 +139,7 @@ def test_bad_input_is_one_sentence(tmp_path, capsys):
         ("generate", "--tokens=0"): "tokens=0",
         ("generate", "gpt2", "--n_layer=1", "--block_size=8", "--tokens=7"): "6 or fewer",
     }
-    for argv, words in cases.items():
+    for argv, message in cases.items():
         assert main(["bench", *argv]) == 2
-        assert words in capsys.readouterr().err, argv
+        assert message in capsys.readouterr().err, argv
     assert main(["bench"]) == 0 and "train" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Several checkpoints in one table and one picture."""
+"""Several checkpoints in one table and one plot."""
 
 from pathlib import Path
 
@@ -17,8 +17,9 @@ def workplace(tmp_path, monkeypatch) -> Path:
     """A folder with two checkpoints of different families and tokenizers, and a text."""
     monkeypatch.chdir(tmp_path)
     Path("my.txt").write_text("Ein Text, naïve 東京.\n" * 9, encoding="utf-8")
-    for family, kind in {"nano": "byte", "gpt2": "char"}.items():
-        tokenizer = train_tokenizer([Path("my.txt").read_text(encoding="utf-8")], kind=kind)
+    for family, tokenizer_type in {"nano": "byte", "gpt2": "char"}.items():
+        text = Path("my.txt").read_text(encoding="utf-8")
+        tokenizer = train_tokenizer([text], kind=tokenizer_type)
         tiny_model(family, vocab_size=len(tokenizer)).save_pretrained(family)
         tokenizer.save_pretrained(family)
     return tmp_path
@@ -45,8 +46,8 @@ def test_rounded_weights_and_the_held_out_part_are_measured(workplace, capsys):
     for flags, settings in {(): {}, ("--held_out=0.3",): {"held_out": 0.3}}.items():
         assert main(["eval", "nano", "--data=my.txt", "--quantize=int8", *flags]) == 0
         result = evaluate(model, "my.txt", tokenizer=tokenizer, **settings)
-        words = capsys.readouterr().out.split()
-        assert f"{result.loss:.4f}" in words and f"{result.num_bytes}" in words
+        output = capsys.readouterr().out.split()
+        assert f"{result.loss:.4f}" in output and f"{result.num_bytes}" in output
         whole = len(Path("my.txt").read_bytes())
         assert (result.num_bytes < whole) == bool(flags)
 
@@ -71,7 +72,7 @@ def test_bad_input_is_one_sentence_before_any_work(workplace, capsys):
     }
     Path("a.png").mkdir()
     cases["nano", "--data=my.txt", "--plot=a.png/"] = "is a folder"
-    for argv, words in cases.items():
+    for argv, message in cases.items():
         assert main(["eval", *argv]) == 2, argv
         output = capsys.readouterr()
-        assert words in output.err and not output.out
+        assert message in output.err and not output.out

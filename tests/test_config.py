@@ -175,7 +175,7 @@ def test_preset_has_the_published_number_of_parameters(name, count):
 
 @pytest.mark.parametrize(("name", "nearest"), [("gpt2-meduim", "gpt2-medium"), ("nanno", "nano")])
 def test_unknown_preset_is_refused_with_the_nearest_name(name, nearest):
-    with pytest.raises(ValueError, match=rf"'{name}' is unknown. Did you mean '{nearest}'\?"):
+    with pytest.raises(ValueError, match=rf"'{name}' is unknown. Did you mean {nearest}\?"):
         load_preset(name)
 
 

@@ -1,4 +1,4 @@
-"""`doctor`: green where all is right, and red for a fault in the mask, the sine, or the cache."""
+"""`doctor` passes if all is right, and finds a fault in the mask, the sine, the cache or a copy."""
 
 import subprocess
 import sys
@@ -36,7 +36,7 @@ def test_all_checks_pass_for_every_family(family):
     assert not failed(findings)
 
 
-def test_without_a_checkpoint_three_models_are_checked_and_no_random_number_is_taken():
+def test_without_a_checkpoint_three_models_are_checked_and_no_random_number_is_used():
     torch.manual_seed(5)
     expected = torch.rand(1)
     torch.manual_seed(5)
@@ -75,8 +75,8 @@ def test_a_cache_that_loses_what_it_holds_is_found(model, monkeypatch):
     assert fails(CACHED, findings)
 
 
-def test_a_cache_by_an_unknown_name_is_found(model, monkeypatch):
-    # What 5.24 did to a model that knew only `past_key_values`: a cache that nobody reads.
+def test_a_cache_passed_by_an_unknown_name_is_found(model, monkeypatch):
+    # What 5.24 did to a model that knew only `past_key_values`: nobody reads the cache.
     def ignore(past_key_values, kwargs):
         kwargs.pop("cache", None)
 
@@ -98,14 +98,14 @@ def test_weights_that_load_differently_are_found(model, monkeypatch):
     assert fails(COPY, check_model("broken", model))
 
 
-def test_a_fresh_nano_is_said_to_prove_nothing():
+def test_an_untrained_nano_is_reported_as_proving_nothing():
     [finding] = check_model("fresh", tiny_model("nano", initializer_range=None))
     assert fails(SPREAD, [finding])
     assert "train this model first" in finding.detail
 
 
-def test_an_extra_lacks_what_the_extra_that_it_names_lacks(monkeypatch):
-    # `serve` is transformers[serving]: transformers is always there, and uvicorn may not be.
+def test_an_extra_lacks_the_packages_that_its_inner_extra_lacks(monkeypatch):
+    # `serve` is transformers[serving]: transformers is always installed, uvicorn may not be.
     monkeypatch.setattr(
         doctor, "_version", lambda name: "not installed" if name == "uvicorn" else version(name)
     )
@@ -126,7 +126,7 @@ def test_the_command_prints_versions_and_findings(tmp_path, capsys):
     assert "All checks passed." in text
 
 
-def test_the_command_fails_where_a_check_does(tmp_path):
+def test_the_command_fails_if_a_check_does(tmp_path):
     tiny_model("nano", initializer_range=None).save_pretrained(tmp_path)
     code = f"""
 import hf_nanogpt.analysis.doctor as doctor, hf_nanogpt.cli as cli

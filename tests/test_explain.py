@@ -1,4 +1,4 @@
-"""What `hf-nanogpt explain` tells is what the model computes, in the table and on the page."""
+"""`hf-nanogpt explain` shows what the model computes, in the table and on the page."""
 
 import base64
 import json
@@ -15,8 +15,10 @@ from conftest import tiny_model
 from transformers import LlamaTokenizer
 
 from hf_nanogpt import explain_text, train_tokenizer
-from hf_nanogpt.analysis.explain import MAX_WEIGHTS, render_page, render_table, show_token
+from hf_nanogpt.analysis.explain import MAX_WEIGHTS, render_page, render_table
+from hf_nanogpt.analysis.likeliest import show_token
 from hf_nanogpt.cli import main
+from hf_nanogpt.errors import UserError
 
 TOKENIZER = train_tokenizer([], kind="byte")
 TEXT = 'a "text"\twith\n</script><b>&amp; é'
@@ -31,7 +33,7 @@ def encode(text: str) -> torch.Tensor:
     return torch.tensor([[TOKENIZER.bos_token_id, *TOKENIZER(text)["input_ids"]]])
 
 
-# the figures
+# The numbers
 
 
 def test_mean_surprise_is_the_models_loss_in_bits(family):
@@ -42,7 +44,7 @@ def test_mean_surprise_is_the_models_loss_in_bits(family):
     assert explanation.bits == pytest.approx(loss * len(TEXT.encode()) / math.log(2), rel=1e-5)
 
 
-def test_each_position_tells_the_softmax_of_the_tokens_before_it(family):
+def test_each_position_has_the_softmax_after_the_tokens_before_it(family):
     model, ids = speaker(family), encode("a text")
     positions = explain_text(model, TOKENIZER, "a text").positions
     assert [p.token for p in positions] == ["<|endoftext|>", *"a text", None]
@@ -59,7 +61,7 @@ def test_each_position_tells_the_softmax_of_the_tokens_before_it(family):
 
 
 def test_untrained_model_finds_all_tokens_equally_likely():
-    model = speaker(initializer_range=None)  # whose head is zero
+    model = speaker(initializer_range=None)  # its head is zero
     positions = explain_text(model, TOKENIZER, "a text").positions
     assert [p.bits for p in positions[1:-1]] == pytest.approx([math.log2(257)] * 6)
     assert "*" not in render_table(explain_text(model, TOKENIZER, "a text"))
@@ -79,13 +81,13 @@ def test_attention_rows_sum_to_one_and_nothing_above_the_diagonal_is_used(family
 def test_text_that_fills_the_context_is_read_and_one_token_more_is_refused():
     model = speaker()
     assert len(explain_text(model, TOKENIZER, "a" * 63).positions) == 65
-    with pytest.raises(ValueError, match=r"65 tokens.*context is 64"):
+    with pytest.raises(UserError, match=r"65 tokens.*context is 64"):
         explain_text(model, TOKENIZER, "a" * 64)
     [start, following] = explain_text(model, TOKENIZER, "").positions
     assert start.token == "<|endoftext|>" and len(following.likeliest) == 5
 
 
-def test_tokens_are_spelt_so_that_each_can_be_seen():
+def test_every_token_is_visible():
     texts = [p.token for p in explain_text(speaker(), TOKENIZER, "é \n").positions]
     assert texts[1:-1] == ["<C3>", "<A9>", " ", "\n"]
     assert [show_token(text) for text in (" a", "\n", "\t", "\x1b[2J\u202e")] == [
@@ -102,7 +104,7 @@ def test_tokens_are_spelt_so_that_each_can_be_seen():
     assert any(re.fullmatch(r"<[1-6]?\d>", name) for name in names)  # ids without a token
 
 
-# the table
+# The table
 
 
 def test_table_has_a_line_for_each_position_and_marks_what_came():
@@ -114,11 +116,11 @@ def test_table_has_a_line_for_each_position_and_marks_what_came():
         assert line.count("%") == len(position.likeliest)
         assert position.bits is None or f" {position.bits:.1f} " in line
         assert re.search(r" \*\S", line) is not None or (position.rank or 6) > 5
-    assert total.startswith(f"{explanation.bits:.1f} bits in all")
+    assert total.startswith(f"{explanation.bits:.1f} bits in total")
 
 
 @pytest.mark.parametrize("width", [80, 200])
-def test_table_keeps_to_the_width_and_writes_no_control_character(width):
+def test_table_fits_the_width_and_has_no_control_character(width):
     table = render_table(explain_text(speaker(), TOKENIZER, TEXT + "\x07日本"), width=width)
     assert max(map(len, table.splitlines())) <= width
     assert all(c.isprintable() for c in table.replace("\n", ""))
@@ -132,7 +134,7 @@ def test_color_changes_nothing_but_the_color():
     assert plain.split() == render_table(explanation).split()
 
 
-# the page
+# The page
 
 
 def data_of(page: str) -> dict:
@@ -180,7 +182,7 @@ def test_page_works_in_a_browser_without_a_network(checkpoint, tmp_path, capsys)
             return browser.run(f"return document.querySelectorAll({selector!r}).length")
 
         assert count("#text button") == length and count("#heads canvas") == heads
-        assert count("script") == 2 and count("b") == 0  # the text's own markup stays text
+        assert count("script") == 2 and count("b") == 0  # markup in the text stays text
         browser.point("#map", 0.5 / length, 0.5 / length)
         assert "(0) looks at" in text("#readout") and "weight 100 %" in text("#readout")
         browser.point("#map", 10.5 / length, 2.5 / length)
@@ -194,7 +196,7 @@ def test_page_works_in_a_browser_without_a_network(checkpoint, tmp_path, capsys)
         assert "layer 3, head 4" in text("#readout")
         browser.point("#heads .map:last-child", 0.1, 0.9, click=True)
         assert text("#h-map").endswith("layer 3, head 4")
-        # a canvas is transparent where nothing is used: exactly above the diagonal
+        # A canvas is transparent exactly above the diagonal, where no weight is used.
         drawn = "e.getContext('2d').getImageData(0, 0, e.width, e.height).data"
         for rows in browser.run(
             f"return [...document.querySelectorAll('canvas')].map(e => [...{drawn}]"
@@ -208,7 +210,7 @@ def test_page_works_in_a_browser_without_a_network(checkpoint, tmp_path, capsys)
         assert browser.log() == []
 
 
-# the command
+# The command
 
 
 def test_command_prints_the_table_without_color_into_a_pipe(checkpoint, capsys, monkeypatch):
@@ -218,40 +220,42 @@ def test_command_prints_the_table_without_color_into_a_pipe(checkpoint, capsys, 
 
 
 @pytest.mark.parametrize(("no_color", "colored"), [(None, True), ("", True), ("1", False)])
-def test_command_colors_a_terminal_unless_told_not_to(no_color, colored, checkpoint, monkeypatch):
+def test_command_colors_a_terminal_unless_no_color_is_set(
+    no_color, colored, checkpoint, monkeypatch
+):
     os.environ.pop("NO_COLOR", None)
     if no_color is not None:
         monkeypatch.setenv("NO_COLOR", no_color)
-    ours, theirs = os.openpty()
-    with open(theirs, "w", encoding="utf-8") as terminal:
+    reader, writer = os.openpty()
+    with open(writer, "w", encoding="utf-8") as terminal:
         monkeypatch.setattr(sys, "stdout", terminal)
         assert main(["explain", str(checkpoint), "a"]) == 0
-    assert (ESCAPE in os.read(ours, 65536).decode()) is colored
-    os.close(ours)
+    assert (ESCAPE in os.read(reader, 65536).decode()) is colored
+    os.close(reader)
 
 
 def test_bad_input_to_explain_is_one_sentence_and_leaves_nothing(checkpoint, capsys, tmp_path):
     (tmp_path / "old.html").write_text("mine")
     cases = {
         ("a" * 64,): "65 tokens",
-        ("a", "--html", tmp_path / "page.txt"): "ends in .html",
-        ("a", "--html", tmp_path / "old.html"): "exists already",
+        ("a", "--html", tmp_path / "page.txt"): "must end in .html",
+        ("a", "--html", tmp_path / "old.html"): "already exists",
         ("a", "--html", tmp_path / "old.html" / "page.html"): "cannot write",
         ("\udcff",): "cannot encode",
         (): "text",
         ("a", "--htm", "x"): "--html",
     }
-    for argv, words in cases.items():
+    for argv, message in cases.items():
         assert main(["explain", str(checkpoint), *map(str, argv)]) == 2, argv
         [sentence] = capsys.readouterr().err.splitlines()[-1:]
-        assert sentence.startswith("hf-nanogpt: ") and words in sentence, sentence
+        assert sentence.startswith("hf-nanogpt: ") and message in sentence, sentence
     assert [path.name for path in tmp_path.iterdir()] == ["old.html"]
     assert (tmp_path / "old.html").read_text() == "mine"
 
 
-def test_page_too_heavy_for_a_browser_is_refused_before_it_is_made():
+def test_page_too_large_for_a_browser_is_refused_before_it_is_made():
     model = speaker(block_size=4096)
     heads = model.config.num_hidden_layers * model.config.num_attention_heads
     room = math.isqrt(2 * MAX_WEIGHTS // heads)
-    with pytest.raises(ValueError, match=f"has room for {room}"):
+    with pytest.raises(UserError, match=f"has room for {room}"):
         explain_text(model, TOKENIZER, "a" * room, with_attention=True)

@@ -1,4 +1,4 @@
-"""Tasks of lm-eval on our checkpoints, against sums of log-probabilities by hand."""
+"""Tasks of lm-eval on our checkpoints give the scores that log-probabilities by hand give."""
 
 import json
 import math
@@ -97,7 +97,7 @@ def test_scores_equal_arithmetic_by_hand(workplace, model):
 
 
 @needs_lm_eval
-def test_scores_are_those_of_lm_eval_by_itself(workplace):
+def test_scores_equal_those_of_lm_eval_without_us(workplace):
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -109,11 +109,11 @@ def test_scores_are_those_of_lm_eval_by_itself(workplace):
         limit=9,
         task_manager=TaskManager(include_defaults=False),
     )
-    theirs = results["results"]["sums"]
+    expected = results["results"]["sums"]
     scores = evaluate_tasks("a", ["sums.yaml"], num_fewshot=2, limit=9, batch_size=3)
-    assert {f"{score.metric},none": score.value for score in scores}.items() <= theirs.items()
+    assert {f"{score.metric},none": score.value for score in scores}.items() <= expected.items()
     assert [score.stderr for score in scores] == [
-        theirs[f"{score.metric}_stderr,none"] for score in scores
+        expected[f"{score.metric}_stderr,none"] for score in scores
     ]
 
 
@@ -161,7 +161,7 @@ def test_bad_tasks_are_one_sentence(workplace, capsys):
         assert word in capsys.readouterr().err
 
 
-def test_without_the_extra_the_verb_says_what_to_install(tmp_path, monkeypatch, capsys):
+def test_without_the_extra_the_command_says_what_to_install(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     tiny_model("nano").save_pretrained(tmp_path)
     assert main(["eval", str(tmp_path), "--tasks", "arc_easy"]) == 2

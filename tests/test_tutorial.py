@@ -36,8 +36,8 @@ def test_each_part_runs_as_a_script(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", [part])
         runpy.run_path(str(TUTORIAL / f"{part}.py"), run_name="__main__")
     output = capsys.readouterr().out
-    for words in ("174,604,259,328", "A block of GPT:                  self_attn, mlp", "-inf"):
-        assert words in output
+    for text in ("174,604,259,328", "A block of GPT:                  self_attn, mlp", "-inf"):
+        assert text in output
     assert output.count("  the same\n") == 4 and "NOT THE SAME" not in output
     assert (tmp_path / "mask.png").read_bytes().startswith(b"\x89PNG")
     after, floor = map(float, re.search(r"after: ([\d.]+) .* is ([\d.]+)", output).groups())
@@ -82,16 +82,18 @@ def test_tokens_are_chosen_as_generate_chooses_them(trained, way):
         "top_k": ({"k": 5}, {"do_sample": True, "top_k": 5}),
         "nucleus": ({"p": 0.8}, {"do_sample": True, "top_p": 0.8, "top_k": 0}),
     }
-    own, theirs = settings[way]
+    our_settings, generate_settings = settings[way]
     model, tokenizer = load_checkpoint(trained)
-    config = GenerationConfig(max_new_tokens=40, eos_token_id=tokenizer.eos_token_id, **theirs)
+    config = GenerationConfig(
+        max_new_tokens=40, eos_token_id=tokenizer.eos_token_id, **generate_settings
+    )
     for seed in range(3):
         torch.manual_seed(seed)
-        text = part["write_on"](
+        text = part["continue_text"](
             model,
             tokenizer,
             "the",
-            choose=lambda logits: part[f"choose_{way}"](logits, **own),
+            choose=lambda logits: part[f"choose_{way}"](logits, **our_settings),
             limit=40,
         )
         torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""Continue a text with CTranslate2, which reads 8-bit weights on CPUs: no PyTorch, no transformers.
+"""Continue a text with CTranslate2, which can use 8-bit weights, without PyTorch or transformers.
 
 Run: python examples/run_elsewhere/ctranslate2_generate.py FOLDER PROMPT [MAX_NEW_TOKENS]
 """

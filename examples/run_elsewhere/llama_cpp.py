@@ -1,4 +1,4 @@
-"""Continue a text with llama.cpp in this process, by the package xllamacpp.
+"""Continue a text with llama.cpp in this process, with the package xllamacpp.
 
 Run: python examples/run_elsewhere/llama_cpp.py MODEL.gguf PROMPT [MAX_NEW_TOKENS]
 """
@@ -9,7 +9,7 @@ import xllamacpp
 
 
 def load_model(path: str, *, num_threads: int = 0, context: int = 0) -> xllamacpp.Server:
-    """Load a file for one text at a time; 0 is llama.cpp's choice, or the model's context."""
+    """Load a file for one text at a time; 0 means llama.cpp's or the model's default."""
     params = xllamacpp.CommonParams()
     params.model.path = path
     params.n_ctx, params.n_parallel, params.verbosity = context, 1, 0
@@ -19,7 +19,7 @@ def load_model(path: str, *, num_threads: int = 0, context: int = 0) -> xllamacp
 
 
 def complete(server: xllamacpp.Server, prompt: str | list[int], *, max_new_tokens: int) -> dict:
-    """Return llama.cpp's answer, in the form of OpenAI's completions, with `timings` besides."""
+    """Return llama.cpp's answer in the format of OpenAI's completions, with `timings` added."""
     return server.handle_completions(
         {
             "prompt": prompt,

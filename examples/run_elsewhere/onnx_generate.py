@@ -1,4 +1,4 @@
-"""Continue a text with onnxruntime, from one file: no PyTorch, no transformers.
+"""Continue a text with onnxruntime, from one file, without PyTorch or transformers.
 
 Run: python examples/run_elsewhere/onnx_generate.py MODEL.onnx PROMPT [MAX_NEW_TOKENS]
 """
@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 
 
 def generate(session, ids: list[int], *, max_new_tokens: int, ends: list[int]) -> list[int]:
-    """Append the likeliest token again and again; each is read once, for the cache goes round."""
+    """Append the most likely token again and again; the cache keeps what was read before."""
     past = {
         spec.name: np.zeros((1, spec.shape[1], 0, spec.shape[3]), np.float32)
         for spec in session.get_inputs()[2:]

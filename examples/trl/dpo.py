@@ -1,7 +1,7 @@
 """Teach a chat checkpoint which of two answers is preferred, with TRL's DPOTrainer.
 
-A row has a `prompt` (messages), and the answers `chosen` and `rejected`. What the model said before
-the training is computed at its start, so that no second model is kept in memory.
+A row has a `prompt` (messages), and the answers `chosen` and `rejected`. The log-probabilities of
+the reference model are computed at the start, so that no second model stays in memory.
 
 Run: python examples/trl/dpo.py CHECKPOINT OUTPUT_DIR [PREFERENCES.jsonl]
 """
@@ -19,7 +19,7 @@ CAPITALS = {"France": "Paris", "Italy": "Rome", "Japan": "Tokyo", "Peru": "Lima"
 
 
 def load_preferences(path: str | None = None) -> Dataset:
-    """Return the rows of a table, or that a short answer is better than a long one."""
+    """Return the rows of a table, or examples that prefer a short answer to a long one."""
     if path:
         return load_dataset("json", data_files=path, split="train")
     rows = [

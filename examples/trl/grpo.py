@@ -1,7 +1,7 @@
-"""Let a chat checkpoint try answers and learn from their reward, with TRL's GRPOTrainer.
+"""Let a chat checkpoint try answers and learn from their rewards, with TRL's GRPOTrainer.
 
-Each question is answered several times, and answers that earn more than their group become
-likelier. The reward is any function of the answers; here a short one earns more.
+The model answers each question several times. Answers with a higher reward than the group's mean
+become more likely. The reward can be any function of the answers; here it is higher for short ones.
 
 Run: python examples/trl/grpo.py CHECKPOINT OUTPUT_DIR [QUESTIONS.jsonl]
 """
@@ -19,14 +19,14 @@ QUESTIONS = [f"What is the capital of {name}?" for name in ("France", "Italy", "
 
 
 def load_questions(path: str | None = None) -> Dataset:
-    """Return the rows of a table with a column `prompt` (messages), or some questions."""
+    """Return the rows of a table with a column `prompt` (messages), or example questions."""
     if path:
         return load_dataset("json", data_files=path, split="train")
     return Dataset.from_list([{"prompt": [{"role": "user", "content": q}]} for q in QUESTIONS])
 
 
 def reward_brevity(completions: list[list[dict]], **columns: Any) -> list[float]:
-    """Return 0 for an empty answer and less for a longer one, -1 for each ten characters."""
+    """Return 0 for an empty answer, and -1 for every ten characters of a longer one."""
     return [-len(answer["content"]) / 10 for [answer] in completions]
 
 

@@ -1,7 +1,7 @@
-"""Train a reward model, which scores an answer by one number, with TRL's RewardTrainer.
+"""Train a reward model, which scores an answer with one number, with TRL's RewardTrainer.
 
-It is `NanoGPTForSequenceClassification` on the trunk of a chat checkpoint, and a row of the data
-has two whole conversations, `chosen` and `rejected`.
+The model is a `NanoGPTForSequenceClassification` with the weights of a chat checkpoint. A row of
+the data has two whole conversations, `chosen` and `rejected`.
 
 Run: python examples/trl/reward.py CHECKPOINT OUTPUT_DIR [PREFERENCES.jsonl]
 """
@@ -14,13 +14,13 @@ from datasets import Dataset, load_dataset
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from trl import RewardConfig, RewardTrainer
 
-import hf_nanogpt  # noqa: F401 (makes the Auto classes know the model)
+import hf_nanogpt  # noqa: F401 (registers the model with the Auto classes)
 
 CAPITALS = {"France": "Paris", "Italy": "Rome", "Japan": "Tokyo", "Peru": "Lima"}
 
 
 def load_preferences(path: str | None = None) -> Dataset:
-    """Return the rows of a table, or that an answer is better than none."""
+    """Return the rows of a table, or examples that prefer an answer to none."""
     if path:
         return load_dataset("json", data_files=path, split="train")
 

@@ -1,8 +1,8 @@
-"""Fine-tune a checkpoint on conversations with TRL's SFTTrainer; only answers are learnt.
+"""Fine-tune a checkpoint on conversations with TRL's SFTTrainer; the loss counts answers only.
 
-Several conversations share a row (packing), each with its own positions, so that they do not see
-each other. `hf-nanogpt train finetune --data CHAT.jsonl --chat_template chatml` learns the same
-without TRL, by an adapter with `--lora`; this way there are all the settings of SFTConfig.
+Several conversations share a row (packing). Each has its own positions, so that they do not see
+each other. `hf-nanogpt train finetune --data CHAT.jsonl --chat_template chatml` does the same
+without TRL (add `--lora` for an adapter); this script accepts all settings of SFTConfig.
 
 Run: python examples/trl/sft.py CHECKPOINT OUTPUT_DIR [CHAT.jsonl]
 """
@@ -21,7 +21,7 @@ SUMS = [(f"What is {a} plus {b}?", f"It is {a + b}.") for a in range(10) for b i
 
 
 def load_conversations(path: str | None = None) -> Dataset:
-    """Return the rows of a table with a column `messages`, or some sums."""
+    """Return the rows of a table with a column `messages`, or questions about sums."""
     if path:
         return load_dataset("json", data_files=path, split="train")
     roles = ("user", "assistant")
@@ -39,7 +39,7 @@ def main(
 ) -> SFTTrainer:
     model, tokenizer = load_checkpoint(checkpoint)
     known = len(tokenizer)
-    add_chat_template(tokenizer, model=model)  # unless the checkpoint has one
+    add_chat_template(tokenizer, model=model)  # keeps one that is there
     args = SFTConfig(
         output_dir,
         assistant_only_loss=True,
@@ -55,7 +55,7 @@ def main(
             **settings,
         },
     )
-    # Adapters leave the embedding as it is, and the rows of new tokens have to be trained as well.
+    # Adapters do not train the embedding, but the rows of new tokens must be trained.
     tables = ["embed_tokens", "lm_head"] if len(tokenizer) > known else None
     adapters = LoraConfig(
         target_modules="all-linear",

@@ -1,4 +1,4 @@
-"""Part 1: a GPT is a stack of decoder blocks, and nothing else.
+"""Part 1: a GPT is a stack of decoder blocks and nothing else.
 
 Run: python examples/tutorial/part1_stack.py
 """
@@ -14,7 +14,7 @@ STACKS = ["gpt1", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "gpt3-175b"]
 
 
 def build_stack(name: str) -> NanoGPTForCausalLM:
-    """Build a GPT at its full size, as shapes without numbers: 96 blocks fit in no laptop."""
+    """Build a GPT at its full size without weights: 96 blocks do not fit into a laptop."""
     with torch.device("meta"):
         return NanoGPTForCausalLM(load_preset(name))
 
@@ -30,19 +30,19 @@ def main() -> None:
     for name in STACKS:
         model = build_stack(name)
         config, blocks = model.config, len(model.model.layers)
-        kinds = ", ".join(kind.split("_")[0] for kind in dict.fromkeys(config.layer_types))
+        layers = ", ".join(layer.split("_")[0] for layer in dict.fromkeys(config.layer_types))
         print(
             f"{name:<12} {blocks:>6}  {config.hidden_size:>6}  {config.num_attention_heads:>5}"
             f"  {config.max_position_embeddings:>7}  {model.num_parameters():>15,}"
-            f"  {config.norm_position:<5}  {kinds}"
+            f"  {config.norm_position:<5}  {layers}"
         )
 
     block, original = model.model.layers[0], nn.TransformerDecoderLayer(8, 2)
     print("\nA decoder block for translation:", ", ".join(list_sublayers(original)))
     print("A block of GPT:                 ", ", ".join(list_sublayers(block)))
-    print("Gone: multihead_attn, the cross-attention. It looked at an encoder, and there is none:")
-    takes = [name for name in inspect.signature(NanoGPTModel.forward).parameters if "_" in name]
-    print("a GPT reads one stream of tokens. It takes", ", ".join(takes))
+    print("multihead_attn is gone: this cross-attention looked at an encoder, and a GPT has none.")
+    inputs = [name for name in inspect.signature(NanoGPTModel.forward).parameters if "_" in name]
+    print("A GPT reads one stream of tokens. Its inputs are", ", ".join(inputs))
 
 
 if __name__ == "__main__":

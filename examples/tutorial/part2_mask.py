@@ -1,4 +1,4 @@
-"""Part 2: predict the next token, see only the past. What the mask is for, and a model that leaks.
+"""Part 2: predict the next token from the past. Why there is a mask, and a model that cheats.
 
 Run: python examples/tutorial/part2_mask.py [PICTURE.png]
 """
@@ -17,12 +17,12 @@ Predict = Callable[[torch.Tensor], torch.Tensor]  # token ids (B, T) -> logits (
 
 
 def make_mask(length: int) -> torch.Tensor:
-    """Return what is added to the scores: 0 where row i may look at column j, -inf where j > i."""
+    """Return what is added to the scores: 0 if row i may look at column j, -inf if j > i."""
     return torch.full((length, length), -math.inf).triu(diagonal=1)
 
 
 class ShortcutDecoder(nn.Module):
-    """The tempting way to a GPT: torch's decoder for translation, with its own input as memory."""
+    """A tempting shortcut to a GPT: torch's decoder for translation, with its input as memory."""
 
     def __init__(self, width: int = 32, mask_memory: bool = False):
         super().__init__()
@@ -33,7 +33,7 @@ class ShortcutDecoder(nn.Module):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         x, mask = self.tokens(ids) + self.places.weight[: ids.shape[1]], make_mask(ids.shape[1])
-        # Self-attention is masked; cross-attention sees all of `memory`, and so the future.
+        # Self-attention is masked; cross-attention sees all of `memory`, including the future.
         memory_mask = mask if self.mask_memory else None
         return self.head(self.block(x, memory=x, tgt_mask=mask, memory_mask=memory_mask))
 
@@ -46,13 +46,13 @@ def build_gpt() -> NanoGPTForCausalLM:
 
 
 def next_token_loss(predict: Predict, ids: torch.Tensor) -> torch.Tensor:
-    """Compare the logits at each place with the token at the next: causal language modelling."""
+    """Compare the logits at each position with the next token: causal language modelling."""
     logits, targets = predict(ids)[:, :-1], ids[:, 1:]
     return nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
 def train_on_noise(model: nn.Module, predict: Predict, *, steps: int) -> float:
-    """Train on tokens drawn by lot, always new ones, and return the mean of the last ten losses."""
+    """Train on new random tokens in each step, and return the mean of the last ten losses."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = []
     for _ in range(steps):
@@ -66,7 +66,7 @@ def train_on_noise(model: nn.Module, predict: Predict, *, steps: int) -> float:
 
 @torch.no_grad()
 def measure_influence(predict: Predict) -> torch.Tensor:
-    """Exchange the token at place j: how much do the logits at place i change? Shape (i, j)."""
+    """Return how much the logits at position i change if token j is replaced, by (i, j)."""
     ids = torch.arange(LENGTH)[None] % SYMBOLS
     before, columns = predict(ids), []
     for j in range(LENGTH):
@@ -98,7 +98,7 @@ def draw(panels: dict[str, torch.Tensor], path: str) -> None:
 def main(picture: str = "mask.png", steps: int = 150) -> None:
     torch.manual_seed(0)
     words = ["the", "owl", "sees", "the", "moon"]
-    print("Causal language modelling: each prefix is a question, the next token its answer.")
+    print("Causal language modelling: each prefix is a question, and the next token is its answer.")
     for i in range(1, len(words)):
         print(f"  {' '.join(words[:i]):<18} -> {words[i]}")
     print(f"\nThe mask that is added to the scores of {len(words)} tokens:")
@@ -111,9 +111,9 @@ def main(picture: str = "mask.png", steps: int = 150) -> None:
         "shortcut": (shortcut, shortcut),
         "shortcut, memory masked": (repaired, repaired),
     }
-    print(f"\nTokens drawn by lot: nobody can predict them better than ln {SYMBOLS} =", end=" ")
-    print(f"{math.log(SYMBOLS):.3f} nats,\nunless he sees them. Loss in training, and the largest")
-    print("change of a logit when a token after it is exchanged:")
+    print(f"\nRandom tokens: no model can score better than ln {SYMBOLS} =", end=" ")
+    print(f"{math.log(SYMBOLS):.3f} nats unless it sees them.")
+    print("The loss in training, and the largest change of a logit if a later token is replaced:")
     panels = {"the mask: who may see whom": (make_mask(LENGTH) == 0).float()}
     for name, (model, predict) in contestants.items():
         loss = train_on_noise(model, predict, steps=steps)
@@ -121,11 +121,11 @@ def main(picture: str = "mask.png", steps: int = 150) -> None:
         influence = measure_influence(predict)
         print(f"  {name:<24} loss {loss:.3f}   leak {influence.triu(diagonal=1).max():.4f}")
         panels[f"{name}: what changes"] = influence
-    print("\nThe shortcut looks up the next token in its memory. When it has to write, there is no")
-    print("next token yet, so it has learnt nothing. Masking the memory too stops the leak, and")
-    print("then the block attends to the same past twice: GPT drops the second attention.")
+    print("\nThe shortcut looks up the next token in its memory. When it generates text, there is")
+    print("no next token yet, so it has learnt nothing. Masking the memory as well stops the leak,")
+    print("but then the block attends to the same past twice. GPT drops the second attention.")
     draw(dict(list(panels.items())[:3]), picture)
-    print(f"\n{picture} shows who depends on whom.")
+    print(f"\nPlot saved to {picture}: it shows which predictions depend on which tokens.")
 
 
 if __name__ == "__main__":

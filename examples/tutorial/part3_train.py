@@ -1,4 +1,4 @@
-"""Part 3: build a nano-GPT and train it, in seconds, on a text whose entropy we know.
+"""Part 3: build a nano-GPT and train it in seconds on a text with a known entropy.
 
 Run: python examples/tutorial/part3_train.py [FOLDER]
 """
@@ -29,7 +29,7 @@ PLACES = ["by the river", "under the moon", "in the barn", "on the hill"]
 
 
 def write_sentences(count: int, *, seed: int) -> Dataset:
-    """Write sentences, each four choices among four: 8 bits of surprise, and not one bit more."""
+    """Write sentences with four random choices among four words each: exactly 8 bits."""
     pick = random.Random(seed).choice
     rows = [
         f"the {pick(ANIMALS)} {pick(VERBS)} the {pick(ANIMALS)} {pick(PLACES)}."
@@ -39,7 +39,7 @@ def write_sentences(count: int, *, seed: int) -> Dataset:
 
 
 def train(model: NanoGPTForCausalLM, loader: DataLoader, *, steps: int) -> None:
-    """Take `steps` steps down the gradient, and print the loss on the way."""
+    """Take `steps` optimizer steps, and print the loss now and then."""
     optimizer = build_optimizer(model)
     rates = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
     model.train()
@@ -58,6 +58,7 @@ def train(model: NanoGPTForCausalLM, loader: DataLoader, *, steps: int) -> None:
 def main(folder: str = FOLDER, steps: int = 100) -> None:
     disable_progress_bars()
     torch.manual_seed(0)
+    # The data, and a tokenizer and a model for it.
     sentences, unseen = write_sentences(2000, seed=0), write_sentences(200, seed=1)
     tokenizer = train_tokenizer(sentences["text"], vocab_size=310)
     ids = {f"{name}_token_id": tokenizer.eos_token_id for name in ("bos", "eos", "pad")}
@@ -67,23 +68,25 @@ def main(folder: str = FOLDER, steps: int = 100) -> None:
     print(f"{model.num_parameters():,} parameters")
     print("a document:", tokenizer.tokenize(sentences[0]["text"]))
 
+    # Documents packed into blocks of one length, and what the model makes of a batch.
     blocks = pack_documents(sentences, tokenizer, context_length=64)
     collate = PackedCollator(tokenizer.eos_token_id)
     batch = next(iter(DataLoader(blocks, batch_size=16, collate_fn=collate)))
     print("input", tuple(batch["input_ids"].shape), "-> logits", end=" ")
     print(tuple(model(**batch, use_cache=False).logits.shape))
+
+    # The loss on unseen sentences, before and after training.
     loss = evaluate(model, unseen, tokenizer=tokenizer).loss
-    print(f"before: loss {loss:.3f}, and to know nothing is", end=" ")
+    print(f"before: loss {loss:.3f}; a uniform guess scores", end=" ")
     print(f"ln {len(tokenizer)} = {math.log(len(tokenizer)):.3f}")
     train(model, DataLoader(blocks, 16, shuffle=True, collate_fn=collate), steps=steps)
-
     result = evaluate(model, unseen, tokenizer=tokenizer)
     floor = 8 * len(unseen) / result.num_bytes
     print(f"after: {result.bits_per_byte:.3f} bits per byte of unseen sentences;", end=" ")
     print(f"their entropy is {floor:.3f}, and no model can do better")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    print(f"saved in {folder}")
+    print(f"saved to {folder}")
 
 
 if __name__ == "__main__":

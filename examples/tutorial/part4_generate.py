@@ -1,4 +1,4 @@
-"""Part 4: text, one token at a time, and the same text from `generate()`.
+"""Part 4: generate text one token at a time, then the same text with `generate()`.
 
 Run part 3 first, then: python examples/tutorial/part4_generate.py [FOLDER]
 """
@@ -17,35 +17,37 @@ Choose = Callable[[torch.Tensor], torch.Tensor]  # logits (B, V) -> the next tok
 
 
 def choose_likeliest(logits: torch.Tensor) -> torch.Tensor:
-    """Greedy: take the most probable token, so that the text is always the same."""
+    """Take the most probable token (greedy), so that the text is always the same."""
     return logits.argmax(dim=-1, keepdim=True)
 
 
 def choose_top_k(logits: torch.Tensor, k: int) -> torch.Tensor:
-    """Draw among the `k` most probable tokens."""
+    """Sample from the `k` most probable tokens."""
     smallest = logits.topk(k).values[:, -1:]
     return draw_token(logits.masked_fill(logits < smallest, -torch.inf))
 
 
 def choose_nucleus(logits: torch.Tensor, p: float) -> torch.Tensor:
-    """Draw among the most probable tokens that together reach the probability `p`."""
+    """Sample from the most probable tokens that together reach the probability `p`."""
     ordered, order = logits.sort(descending=True)
-    chances = ordered.softmax(dim=-1)
-    outside = chances.cumsum(dim=-1) - chances >= p  # those before it are enough
+    probabilities = ordered.softmax(dim=-1)
+    outside = probabilities.cumsum(dim=-1) - probabilities >= p  # more probable tokens are enough
     return draw_token(logits.masked_fill(outside.scatter(1, order, outside), -torch.inf))
 
 
 def draw_token(logits: torch.Tensor) -> torch.Tensor:
-    """Draw a token, each with its probability."""
+    """Sample a token according to the probabilities."""
     return torch.multinomial(logits.softmax(dim=-1), num_samples=1)
 
 
 @torch.no_grad()
-def write_on(model, tokenizer, prompt: str, *, choose: Choose, limit: int = 30, show: bool = False):
-    """Predict, choose, append; again, until the model ends the document or `limit` is reached."""
+def continue_text(
+    model, tokenizer, prompt: str, *, choose: Choose, limit: int = 30, show: bool = False
+):
+    """Predict, choose and append until the model ends the document or `limit` is reached."""
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]  # (1, T)
     for _ in range(limit):
-        logits = model(ids).logits[:, -1]  # of the last token only: (1, V)
+        logits = model(ids).logits[:, -1]  # of the last position (1, V)
         token = choose(logits)
         ids = torch.cat([ids, token], dim=1)
         if show:
@@ -61,13 +63,14 @@ def write_on(model, tokenizer, prompt: str, *, choose: Choose, limit: int = 30, 
 
 def main(folder: str = FOLDER) -> None:
     if not Path(folder).is_dir():
-        raise SystemExit(f"There is no {folder}: run part 3 first, it takes seconds.")
+        raise SystemExit(f"{folder} does not exist: run part 3 first, which takes seconds.")
     model, tokenizer = load_checkpoint(folder)
     print(f"{PROMPT!r}, greedily, token by token:")
-    write_on(model, tokenizer, PROMPT, choose=choose_likeliest, show=True)
+    continue_text(model, tokenizer, PROMPT, choose=choose_likeliest, show=True)
 
     inputs = tokenizer(PROMPT, return_tensors="pt")
     sampling = {"do_sample": True, "top_k": 0}
+    # For each way to choose, the same settings of generate() must give the same text.
     ways: dict[str, tuple[Choose, dict]] = {
         "greedy": (choose_likeliest, {"do_sample": False}),
         "top-k, k=3": (partial(choose_top_k, k=3), sampling | {"top_k": 3}),
@@ -76,12 +79,12 @@ def main(folder: str = FOLDER) -> None:
     }
     for name, (choose, settings) in ways.items():
         torch.manual_seed(SEED)
-        ours = write_on(model, tokenizer, PROMPT, choose=choose)
+        by_hand = continue_text(model, tokenizer, PROMPT, choose=choose)
         torch.manual_seed(SEED)
         output = model.generate(**inputs, max_new_tokens=30, **settings)
-        theirs = tokenizer.decode(output[0], skip_special_tokens=True)
-        print(f"\n{name}\n  our loop    {ours}\n  generate()  {theirs}")
-        print("  the same" if ours == theirs else "  NOT THE SAME")
+        by_generate = tokenizer.decode(output[0], skip_special_tokens=True)
+        print(f"\n{name}\n  our loop    {by_hand}\n  generate()  {by_generate}")
+        print("  the same" if by_hand == by_generate else "  NOT THE SAME")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,7 @@
-"""Several checkpoints side by side: a table and a picture of their figures."""
+"""Several checkpoints side by side: a table and a plot of how well they do."""
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -11,13 +9,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..checkpoint.folder import check_checkpoint, load_checkpoint
 from ..evaluation import evaluate
 from ..quantization import quantize_model
-from .plots import BLUE, GREY, check_picture, replace_file
-from .tasks import check_lm_eval, evaluate_tasks
+from .tasks import TaskScore, check_lm_eval, evaluate_tasks
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The rows of a table, heads first, and what to draw: {"bits per byte": {"runs/a": 1.41}}."""
+    """The rows of a table, headings first, and what to plot: {"bits per byte": {"a": 1.41}}."""
 
     rows: list[list[str]]
     figures: dict[str, dict[str, float]]
@@ -26,9 +23,8 @@ class Comparison:
 def compare_on_text(
     checkpoints: Sequence[str], data: str, *, quantize: bool = False, **settings: Any
 ) -> Comparison:
-    """Measure each checkpoint, if asked with int8 weights; `settings` are those of `evaluate`."""
-    for name in checkpoints:  # before the first has taken its minutes
-        check_checkpoint(name)
+    """Evaluate each checkpoint, with int8 weights if asked; `settings` are those of `evaluate`."""
+    _check_all(checkpoints)
     rows = [["checkpoint", "loss", "perplexity", "bits per byte", "tokens", "bytes"]]
     bits = {}
     for name in checkpoints:
@@ -43,21 +39,29 @@ def compare_on_text(
 def compare_on_tasks(
     checkpoints: Sequence[str], tasks: Sequence[str], *, quantize: bool = False, **settings: Any
 ) -> Comparison:
-    """Measure each checkpoint on tasks; `settings` are those of `evaluate_tasks`."""
+    """Evaluate each checkpoint on tasks; `settings` are those of `evaluate_tasks`."""
     check_lm_eval()
-    for name in checkpoints:
-        check_checkpoint(name)
+    _check_all(checkpoints)
     results = {}
     for name in checkpoints:
         model, tokenizer = _load(name, quantize)
         results[name] = evaluate_tasks(model, tasks, tokenizer=tokenizer, **settings)
     rows, figures = [["task", *results]], {}
-    for scores in zip(*results.values(), strict=True):  # the same ones in the same order
+    for scores in zip(*results.values(), strict=True):  # each checkpoint's score on one task
         name = f"{scores[0].task} {scores[0].metric}"
-        figures[name] = {who: x.value for who, x in zip(results, scores, strict=True)}
-        errors = ("" if x.stderr is None else f" ± {x.stderr:.4f}" for x in scores)
-        rows.append([name, *(f"{x.value:.4f}{e}" for x, e in zip(scores, errors, strict=True))])
+        figures[name] = {who: score.value for who, score in zip(results, scores, strict=True)}
+        rows.append([name, *map(_format_score, scores)])
     return Comparison(rows, figures)
+
+
+def _format_score(score: TaskScore) -> str:
+    return f"{score.value:.4f}" + ("" if score.stderr is None else f" ± {score.stderr:.4f}")
+
+
+def _check_all(checkpoints: Sequence[str]) -> None:
+    """Refuse a wrong name before the first checkpoint has taken minutes."""
+    for name in checkpoints:
+        check_checkpoint(name)
 
 
 def _load(checkpoint: str, quantize: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -66,44 +70,10 @@ def _load(checkpoint: str, quantize: bool) -> tuple[PreTrainedModel, PreTrainedT
 
 
 def format_table(rows: Sequence[Sequence[str]]) -> str:
-    """Align rows of cells, the first of which are the heads: the first column to the left."""
+    """Align rows of cells, the first column to the left and the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if i else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )
-
-
-def plot_comparison(figures: dict[str, dict[str, float]], path: str | Path) -> None:
-    """Draw one panel of bars for each figure, those of a `Comparison`.
-
-    Raises:
-        UserError: `path` does not end in .png, .svg or .pdf.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
-    check_picture(path)
-    bars = sum(len(values) for values in figures.values())
-    size = (7.2, 0.3 + 0.7 * len(figures) + 0.38 * bars)
-    figure = Figure(figsize=size, dpi=144, layout=ConstrainedLayoutEngine(h_pad=0.1))
-    FigureCanvasAgg(figure)
-    heights = [1.6 + len(values) for values in figures.values()]
-    panels = figure.subplots(len(figures), squeeze=False, height_ratios=heights)
-    for axes, (name, values) in zip(panels[:, 0], figures.items(), strict=True):
-        drawn = axes.barh(range(len(values)), list(values.values()), color=BLUE, height=0.7)
-        axes.bar_label(drawn, fmt="%.3f", padding=4, color=GREY)
-        axes.set_yticks(range(len(values)), list(values))
-        axes.invert_yaxis()
-        axes.set_title(name, fontsize=10, loc="left", weight="bold")
-        axes.margins(x=0.12)
-        axes.set_xticks([])
-        axes.tick_params(length=0)
-        axes.spines[["top", "right", "bottom"]].set_visible(False)
-    picture = io.BytesIO()
-    figure.savefig(picture, format=Path(path).suffix[1:])
-    replace_file(Path(path), picture.getvalue())
+    lines = []
+    for name, *cells in rows:
+        aligned = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
+        lines.append("  ".join([name.ljust(widths[0]), *aligned]).rstrip())
+    return "\n".join(lines)

@@ -1,8 +1,8 @@
 """Check that this installation gives right results, and describe it for a bug report.
 
 Each check compares a model with something that does not share its faults: the model without a
-cache, the model before a later token was changed, the class of transformers that computes the same,
-and a saved copy.
+cache, the model before a later token was changed, the equivalent class of transformers, and a saved
+copy.
 """
 
 import os
@@ -23,28 +23,17 @@ from .. import __version__
 from ..auto import TESTED_TRANSFORMERS
 from ..checkpoint.folder import load_checkpoint
 from ..convert import export_checkpoint, find_native_twin
+from ..errors import one_line
 from ..modeling_nanogpt import NanoGPTForCausalLM
 from ..presets import load_preset
 
-_LIBRARIES = (
-    *("torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors"),
-    *("huggingface-hub", "numpy"),
-)
+_LIBRARIES = "torch transformers accelerate datasets tokenizers safetensors huggingface-hub numpy"
 _EXTRAS = ("finetune", "serve", "demo", "eval", "gguf", "onnx", "track")
-_TINY: dict[str, Any] = {
-    "vocab_size": 97,
-    "n_layer": 3,
-    "n_embd": 32,
-    "n_head": 4,
-    "block_size": 64,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-    "pad_token_id": 0,
-    "initializer_range": 0.3,
-    "dropout": 0.0,
-}
-# The parts that a family of models may have: rotary and learned positions, grouped and sliding
-# attention. Weights are drawn from a normal distribution wide enough that no part is too quiet.
+# Weights are drawn from a normal distribution wide enough for every part to matter.
+_TINY: dict[str, Any] = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0)
+_TINY |= {"vocab_size": 97, "n_layer": 3, "n_embd": 32, "n_head": 4, "block_size": 64}
+_TINY |= {"initializer_range": 0.3, "dropout": 0.0}
+# Together they have all parts: rotary and learned positions, grouped and sliding attention.
 _MODELS: dict[str, dict[str, Any]] = {
     "nano": {"num_key_value_heads": 2},
     "gpt2": {},
@@ -53,14 +42,16 @@ _MODELS: dict[str, dict[str, Any]] = {
         "layer_types": ["full_attention", "sliding_attention", "full_attention"],
     },
 }
-# Of a logit in float32, relative to the standard deviation of all: what another order of the same
-# sums may change.
+# How far a float32 logit may move, in standard deviations of all logits, if the same sums are
+# computed in another order.
 _TOLERANCE = 1e-4
+
+Result = tuple[bool, str]  # whether it is right, and what was found
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was checked: of which model, what was found, and whether that is right."""
+    """One check of one model: whether it passed, and what was found."""
 
     model: str
     check: str
@@ -72,9 +63,9 @@ def describe_environment() -> dict[str, str]:
     """Return versions, processor or GPU, threads and extras, to print."""
     tested = f"tested with {TESTED_TRANSFORMERS[0]} to {TESTED_TRANSFORMERS[-1]}"
     facts = {"hf_nanogpt": __version__, "Python": f"{platform.python_version()} ({sys.platform})"}
-    facts |= {name: _version(name) for name in _LIBRARIES}
+    facts |= {name: _version(name) for name in _LIBRARIES.split()}
     facts["transformers"] += f" ({tested})"
-    facts["processor"] = f"{_name_processor()}, {torch.backends.cpu.get_cpu_capability()}"
+    facts["processor"] = f"{name_processor()}, {torch.backends.cpu.get_cpu_capability()}"
     facts["threads"] = f"{torch.get_num_threads()} of {os.cpu_count()}"
     facts["accelerator"] = _name_accelerator()
     missing = {extra: _find_missing(extra) for extra in _EXTRAS}
@@ -85,14 +76,14 @@ def describe_environment() -> dict[str, str]:
 
 
 def check_installation(checkpoint: str | Path | None = None) -> Iterator[Finding]:
-    """Yield what is found of a checkpoint, or of three tiny models that have all parts.
+    """Yield the findings for a checkpoint, or for three tiny models that together have all parts.
 
     Raises:
         UserError: the checkpoint cannot be loaded.
     """
     if checkpoint is not None:
         model, _ = load_checkpoint(checkpoint)
-        yield from check_model(Path(str(checkpoint)).name, model.float())
+        yield from check_model(Path(checkpoint).name, model.float())
         return
     with torch.random.fork_rng(devices=[]):
         for preset, overrides in _MODELS.items():
@@ -103,9 +94,9 @@ def check_installation(checkpoint: str | Path | None = None) -> Iterator[Finding
 
 @torch.no_grad()
 def check_model(name: str, model: PreTrainedModel) -> Iterator[Finding]:
-    """Yield what each check finds; an exception in one of them is a finding, too.
+    """Yield the finding of each check; an exception in a check is a finding, too.
 
-    A model whose logits are almost equal, such as an untrained one, is checked for that alone.
+    If all logits are almost equal, as in an untrained model, only that is reported.
     """
     length = min(24, model.config.max_position_embeddings // 2)
     generator = torch.Generator().manual_seed(0)
@@ -114,57 +105,57 @@ def check_model(name: str, model: PreTrainedModel) -> Iterator[Finding]:
     for label, check in _CHECKS.items():
         try:
             is_right, detail = check(model, ids)
-        except Exception as error:  # a fault to report like the others
-            is_right, detail = False, f"{type(error).__name__}: {' '.join(str(error).split())}"
+        except Exception as error:  # whatever is wrong here is what we are looking for
+            is_right, detail = False, f"{type(error).__name__}: {one_line(error)}"
         yield Finding(name, label, is_right, detail)
         if check is _check_spread and not is_right:  # any two flat models agree
             return
 
 
-def _check_spread(model: PreTrainedModel, ids: torch.Tensor) -> tuple[bool, str]:
+def _check_spread(model: PreTrainedModel, ids: torch.Tensor) -> Result:
     spread = _logits(model, ids).std().item()
     hint = "" if spread > 1 else "; at most 1 proves nothing: train this model first"
     return spread > 1, f"standard deviation {spread:.2f}{hint}"
 
 
-def _check_cache(model: PreTrainedModel, ids: torch.Tensor) -> tuple[bool, str]:
+def _check_cache(model: PreTrainedModel, ids: torch.Tensor) -> Result:
     cache, first = DynamicCache(config=model.config), ids.shape[1] // 2
     pieces = [_logits(model, ids[:, :first], past_key_values=cache)]
     pieces += [_logits(model, x, past_key_values=cache) for x in ids[:, first:].split(1, dim=1)]
     return _compare(torch.cat(pieces, dim=1), _logits(model, ids))
 
 
-def _check_generate(model: PreTrainedModel, ids: torch.Tensor) -> tuple[bool, str]:
-    given = {"attention_mask": torch.ones_like(ids), "do_sample": False, "pad_token_id": 0}
+def _check_generate(model: PreTrainedModel, ids: torch.Tensor) -> Result:
     new = min(16, model.config.max_position_embeddings - ids.shape[1])
-    given |= {"max_new_tokens": new, "min_new_tokens": new}
-    texts = [model.generate(ids, use_cache=use, **given) for use in (True, False)]
-    equal = int((texts[0] == texts[1])[:, -new:].sum())
+    settings = {"do_sample": False, "max_new_tokens": new, "min_new_tokens": new, "pad_token_id": 0}
+    settings["attention_mask"] = torch.ones_like(ids)
+    cached, uncached = (model.generate(ids, use_cache=use, **settings) for use in (True, False))
+    equal = int((cached == uncached)[:, -new:].sum())
     return equal == 2 * new, f"{equal} of {2 * new} tokens equal"
 
 
-def _check_leak(model: PreTrainedModel, ids: torch.Tensor) -> tuple[bool, str]:
+def _check_leak(model: PreTrainedModel, ids: torch.Tensor) -> Result:
     changed = ids.clone()
     changed[:, -1] = (ids[:, -1] + 1) % model.config.vocab_size
     difference = (_logits(model, ids) - _logits(model, changed)).abs().amax(dim=(0, 2))
-    seen, last = difference[:-1].max().item(), difference[-1].item()
-    return seen == 0 and last > 0, f"earlier logits change by {seen:.2g}, the last by {last:.2g}"
+    earlier, last = difference[:-1].max().item(), difference[-1].item()
+    detail = f"earlier logits change by {earlier:.2g}, the last by {last:.2g}"
+    return earlier == 0 and last > 0, detail
 
 
-def _check_native(model: PreTrainedModel, ids: torch.Tensor) -> tuple[bool, str]:
+def _check_native(model: PreTrainedModel, ids: torch.Tensor) -> Result:
     if (name := find_native_twin(model.config)) is None:
         return True, "no class of transformers has this architecture; not compared"
     with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(Path(folder) / "ours")
-        export_checkpoint(Path(folder) / "ours", Path(folder) / "native", to=name)
-        native = AutoModelForCausalLM.from_pretrained(
-            Path(folder) / "native", trust_remote_code=False
-        )
+        ours, exported = Path(folder, "ours"), Path(folder, "native")
+        model.save_pretrained(ours)
+        export_checkpoint(ours, exported, to=name)
+        native = AutoModelForCausalLM.from_pretrained(exported, trust_remote_code=False)
     is_right, detail = _compare(_logits(model, ids), _logits(native.to(ids.device).eval(), ids))
     return is_right, f"{type(native).__name__}, {detail}"
 
 
-def _check_copy(model: PreTrainedModel, ids: torch.Tensor) -> tuple[bool, str]:
+def _check_copy(model: PreTrainedModel, ids: torch.Tensor) -> Result:
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         copy = type(model).from_pretrained(folder, trust_remote_code=False).to(ids.device).eval()
@@ -172,7 +163,7 @@ def _check_copy(model: PreTrainedModel, ids: torch.Tensor) -> tuple[bool, str]:
     return difference == 0, f"largest difference {difference:.2g}"
 
 
-_CHECKS: dict[str, Callable[[PreTrainedModel, torch.Tensor], tuple[bool, str]]] = {
+_CHECKS: dict[str, Callable[[PreTrainedModel, torch.Tensor], Result]] = {
     "logits are spread enough to prove something": _check_spread,
     "cached logits equal uncached": _check_cache,
     "generate gives the same text with and without a cache": _check_generate,
@@ -182,11 +173,11 @@ _CHECKS: dict[str, Callable[[PreTrainedModel, torch.Tensor], tuple[bool, str]]] 
 }
 
 
-def _logits(model: PreTrainedModel, ids: torch.Tensor, **given) -> torch.Tensor:
-    return model(ids, **given or {"use_cache": False}).logits.float()
+def _logits(model: PreTrainedModel, ids: torch.Tensor, **cache: Any) -> torch.Tensor:
+    return model(ids, **cache or {"use_cache": False}).logits.float()
 
 
-def _compare(found: torch.Tensor, expected: torch.Tensor) -> tuple[bool, str]:
+def _compare(found: torch.Tensor, expected: torch.Tensor) -> Result:
     difference = ((found - expected).abs().max() / expected.std()).item()
     return difference <= _TOLERANCE, f"largest difference {difference:.1e} standard deviations"
 
@@ -198,29 +189,29 @@ def _version(name: str) -> str:
         return "not installed"
 
 
-def _find_missing(extra: str, owner: str = "hf-nanogpt") -> list[str]:
-    """Return the packages of an extra, and of the extras that it names, that are not installed."""
+def _find_missing(extra: str, package: str = "hf-nanogpt") -> list[str]:
+    """Return which packages of an extra, and of the extras that it names, are not installed."""
     missing = []
-    for requirement in requires(owner) or []:
+    for requirement in requires(package) or []:
         spec, _, condition = requirement.partition(";")
         found = re.match(r"([\w.-]+)(?:\[([\w,. -]+)\])?", spec.strip())
         if not found or condition.replace("'", '"').strip() != f'extra == "{extra}"':
             continue
-        name, inner = found[1], found[2] or ""
+        name, inner_extras = found[1], found[2] or ""
         if _version(name) == "not installed":
             missing.append(name)
         else:
-            for other in filter(None, map(str.strip, inner.split(","))):
-                missing += _find_missing(other, name)
+            for inner in filter(None, map(str.strip, inner_extras.split(","))):
+                missing += _find_missing(inner, name)
     return missing
 
 
-def _name_processor() -> str:
-    """Return the processor's model, which Linux tells in a file and others by `platform`."""
+def name_processor() -> str:
+    """Return the processor's model: Linux has it in a file, other systems in `platform`."""
     path = Path("/proc/cpuinfo")
-    lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    text = path.read_text(errors="replace") if path.is_file() else ""
+    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return found[1] if found else platform.processor() or platform.machine()
 
 
 def _name_accelerator() -> str:

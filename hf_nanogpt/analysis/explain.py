@@ -1,4 +1,4 @@
-"""What a model expected at each place of a text, as a table and as a page to look at."""
+"""What a model expected at each position of a text, as a table and as a web page."""
 
 import base64
 import json
@@ -10,22 +10,23 @@ from unicodedata import east_asian_width
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from ..checkpoint.folder import check_writable, staged_folder
+from ..checkpoint.folder import check_writable
 from ..errors import UserError
 from ..generation import encode_prompt
+from .likeliest import make_candidates, rank_tokens, show_token, spell_tokens
+from .plots import replace_file
 
-# Weights of attention that a page may hold: some 10 MB, which a browser still draws at once.
+# Attention weights that a page may hold: about 10 MB, which a browser still draws at once.
 MAX_WEIGHTS = 8_000_000
 
 
 @dataclass(frozen=True)
 class Position:
-    """One place in a text: the token that came, and what the model expected before it came.
+    """One position in a text: the token that came, and what the model expected before it came.
 
     `bits` is the surprise, -log2 of the probability that the model gave to `token`, and `rank` its
-    place among all tokens, 1 for the likeliest. `likeliest` holds texts and probabilities.
+    rank among all tokens, 1 for the most likely. `likeliest` holds texts and probabilities.
     """
 
     token: str | None
@@ -39,8 +40,8 @@ class Explanation:
     """The positions of a text of T tokens, and how they look back at each other.
 
     There are T + 1 positions: nothing was expected at the first (`bits=None`, `likeliest=[]`), and
-    nothing came yet at the last (`token=None`). `attention` is (layers, heads, T, T), a row for
-    each position that looks and a column for each it looks at; `None` where it was not asked for.
+    nothing came yet at the last (`token=None`). `attention` is (layers, heads, T, T), with a row
+    for each position that looks and a column for each that it looks at; `None` unless asked for.
     """
 
     positions: list[Position]
@@ -66,138 +67,108 @@ def explain_text(
     num_likeliest: int = 5,
     with_attention: bool = False,
 ) -> Explanation:
-    """Read `text` once, after the bos token if there is one, and tell what was expected.
+    """Read `text` once, after the bos token if there is one, and return what was expected.
 
     Args:
-        num_likeliest: tokens to tell at each position.
+        num_likeliest: how many of the most likely tokens to return at each position.
         with_attention: keep the attention weights of every head, for `render_page`.
 
     Raises:
         UserError: the text does not fit into the model's context, or cannot be encoded.
     """
-    ids = _encode(model, tokenizer, text)
-    if with_attention:
-        _check_weights(model, ids.shape[1])
-    output = _forward(model, ids, with_attention)
-    logs = output.logits[0].float().log_softmax(dim=-1).cpu()
-    positions = list(_judge(tokenizer, ids[0].tolist(), logs, num_likeliest))
-    attention = torch.cat(output.attentions).float().cpu() if with_attention else None
+    ids = encode_prompt(model, tokenizer, text)
+    bos = tokenizer.bos_token_id
+    if bos is not None and ids[0, 0] != bos:
+        ids = torch.cat([torch.full_like(ids[:, :1], bos), ids], dim=1)
+    _check_length(model, ids.shape[1], with_attention)
+    logits, attention = _read(model, ids, with_attention)
+    rows = logits.log_softmax(dim=-1).cpu()
+    positions = list(_make_positions(tokenizer, ids[0].tolist(), rows, num_likeliest))
     return Explanation(positions, attention)
 
 
-def _encode(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str) -> torch.Tensor:
-    ids = encode_prompt(model, tokenizer, text)
-    bos, limit = tokenizer.bos_token_id, model.config.max_position_embeddings
-    if bos is not None and ids[0, 0] != bos:
-        ids = torch.cat([torch.full_like(ids[:, :1], bos), ids], dim=1)
-    if ids.shape[1] > limit:
+def _check_length(model: PreTrainedModel, length: int, with_attention: bool) -> None:
+    config = model.config
+    if length > config.max_position_embeddings:
         raise UserError(
-            f"The text has {ids.shape[1]} tokens, and this model's context is {limit}: shorten it."
+            f"The text has {length} tokens, and this model's context is "
+            f"{config.max_position_embeddings}: shorten the text."
         )
-    return ids
-
-
-def _judge(tokenizer, ids: list[int], logs: torch.Tensor, num_likeliest: int) -> Iterator[Position]:
-    """Yield the first position, and one for each row of `logs` (T, V), the logs of chances."""
-    tokens = spell_tokens(tokenizer, ids)
-    yield Position(tokens[0], None, None, [])
-    for t, row in enumerate(logs, start=1):
-        order = row.argsort(descending=True, stable=True)
-        top = order[:num_likeliest]
-        texts = spell_tokens(tokenizer, top.tolist())
-        likeliest = list(zip(texts, row[top].exp().tolist(), strict=True))
-        if t == len(ids):
-            yield Position(None, None, None, likeliest)
-            return
-        bits = max(0.0, -row[ids[t]].item() / math.log(2))
-        yield Position(tokens[t], bits, order.tolist().index(ids[t]) + 1, likeliest)
-
-
-def _forward(model: PreTrainedModel, ids: torch.Tensor, with_attention: bool):
-    if not with_attention:
-        return model(ids, use_cache=False)
-    kernel = model.config._attn_implementation
-    model.set_attn_implementation("eager")  # the others never hold the weights in one piece
-    try:
-        return model(ids, use_cache=False, output_attentions=True)
-    finally:
-        model.set_attn_implementation(kernel)
-
-
-def _check_weights(model: PreTrainedModel, length: int) -> None:
-    heads = model.config.num_hidden_layers * model.config.num_attention_heads
+    heads = config.num_hidden_layers * config.num_attention_heads
     room = math.isqrt(2 * MAX_WEIGHTS // heads)
-    if length > room:
+    if with_attention and length > room:
         raise UserError(
             f"The text has {length} tokens, and the page of a model with {heads} heads has room "
-            f"for {room}: shorten it, or leave out --html."
+            f"for {room}: shorten the text, or leave out --html."
         )
 
 
-def spell_tokens(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
-    """Return the text of each token; bytes that are no text by themselves as <E2><82>."""
-    texts = []
-    for raw, i in zip(tokenizer.convert_ids_to_tokens(ids), ids, strict=True):
-        text = tokenizer.decode([i], clean_up_tokenization_spaces=False)
-        if raw is None:  # the model's table may have more rows than there are tokens
-            text = f"<{i}>"
-        elif "\ufffd" in text and all(character in _BYTES for character in raw):
-            text = "".join(f"<{_BYTES[character]:02X}>" for character in raw)
-        elif raw.startswith("\u2581"):  # SentencePiece's space, which decoding drops at the start
-            text = raw.replace("\u2581", " ")
-        texts.append(text)
-    return texts
+def _read(
+    model: PreTrainedModel, ids: torch.Tensor, with_attention: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return logits (T, V) and, if asked for, attention weights (layers, heads, T, T)."""
+    if not with_attention:
+        return model(ids, use_cache=False).logits[0].float(), None
+    kernel = model.config._attn_implementation
+    model.set_attn_implementation("eager")  # the only one that computes the weights as a whole
+    try:
+        output = model(ids, use_cache=False, output_attentions=True)
+    finally:
+        model.set_attn_implementation(kernel)
+    return output.logits[0].float(), torch.cat(output.attentions).float().cpu()
 
 
-_BYTES = {character: byte for byte, character in bytes_to_unicode().items()}
-_SHOWN = str.maketrans({" ": "·", "\n": "↵", "\t": "⇥", "\r": "␍"})
+def _make_positions(
+    tokenizer: PreTrainedTokenizerBase, ids: list[int], rows: torch.Tensor, num_likeliest: int
+) -> Iterator[Position]:
+    """Yield the first position, then one for each row of `rows` (T, V), log-probabilities."""
+    tokens = spell_tokens(tokenizer, ids)
+    yield Position(tokens[0], None, None, [])
+    for t, row in enumerate(rows, start=1):
+        order = rank_tokens(row)
+        candidates = make_candidates(tokenizer, order[:num_likeliest], row)
+        likeliest = [(candidate.text, candidate.probability) for candidate in candidates]
+        if t < len(ids):
+            bits = max(0.0, -row[ids[t]].item() / math.log(2))
+            yield Position(tokens[t], bits, order.index(ids[t]) + 1, likeliest)
+        else:  # nothing came after the last token
+            yield Position(None, None, None, likeliest)
 
 
-def show_token(text: str) -> str:
-    """Return `text` on one line, with visible white space and nothing that moves a cursor."""
-    shown = text.translate(_SHOWN)
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
-
-
-# the terminal
+# The terminal
 
 
 def render_table(explanation: Explanation, *, color: bool = False, width: int = 80) -> str:
-    """Return one line for each position, at most `width` columns, coloured by surprise if asked.
+    """Return one line for each position, at most `width` columns wide; color shows the surprise.
 
-    `*` marks the token that came where it is among the likeliest.
+    `*` marks the token that came if it is among the most likely.
     """
     positions = explanation.positions
-    count = max(len(position.likeliest) for position in positions)
-    name = min(16, max(5, *(_columns(show_token(p.token or "?")) for p in positions)))
+    # The widths of the position's number, of the token, and of each candidate.
     number = len(str(len(positions) - 1))
-    room = max(3, (width - number - name - 9) // max(count, 1) - 7)
-    lines = [f"{'':{number}}  {_fit('token', name)}   bits  likeliest in this place"]
+    name = min(16, max(5, *(_count_columns(show_token(p.token or "?")) for p in positions)))
+    candidates = max(len(position.likeliest) for position in positions)
+    room = max(3, (width - number - name - 9) // max(candidates, 1) - 7)
+
+    lines = [f"{'':{number}}  {_fit('token', name)}   bits  most likely here"]
     for i, position in enumerate(positions):
+        style = _style(position.bits) if color else ""
         token = _fit("?" if position.token is None else show_token(position.token), name)
         bits = "" if position.bits is None else f"{position.bits:.1f}"
-        style = _style(position.bits) if color else ""
-        expected = [
-            _candidate(position, rank, room, style) for rank in range(len(position.likeliest))
-        ]
-        lines.append(
-            f"{i:{number}}  {_paint(token, style)}  {_paint(f'{bits:>5}', style)} "
-            + "".join(expected).rstrip()
-        )
+        cells = []
+        for rank, (text, probability) in enumerate(position.likeliest, start=1):
+            came = position.rank == rank
+            cell = f"{'*' if came else ' '}{_fit(show_token(text), room)} {100 * probability:3.0f}%"
+            cells.append(_paint(cell, f"{style};1") if came and style else cell)
+        start = f"{i:{number}}  {_paint(token, style)}  {_paint(f'{bits:>5}', style)}"
+        lines.append("  ".join([start, " ".join(cells)]).rstrip())
     total, mean = explanation.bits, explanation.bits_per_token
-    lines.append(f"\n{total:.1f} bits in all, {mean:.2f} bits per token, perplexity {2**mean:,.2f}")
-    return "\n".join(line.rstrip() for line in lines)
-
-
-def _candidate(position: Position, rank: int, room: int, style: str) -> str:
-    text, probability = position.likeliest[rank]
-    came = position.rank == rank + 1
-    cell = f"{'*' if came else ' '}{_fit(show_token(text), room)} {100 * probability:3.0f}%"
-    return " " + (_paint(cell, style and style + ";1") if came else cell)
+    summary = f"{total:.1f} bits in total, {mean:.2f} bits per token, perplexity {2**mean:,.2f}"
+    return "\n".join([*lines, "", summary])
 
 
 def _style(bits: float | None) -> str:
-    """Green for the expected, yellow for what might have come, red for a surprise."""
+    """Return the code of a color: green if expected, yellow if possible, red if a surprise."""
     if bits is None:
         return ""
     return "32" if bits < 2 else "33" if bits < 6 else "31"
@@ -207,46 +178,43 @@ def _paint(text: str, style: str) -> str:
     return f"\x1b[{style}m{text}\x1b[0m" if style else text
 
 
-def _columns(text: str) -> int:
+def _count_columns(text: str) -> int:
     return sum(2 if east_asian_width(character) in "WF" else 1 for character in text)
 
 
 def _fit(text: str, columns: int) -> str:
-    """Return `text` in exactly so many columns, cut with an ellipsis or filled with spaces."""
-    if _columns(text) > columns:
-        while _columns(text) > columns - 1:
+    """Return `text` cut with an ellipsis or filled with spaces to this many columns."""
+    if _count_columns(text) > columns:
+        while _count_columns(text) > columns - 1:
             text = text[:-1]
         text += "…"
-    return text + " " * (columns - _columns(text))
+    return text + " " * (columns - _count_columns(text))
 
 
-# the page
+# The page
 
 
 def check_page(path: str | Path) -> Path:
     """Return the path if a new page can be written there, or raise a `UserError`."""
     page = Path(path)
     if page.suffix != ".html":
-        raise UserError(f"html={page} must be a path that ends in .html.")
+        raise UserError(f"html={page} must end in .html.")
     if page.exists():
-        raise UserError(f"html={page} exists already: choose another name.")
+        raise UserError(f"html={page} already exists: choose another name.")
     check_writable(page.parent, name="html")
     return page
 
 
 def write_page(explanation: Explanation, path: str | Path, *, title: str) -> None:
-    """Write the page of `render_page` to a path that `check_page` allows, whole or not at all."""
-    page = check_page(path)
-    with staged_folder(page.parent) as staged:
-        text = render_page(explanation, title=title)
-        (staged / page.name).write_text(text, encoding="utf-8")
+    """Write the page of `render_page` to a new file, completely or not at all."""
+    replace_file(check_page(path), render_page(explanation, title=title).encode())
 
 
 def render_page(explanation: Explanation, *, title: str) -> str:
-    """Return one HTML page that needs nothing else, with the map of each head to point at.
+    """Return one self-contained HTML page with an attention map for each head.
 
-    The weights are stored as bytes, 255 for 1, and only those on and below the diagonal: the
-    largest one above it is told in words.
+    The page stores weights as bytes, 255 for 1, and only those on and below the diagonal. It
+    states the largest weight above the diagonal, which should be 0.
     """
     attention = explanation.attention
     assert attention is not None, "explain_text(..., with_attention=True)"
@@ -273,5 +241,5 @@ def render_page(explanation: Explanation, *, title: str) -> str:
         "weights": base64.b64encode(weights.numpy().tobytes()).decode(),
     }
     page = (Path(__file__).parent.parent / "templates" / "explain.html").read_text(encoding="utf-8")
-    # "<" would let a token end the script element that holds the data
+    # Without this, a token with "<" could end the script element that holds the data.
     return page.replace("{{data}}", json.dumps(data).replace("<", "\\u003c"))

@@ -1,4 +1,4 @@
-"""Text step by step: each token with the probability that it had, and what might have come."""
+"""The most likely next tokens, how a token is written on one line, and text token by token."""
 
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -9,10 +9,13 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.generation import BaseStreamer
 
 from ..generation import encode_prompt, stream_text
-from .explain import spell_tokens
+
+_BYTES = {character: byte for byte, character in bytes_to_unicode().items()}
+_VISIBLE = str.maketrans({" ": "·", "\n": "↵", "\t": "⇥", "\r": "␍"})
 
 
 @dataclass(frozen=True)
@@ -26,9 +29,9 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Step:
-    """The token that came, its place among all (1 for the likeliest), and the likeliest ones.
+    """The token that came, its rank among all tokens (1 is the most likely), and the alternatives.
 
-    The probabilities are the model's own: before temperature, top-k, top-p and penalties.
+    The probabilities are the model's own, before temperature, top-k, top-p and penalties.
     """
 
     came: Candidate
@@ -49,8 +52,8 @@ def stream_steps(
 ) -> Iterator[Step]:
     """Yield a `Step` for each token that follows `prompt` and the tokens of `steps`.
 
-    The tokens are those of `stream_text` with the same settings; they end early where the model's
-    context does.
+    The tokens are those of `stream_text` with the same settings. Generation stops early if the
+    model's context is full.
 
     Raises:
         UserError: as `stream_text`.
@@ -59,7 +62,7 @@ def stream_steps(
     ids = torch.cat([ids, ids.new_tensor([[step.came.id for step in steps]])], dim=1)
     room = max(1, model.config.max_position_embeddings - ids.shape[1])
     streamer = _StepStreamer(tokenizer, num_likeliest)
-    hook = model.register_forward_hook(streamer.see)
+    hook = model.register_forward_hook(streamer.keep_logits)
     try:
         settings |= {"max_new_tokens": min(max_new_tokens, room), "streamer": streamer}
         yield from stream_text(model, tokenizer, ids, **settings)
@@ -68,14 +71,14 @@ def stream_steps(
 
 
 def choose_candidate(steps: Sequence[Step], place: int, choice: int) -> list[Step]:
-    """Return the steps up to `place`, where `likeliest[choice]` comes instead of what came."""
+    """Return the steps up to `place`, with `likeliest[choice]` there instead of what came."""
     step = steps[place]
     chosen = replace(step, came=step.likeliest[choice], rank=choice + 1, chosen=True)
     return [*steps[:place], chosen]
 
 
 class _StepStreamer(BaseStreamer):
-    """Joins the tokens that `generate` hands over with the logits seen by a hook on the model."""
+    """Pairs each token that `generate` hands over with the logits that a hook saw before it."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, num_likeliest: int):
         self.tokenizer = tokenizer
@@ -84,15 +87,15 @@ class _StepStreamer(BaseStreamer):
         self.logits: deque[torch.Tensor] = deque()
         self.steps: SimpleQueue[Step | None] = SimpleQueue()
 
-    def see(self, module, args, output) -> None:
-        if get_ident() == self.thread:  # and not one that uses the same model at the same time
+    def keep_logits(self, module, args, output) -> None:
+        if get_ident() == self.thread:  # another thread may use the same model at the same time
             self.logits.append(output.logits[0, -1].float().cpu())
 
     def put(self, ids: torch.Tensor) -> None:
         if self.thread is None:  # the prompt comes first
             self.thread = get_ident()
         else:
-            self.steps.put(self._step(int(ids), self.logits.popleft().softmax(dim=-1)))
+            self.steps.put(self._make_step(int(ids), self.logits.popleft().log_softmax(dim=-1)))
 
     def end(self) -> None:
         self.steps.put(None)
@@ -101,8 +104,42 @@ class _StepStreamer(BaseStreamer):
         while (step := self.steps.get()) is not None:
             yield step
 
-    def _step(self, came: int, shares: torch.Tensor) -> Step:
-        ids = [came, *shares.topk(min(self.num_likeliest, len(shares))).indices.tolist()]
-        texts = spell_tokens(self.tokenizer, ids)
-        first, *others = map(Candidate, ids, texts, shares[ids].tolist())
-        return Step(first, int((shares > shares[came]).sum()) + 1, others)
+    def _make_step(self, token: int, log_probabilities: torch.Tensor) -> Step:
+        order = rank_tokens(log_probabilities)
+        ids = [token, *order[: self.num_likeliest]]
+        came, *likeliest = make_candidates(self.tokenizer, ids, log_probabilities)
+        return Step(came, order.index(token) + 1, likeliest)
+
+
+def rank_tokens(log_probabilities: torch.Tensor) -> list[int]:
+    """Return all token ids, the most likely first; equally likely ones by their id."""
+    return log_probabilities.argsort(descending=True, stable=True).tolist()
+
+
+def make_candidates(
+    tokenizer: PreTrainedTokenizerBase, ids: list[int], log_probabilities: torch.Tensor
+) -> list[Candidate]:
+    """Return the tokens with these ids; `log_probabilities` (V,) are those of all tokens."""
+    probabilities = log_probabilities[ids].exp().tolist()
+    return list(map(Candidate, ids, spell_tokens(tokenizer, ids), probabilities))
+
+
+def spell_tokens(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
+    """Return the text of each token, and bytes that are not text on their own as <E2><82>."""
+    texts = []
+    for raw, i in zip(tokenizer.convert_ids_to_tokens(ids), ids, strict=True):
+        text = tokenizer.decode([i], clean_up_tokenization_spaces=False)
+        if raw is None:  # the embedding may have more rows than there are tokens
+            text = f"<{i}>"
+        elif "\ufffd" in text and all(character in _BYTES for character in raw):
+            text = "".join(f"<{_BYTES[character]:02X}>" for character in raw)
+        elif raw.startswith("\u2581"):  # SentencePiece's space, which decoding drops at the start
+            text = raw.replace("\u2581", " ")
+        texts.append(text)
+    return texts
+
+
+def show_token(text: str) -> str:
+    """Return `text` on one line: white space is visible and nothing moves a cursor."""
+    shown = text.translate(_VISIBLE)
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)

@@ -1,11 +1,15 @@
-"""The models whose training is compared: ours, those of transformers, and one in plain torch."""
+"""The models that are compared: ours, those of transformers, and GPT-2 in plain torch."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 from transformers.modeling_outputs import CausalLMOutput
 
 from ..configuration_nanogpt import NanoGPTConfig
+from ..convert.twins import make_native_config
 from ..modeling_nanogpt import NanoGPTForCausalLM
 from ..presets import load_preset
 
@@ -13,44 +17,25 @@ NANO, GPT2 = "ours, nano shape", "ours, GPT-2 shape"
 
 
 def make_contestants(sizes: dict[str, int]) -> dict[str, nn.Module]:
-    """Return models by name, in float32 on the CPU; see `SIZES`."""
-    no_ids = {"bos_token_id": None, "eos_token_id": None}
-    nano, gpt2 = load_preset("nano", **sizes), load_preset("gpt2", **sizes, dropout=0.0, **no_ids)
-    llama = LlamaConfig(
-        vocab_size=nano.vocab_size,
-        hidden_size=nano.hidden_size,
-        intermediate_size=nano.intermediate_size,
-        num_hidden_layers=nano.num_hidden_layers,
-        num_attention_heads=nano.num_attention_heads,
-        max_position_embeddings=nano.max_position_embeddings,
-        attn_implementation="sdpa",
-        **no_ids,
-    )
-    theirs = GPT2Config(
-        vocab_size=gpt2.vocab_size,
-        n_embd=gpt2.hidden_size,
-        n_layer=gpt2.num_hidden_layers,
-        n_head=gpt2.num_attention_heads,
-        n_positions=gpt2.max_position_embeddings,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        attn_implementation="sdpa",
-        **no_ids,
-    )
+    """Return models by name, in float32 on the CPU; for `sizes` see `steps.SIZES`."""
+    settings: dict[str, Any] = sizes | {"dropout": 0.0, "bos_token_id": None, "eos_token_id": None}
+    nano, gpt2 = load_preset("nano", **settings), load_preset("gpt2", **settings)
+    # Llama has no norm of queries and keys; otherwise it is the same architecture as nano.
+    _, llama = make_native_config(load_preset("nano", **settings, qk_norm=False), "llama")
+    _, native_gpt2 = make_native_config(gpt2, "gpt2")
     return {
         NANO: NanoGPTForCausalLM(nano),
-        "LlamaForCausalLM": LlamaForCausalLM(llama),
+        "LlamaForCausalLM": AutoModelForCausalLM.from_config(llama),
         GPT2: NanoGPTForCausalLM(gpt2),
-        "GPT2LMHeadModel": GPT2LMHeadModel(theirs),
+        "GPT2LMHeadModel": AutoModelForCausalLM.from_config(native_gpt2),
         "GPT-2 in plain torch": PlainGPT(gpt2),
     }
 
 
 class PlainGPT(nn.Module):
-    """GPT-2 in as little PyTorch as it takes, in the manner of nanoGPT, which it stands for here.
+    """GPT-2 in as little PyTorch as possible; it stands for nanoGPT in the comparisons.
 
-    Learned positions, fused q, k and v, exact GELU, a tied head; called as transformers' models.
+    Learned positions, fused q, k and v, exact GELU, a tied head; called like transformers' models.
     """
 
     def __init__(self, config: NanoGPTConfig):
@@ -69,17 +54,32 @@ class PlainGPT(nn.Module):
     def forward(
         self, input_ids: torch.Tensor, labels: torch.Tensor, use_cache: bool = False
     ) -> CausalLMOutput:
-        logits = nn.functional.linear(self._run(input_ids), self.tokens.weight)  # (B, T, V)
-        loss = nn.functional.cross_entropy(
-            logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()
-        )
+        logits = nn.functional.linear(self._run_blocks(input_ids), self.tokens.weight)  # (B, T, V)
+        predictions, targets = logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()
+        loss = nn.functional.cross_entropy(predictions, targets)
         return CausalLMOutput(loss=loss, logits=logits)
 
-    def predict_next(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Return the logits after the last token, (B, V), as nanoGPT's sampler computes them."""
-        return nn.functional.linear(self._run(input_ids)[:, -1], self.tokens.weight)
+    def generate(
+        self,
+        ids: torch.Tensor,
+        *,
+        max_new_tokens: int,
+        stopping_criteria: Sequence[Callable[..., Any]],
+        **settings: Any,
+    ) -> torch.Tensor:
+        """Append the most likely token, then read the whole text again, as nanoGPT does.
 
-    def _run(self, input_ids: torch.Tensor) -> torch.Tensor:
+        `settings` are others of transformers' `generate()`, which have no effect.
+        """
+        for _ in range(max_new_tokens):
+            last = self._run_blocks(ids)[:, -1]
+            logits = nn.functional.linear(last, self.tokens.weight)  # (B, V)
+            ids = torch.cat((ids, logits.argmax(dim=-1, keepdim=True)), dim=1)
+            for criterion in stopping_criteria:
+                criterion(ids, logits)
+        return ids
+
+    def _run_blocks(self, input_ids: torch.Tensor) -> torch.Tensor:
         x = self.tokens(input_ids) + self.positions.weight[: input_ids.shape[1]]
         for block in self.blocks:
             x = block(x)
@@ -87,7 +87,7 @@ class PlainGPT(nn.Module):
 
 
 class PlainBlock(nn.Module):
-    """One layer of `PlainGPT`: attention, then the MLP, each after a norm and added."""
+    """One layer of `PlainGPT`: attention, then the MLP, each after a norm and with a residual."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()

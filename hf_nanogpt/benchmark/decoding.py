@@ -1,20 +1,14 @@
-"""The speed of generation, ours and others with the same weights in turns."""
+"""The speed of generation: ours and others with the same weights, in turns."""
 
+import copy
 import tempfile
-import time
-from collections.abc import Callable
-from itertools import pairwise
+from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
-from transformers import (
-    PreTrainedModel,
-    StoppingCriteria,
-    set_seed,
-)
+from transformers import PreTrainedModel, set_seed
 
 from ..analysis.info import load_config
 from ..checkpoint.folder import load_model
@@ -25,13 +19,47 @@ from ..modeling_nanogpt import NanoGPTForCausalLM
 from ..presets import PRESETS, load_preset
 from ..quantization import multiplies_exactly, quantize_model
 from .contestants import PlainGPT
-from .report import check_counts, describe_machine, summarize
+from .report import describe_machine
+from .turns import Clock, check_counts, compare_speeds, take_turns
 
 OURS, COMPILED, PLAIN = "ours", "ours, compiled", "nanoGPT's way, no cache"
 INT8, INT8_COMPILED = "ours, int8", "ours, int8, compiled"
 # About 10 M parameters in the shape of GPT-2.
 SIZES = {"n_layer": 6, "n_embd": 384, "n_head": 6, "block_size": 1024, "vocab_size": 2048}
-Generate = Callable[[torch.Tensor, int], tuple[torch.Tensor, list[float]]]
+_LENGTHS = (64, 128, 256, 512, 1024)
+_GREEDY: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+
+
+@dataclass
+class Contestant:
+    """A model that generates text, the settings of its `generate()`, and what was measured."""
+
+    name: str
+    model: Any  # a PreTrainedModel or a PlainGPT
+    weight_bytes: int | None = None  # read for each token; None without a cache
+    settings: dict[str, Any] = field(default_factory=dict)
+    warm_up_seconds: float = 0.0
+    texts: list[torch.Tensor] = field(default_factory=list)  # of the warm-up, for each length
+    seconds: dict[int, list[float]] = field(default_factory=dict)  # of a token: length -> rounds
+
+    def time(self, prompt: torch.Tensor, tokens: int) -> tuple[torch.Tensor, float, float]:
+        """Return the new tokens (B, N), the seconds for one of them, and the seconds for all.
+
+        With a cache, the first token waits for the prompt, so it does not count. Without one, every
+        token takes as long as the first, so three are enough.
+        """
+        cached = not isinstance(self.model, PlainGPT)
+        clock = Clock()
+        text = self.model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=tokens + 1 if cached else min(tokens, 3),
+            stopping_criteria=[clock],
+            **_GREEDY,
+            **self.settings,
+        )
+        seconds = clock.seconds()
+        return text[:, prompt.shape[1] :], median(seconds[1:] if cached else seconds), sum(seconds)
 
 
 def benchmark_generation(
@@ -45,274 +73,161 @@ def benchmark_generation(
     show_progress: bool = False,
     **sizes: int,
 ) -> dict[str, Any]:
-    """Time greedy `generate()` of ours, of its native twin in transformers, and without a cache.
+    """Time greedy `generate()` of ours, of its native equivalent, and generation without a cache.
 
-    All of them continue the same random prompts in turns, so that a change of the machine's load
-    meets them all; float32 on the CPU, and ours with int8 weights besides.
+    All of them continue the same random prompts in turns, so that a change in the machine's load
+    affects all of them. They compute in float32 on the CPU; ours also runs with int8 weights.
 
     Args:
-        model: a checkpoint folder or a Hub id, or a preset, whose weights are then random; by
-            default a GPT-2 of `SIZES`.
+        model: a checkpoint folder or a Hub id, or a preset with random weights; by default a GPT-2
+            with `SIZES`.
         batch_size: prompts at a time.
-        rounds: how often each has its turn at each length.
-        tokens: tokens timed in a turn, the last of the text; their median counts.
-        compile: ours by torch.compile with a static cache too; each length takes minutes more.
-        num_threads: CPU threads for torch from now on; by default as many as cores.
-        sizes: those of a preset, replaced; of a checkpoint they cannot be.
+        rounds: how many turns each has at each length.
+        tokens: how many tokens to time in a turn, the last of the text; their median counts.
+        compile: also run ours with torch.compile and a static cache; this takes minutes more for
+            each length.
+        num_threads: CPU threads for torch from now on; by default one for each core.
+        sizes: replace sizes of a preset; a checkpoint's sizes cannot be replaced.
 
     Returns:
-        The report, ready for JSON. A row of its `rows` has the seconds per token by text length and
-        round, `tokens_per_second` by length (medians, all rows of the batch together),
-        `speed_to_ours` (least, median and largest of the rounds), `bandwidth_share` (bytes of
-        weights and cache read for a token over what these threads can read, by length) and
-        `same_tokens`, the share of ours in float32.
+        The report, ready for JSON. Each of its `rows` has the seconds per token by text length and
+        round, `tokens_per_second` by length (medians, for the whole batch), `speed_to_ours`
+        (minimum, median and maximum of the rounds), `bandwidth_share` by length (bytes of weights
+        and cache read for a token, divided by what these threads can read) and `same_tokens`, the
+        share of tokens that are the same as those of ours in float32.
 
     Raises:
-        UserError: a number is out of range, or there is no `model`.
+        UserError: a number is out of range, or `model` does not exist.
     """
     settings = {"batch_size": batch_size, "rounds": rounds, "tokens": tokens}
     check_counts(settings, num_threads)
     set_seed(0)
-    ours = _load(model, sizes)
-    limit = ours.config.max_position_embeddings
-    lengths = [n for n in (64, 128, 256, 512, 1024) if tokens + 2 <= n <= limit] or [limit]
-    if lengths[0] < tokens + 2:
-        raise UserError(
-            f"tokens={tokens} do not fit: the model's context is {limit}, and a prompt and a first "
-            f"token come before them; give {max(limit - 2, 1)} or fewer."
+    our_model = _load(model, sizes)
+    lengths = _choose_lengths(our_model, tokens)
+    machine = describe_machine()
+    contestants = _make_contestants(our_model, compile=compile)
+    for length in lengths:
+        ids = torch.randint(our_model.config.vocab_size, (batch_size, length))
+        prompt = ids[:, : length - tokens - 1]
+        description = f"Texts of {length} tokens"
+        turns = take_turns(
+            contestants, rounds, description=description, show_progress=show_progress
         )
-    machine, contestants = describe_machine(), _make_contestants(ours, compile=compile)
-    prompts = {n: torch.randint(ours.config.vocab_size, (batch_size, n)) for n in lengths}
-    with torch.inference_mode():
-        seconds, texts, warm_up = _take_turns(
-            {name: generate for name, (generate, _) in contestants.items()},
-            {n: prompt[:, : n - tokens - 1] for n, prompt in prompts.items()},
-            tokens=tokens,
-            rounds=rounds,
-            show_progress=show_progress,
-        )
-    read = measure_bandwidth(sum(p.numel() for p in ours.parameters()))
-    rows = [
-        {
-            "name": name,
-            "tokens_per_second": {n: batch_size / median(s) for n, s in seconds[name].items()},
-            "speed_to_ours": summarize(_compare(seconds[OURS], seconds[name])),
-            "bandwidth_share": None
-            if weights is None
-            else {
-                n: (weights + batch_size * n * _count_cache_bytes(ours)) / median(s) / read
-                for n, s in seconds[name].items()
-            },
-            "same_tokens": None if name == PLAIN else _agree(texts[OURS], texts[name]),
-            "warm_up_seconds": warm_up[name],
-            "seconds_per_token": seconds[name],
-        }
-        for name, (_, weights) in contestants.items()
-    ]
+        for turn, contestant in turns:
+            with torch.inference_mode():
+                text, seconds, total = contestant.time(prompt, tokens)
+            if turn == 0:
+                contestant.warm_up_seconds += total
+                contestant.texts.append(text)
+            else:
+                contestant.seconds.setdefault(length, []).append(seconds)
+    bandwidth = measure_bandwidth(our_model.num_parameters())
+    cache_bytes = batch_size * _count_cache_bytes(our_model)
     return {
         "benchmark": "generate",
         "machine": machine,
         "model": model or "a GPT-2 with random weights",
-        "parameters": ours.num_parameters(),
+        "parameters": our_model.num_parameters(),
         "settings": settings | sizes,
-        "bytes_per_second": read,
-        "rows": rows,
+        "bytes_per_second": bandwidth,
+        "rows": [
+            _make_row(contestant, contestants[0], batch_size, cache_bytes, bandwidth)
+            for contestant in contestants
+        ],
     }
 
 
 def _load(model: str | None, sizes: dict[str, int]) -> PreTrainedModel:
     if model is None or model in PRESETS:
-        # The Muon initialisation has a head of zeros: all would write token 0 and look the same.
+        # The Muon initialisation has a head of zeros, so that every model would write token 0.
         fields = {"bos_token_id": None, "eos_token_id": None, "initializer_range": 0.02}
         fields |= ({} if model else SIZES) | sizes
         return NanoGPTForCausalLM(load_preset(model or "gpt2", **fields)).eval()
     if sizes:
-        raise UserError(f"{next(iter(sizes))} is for presets: {model} has its own sizes.")
-    load_config(model)  # says what is wrong, and which presets there are
+        raise UserError(f"{next(iter(sizes))} is for presets only: {model} has its own sizes.")
+    load_config(model)  # its error lists the presets
     return load_model(model).float()
 
 
-def _make_contestants(
-    ours: PreTrainedModel, *, compile: bool
-) -> dict[str, tuple[Generate, int | None]]:
-    """Return by name a way to generate, and the bytes of weights that a token has to read."""
-    weights = sum(p.numel() for p in ours.parameters())
-    tables = [ours.model.embed_tokens, ours.model.embed_positions]
-    weights -= sum(t.weight.numel() for t in tables if t is not None)
-    if ours.config.tie_word_embeddings:
-        weights += ours.lm_head.weight.numel()
-    contestants: dict[str, tuple[Generate, int | None]] = {OURS: (_by_generate(ours), 4 * weights)}
-    if compile:
-        contestants[COMPILED] = (_by_generate(ours, **compiled_decoding()), 4 * weights)
-    with tempfile.TemporaryDirectory() as folder:
-        ours.save_pretrained(Path(folder, "ours"))
-        if find_native_twin(ours.config) is not None:
-            export_checkpoint(Path(folder, "ours"), Path(folder, "twin"))
-            twin = load_model(Path(folder, "twin"))
-            contestants[type(twin).__name__] = (_by_generate(twin), 4 * weights)
-        rounded = load_model(Path(folder, "ours"))
-    if multiplies_exactly():  # else int8 weights are refused on this processor
-        contestants[INT8] = (_by_generate(quantize_model(rounded)), weights)
-    if compile and multiplies_exactly():
-        contestants[INT8_COMPILED] = (_by_generate(rounded, **compiled_decoding()), weights)
-    contestants[PLAIN] = (_without_cache(PlainGPT(ours.config).eval()), None)
-    return contestants
-
-
-class _Clock(StoppingCriteria):
-    """Notes the time after each token, and never stops."""
-
-    def __init__(self) -> None:
-        self.marks: list[float] = []
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        self.marks.append(time.perf_counter())
-        return torch.zeros(len(input_ids), dtype=torch.bool)
-
-
-def _by_generate(model: PreTrainedModel, **given: Any) -> Generate:
-    def generate(prompt: torch.Tensor, tokens: int) -> tuple[torch.Tensor, list[float]]:
-        clock = _Clock()
-        greedy = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-        mask = torch.ones_like(prompt)
-        text = model.generate(
-            prompt,
-            attention_mask=mask,
-            max_new_tokens=tokens,
-            stopping_criteria=[clock],
-            **greedy,
-            **given,
+def _choose_lengths(model: PreTrainedModel, tokens: int) -> list[int]:
+    """Return the text lengths that the model's context allows, at least one."""
+    limit = model.config.max_position_embeddings
+    lengths = [n for n in _LENGTHS if tokens + 2 <= n <= limit] or [limit]
+    if lengths[0] < tokens + 2:
+        raise UserError(
+            f"tokens={tokens} do not fit: the model's context is {limit}, and a prompt and a first "
+            f"token come before them. Use {max(limit - 2, 1)} or fewer."
         )
-        return text, clock.marks
-
-    return generate
+    return lengths
 
 
-def _without_cache(model: PlainGPT) -> Generate:
-    def generate(prompt: torch.Tensor, tokens: int) -> tuple[torch.Tensor, list[float]]:
-        text, marks = prompt, []
-        for _ in range(tokens):
-            next_token = model.predict_next(text).argmax(dim=-1, keepdim=True)
-            text = torch.cat((text, next_token), dim=1)
-            marks.append(time.perf_counter())
-        return text, marks
-
-    return generate
-
-
-def _take_turns(
-    generate_of: dict[str, Generate],
-    prompts: dict[int, torch.Tensor],
-    *,
-    tokens: int,
-    rounds: int,
-    show_progress: bool,
-) -> tuple[dict[str, dict[int, list[float]]], dict[str, list[torch.Tensor]], dict[str, float]]:
-    """Return the seconds of a token by name, length and round; the texts; seconds to warm up."""
-    seconds: dict[str, dict[int, list[float]]] = {
-        name: {n: [] for n in prompts} for name in generate_of
-    }
-    texts: dict[str, list[torch.Tensor]] = {name: [] for name in generate_of}
-    warm_up = dict.fromkeys(generate_of, 0.0)
-    total = len(prompts) * (rounds + 1) * len(generate_of)
-    with tqdm(total=total, desc="Generating", disable=not show_progress) as bar:
-        for n, prompt in prompts.items():
-            for turn in range(rounds + 1):
-                for name, generate in generate_of.items():
-                    start = time.perf_counter()
-                    # Without a cache a token takes long, and each as long as the next.
-                    text, marks = generate(prompt, min(tokens, 3) if name == PLAIN else tokens + 1)
-                    if turn == 0:
-                        warm_up[name] += time.perf_counter() - start
-                        texts[name].append(text[:, prompt.shape[1] :])
-                    else:
-                        # The first token waits for the prompt; without a cache all of them do.
-                        given = [start, *marks] if name == PLAIN else marks
-                        gaps = [later - sooner for sooner, later in pairwise(given)]
-                        seconds[name][n].append(median(gaps))
-                    bar.update()
-    return seconds, texts, warm_up
+def _make_contestants(ours: PreTrainedModel, *, compile: bool) -> list[Contestant]:
+    weights = _count_weights(ours)
+    contestants = [Contestant(OURS, ours, 4 * weights)]
+    if compile:
+        contestants.append(Contestant(COMPILED, ours, 4 * weights, compiled_decoding()))
+    if find_native_twin(ours.config) is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            ours.save_pretrained(Path(folder, "ours"))
+            export_checkpoint(Path(folder, "ours"), Path(folder, "native"))
+            native = load_model(Path(folder, "native"))
+        contestants.append(Contestant(type(native).__name__, native, 4 * weights))
+    if multiplies_exactly():  # otherwise int8 weights do not work on this processor
+        rounded = quantize_model(copy.deepcopy(ours))
+        contestants.append(Contestant(INT8, rounded, weights))
+        if compile:
+            contestants.append(Contestant(INT8_COMPILED, rounded, weights, compiled_decoding()))
+    return [*contestants, Contestant(PLAIN, PlainGPT(ours.config).eval())]
 
 
-def _compare(ours: dict[int, list[float]], own: dict[int, list[float]]) -> list[float]:
-    """Return, by round, how fast `own` writes the texts of all lengths, `ours` being 1."""
-    a, b = ([sum(turn) for turn in zip(*s.values(), strict=True)] for s in (ours, own))
-    return [x / y for x, y in zip(a, b, strict=True)]
-
-
-def _agree(ours: list[torch.Tensor], own: list[torch.Tensor]) -> float:
-    same = [(a == b).float().mean().item() for a, b in zip(ours, own, strict=True)]
-    return sum(same) / len(same)
+def _count_weights(model: PreTrainedModel) -> int:
+    """Return how many weights are read for each token: not the tables that a token looks up."""
+    tables = [model.model.embed_tokens, model.model.embed_positions]
+    if model.config.tie_word_embeddings:  # then this table is the head as well
+        tables = tables[1:]
+    return model.num_parameters() - sum(t.weight.numel() for t in tables if t is not None)
 
 
 def _count_cache_bytes(model: PreTrainedModel) -> int:
-    """Return the bytes of keys and values that a token leaves for each later one to read."""
+    """Return the bytes of keys and values in the cache for each token of a text."""
     config = model.config
     return 4 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
 
 
+def _make_row(
+    contestant: Contestant, ours: Contestant, batch_size: int, cache_bytes: int, bandwidth: float
+) -> dict[str, Any]:
+    typical = {length: median(seconds) for length, seconds in contestant.seconds.items()}
+    share = same = None
+    if contestant.weight_bytes is not None:
+        share = {
+            length: (contestant.weight_bytes + length * cache_bytes) / seconds / bandwidth
+            for length, seconds in typical.items()
+        }
+        pairs = zip(ours.texts, contestant.texts, strict=True)
+        same = fmean((a == b).float().mean().item() for a, b in pairs)
+    return {
+        "name": contestant.name,
+        "tokens_per_second": {n: batch_size / seconds for n, seconds in typical.items()},
+        "speed_to_ours": compare_speeds(_sum_rounds(ours), _sum_rounds(contestant)),
+        "bandwidth_share": share,
+        "same_tokens": same,
+        "warm_up_seconds": contestant.warm_up_seconds,
+        "seconds_per_token": contestant.seconds,
+    }
+
+
+def _sum_rounds(contestant: Contestant) -> list[float]:
+    """Return the seconds of each round, all lengths together."""
+    return [sum(seconds) for seconds in zip(*contestant.seconds.values(), strict=True)]
+
+
 def measure_bandwidth(numbers: int, *, rounds: int = 9) -> float:
-    """Return the bytes a second at which a product with a vector reads so many float32 numbers."""
+    """Return the bytes per second read by a product of a vector with this many float32 numbers."""
     width = min(1024, numbers)
     matrix, vector = torch.ones(numbers // width, width), torch.ones(width)
-    times = []
+    clock = Clock()
     for _ in range(rounds):
-        start = time.perf_counter()
         torch.mv(matrix, vector)
-        times.append(time.perf_counter() - start)
-    return 4 * matrix.numel() / min(times)
-
-
-def format_generation(report: dict[str, Any]) -> str:
-    """Return the report of `benchmark_generation` as a table to print."""
-    lengths = list(report["rows"][0]["tokens_per_second"])
-    head = "".join(f"{n:>8}" for n in lengths)
-    lines = [
-        f"tokens a second, the text being so long ({report['model']}, "
-        f"{report['parameters'] / 1e6:,.1f} M parameters):",
-        f"{'':<25}{head}  bandwidth  same tokens   speed, ours = 1",
-    ]
-    for row in report["rows"]:
-        speeds = "".join(f"{row['tokens_per_second'][n]:>8,.1f}" for n in lengths)
-        share = row["bandwidth_share"]
-        used = "" if share is None else f"{median(share.values()):.0%}"
-        same = "" if row["same_tokens"] is None else f"{row['same_tokens']:.0%}"
-        least, middle, largest = row["speed_to_ours"]
-        ratio = "1" if row["name"] == OURS else f"{middle:.3f} ({least:.3f} to {largest:.3f})"
-        lines.append(f"{row['name']:<25}{speeds}{used:>11}{same:>13}   {ratio}")
-    warm_up = ", ".join(f"{r['name']} {r['warm_up_seconds']:.1f} s" for r in report["rows"])
-    notes = {
-        "settings": ", ".join(f"{name} {value}" for name, value in report["settings"].items()),
-        "bandwidth": f"{report['bytes_per_second'] / 1e9:,.1f} GB/s in matrix-vector products",
-        "warm-up": warm_up,
-        "machine": ", ".join(f"{k} {v}" for k, v in report["machine"].items() if v is not None),
-    }
-    lines += ["", *(f"{name:<10} {note}" for name, note in notes.items())]
-    if (load := report["machine"]["load_average"]) > 1:
-        lines.append(f"Other programs ran too (load average {load}): repeat it when they do not.")
-    return "\n".join(lines)
-
-
-def plot_generation(report: dict[str, Any], path: Path) -> None:
-    """Draw tokens per second against the length of the text, with the range of the rounds."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import ScalarFormatter
-
-    figure = Figure(figsize=(7.2, 4.2), dpi=144, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes, batch = figure.subplots(), report["settings"]["batch_size"]
-    for row in report["rows"]:
-        turns = [sorted(batch / s for s in times) for times in row["seconds_per_token"].values()]
-        lengths = [int(n) for n in row["seconds_per_token"]]
-        axes.plot(lengths, [median(turn) for turn in turns], marker="o", label=row["name"])
-        axes.fill_between(lengths, [t[0] for t in turns], [t[-1] for t in turns], alpha=0.15)
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter(ScalarFormatter())
-    axes.set_ylim(bottom=0)
-    axes.set(xlabel="tokens of text, prompt included", ylabel="tokens per second")
-    machine = report["machine"]
-    axes.set_title(f"{machine['cpu']}, {machine['threads']} threads, batch {batch}", fontsize=10)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(path)
+        clock()
+    return 4 * matrix.numel() / min(clock.seconds())

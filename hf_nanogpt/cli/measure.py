@@ -12,13 +12,8 @@ def run_eval(argv: list[str]) -> None:
     args = _parse_eval(argv)
 
     quiet_libraries()
-    from ..analysis.compare import (
-        check_picture,
-        compare_on_tasks,
-        compare_on_text,
-        format_table,
-        plot_comparison,
-    )
+    from ..analysis.compare import compare_on_tasks, compare_on_text, format_table
+    from ..analysis.plots import check_picture, plot_comparison
 
     if plot := args.pop("plot", None):
         check_picture(plot)
