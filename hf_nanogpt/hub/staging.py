@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 import shutil
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -104,9 +105,11 @@ def stage_release(
 
     release = Release(Path(folder), repo_id, branch or "main", tag, **options)
     export = _copy_files(source, release, metrics)
-    if release.revision == "main":
+    if release.revision == "main":  # the default tag says which content it has
         release = replace(release, tag=f"content-{_sum_content(release.folder)}")
-    with explain_errors(f"{metrics_file} is not what a training writes: correct or delete it"):
+    # A person may have changed the metrics; without them, an error here would be a bug.
+    explained = f"{metrics_file} has unexpected content, so correct or delete it"
+    with explain_errors(explained) if metrics_file.is_file() else nullcontext():
         card = _render_card(release, metrics, export)
     write_card(
         card, source / "README.md", to=release.folder / "README.md", overrides=release.overrides
