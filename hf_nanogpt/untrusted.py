@@ -30,9 +30,11 @@ def path_inside(folder: str | Path, name: object) -> Path:
         UserError: `name` is not a relative path of plain names, or is a link to another place.
     """
     folder = Path(folder)
-    # A Windows path: it splits at both kinds of slash, and its anchor is a drive or a root.
-    parts = PureWindowsPath(name) if isinstance(name, str) else PureWindowsPath()
-    if not parts.parts or ".." in parts.parts or parts.anchor or "\0" in str(name):
+    # As a Windows path it is split at both kinds of slash, and the anchor is a drive or a root.
+    windows = PureWindowsPath(name if isinstance(name, str) else "")
+    parts = windows.parts
+    plain = bool(parts) and ".." not in parts and not windows.anchor and "\0" not in str(name)
+    if not plain:
         raise UserError(
             f"{folder} names a file {name!r}, which is not a plain path inside that folder, so it "
             "was not opened. Do not trust this folder: the usual tools do not write such names."
