@@ -1,49 +1,53 @@
-"""What comes from outside is numbers and text: it never becomes a path elsewhere, or code.
+"""Guards for what comes from outside: checkpoints, the Hub, requests.
 
-Checkpoints, the Hub and requests are outside. Whoever joins a path with a name that was read from a
-file calls `path_inside`; whoever reads JSON or YAML that somebody else may have written calls
-`read_json`, `parse_json` or `parse_yaml`; whoever hands a file of theirs to another library does it
-inside `explain_errors`; and whoever prints their text on a terminal calls `printable`. An address
-is shown as `without_secrets` gives it.
+Such data is numbers and text. It never becomes code, or a path outside its folder:
+
+- `path_inside` joins a folder with a name that was read from a file;
+- `read_json`, `parse_json` and `parse_yaml` read what somebody else may have written;
+- `errors.explain_errors` surrounds the call of a library that reads such a file;
+- `errors.printable` makes such text safe for a terminal;
+- `errors.without_secrets` makes an address safe to show.
 """
 
 import json
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import yaml
 
-from .errors import UserError
+from .errors import UserError, explain_errors
 
 _LARGEST_JSON = 256 * 2**20  # bytes; the largest tokenizers in use have about 30 MB
-_LARGEST_YAML = 2**20
+_LARGEST_YAML = 2**20  # characters
 
 
 def path_inside(folder: str | Path, name: object) -> Path:
     """Return `folder / name`, or refuse a name or a link that leads out of the folder.
 
-    The links that `huggingface_hub` makes from a snapshot to its own store of files are followed.
+    Links that `huggingface_hub` makes from a snapshot to the files in its cache are followed.
 
     Raises:
         UserError: `name` is not a relative path of plain names, or is a link to another place.
     """
     folder = Path(folder)
-    parts = PureWindowsPath(name).parts if isinstance(name, str) else ()
-    plain = bool(parts) and ".." not in parts and not PureWindowsPath(str(name)).anchor
-    if not plain or "\0" in str(name) or PurePosixPath(str(name)).is_absolute():
+    # As a Windows path it is split at both kinds of slash, and the anchor is a drive or a root.
+    windows = PureWindowsPath(name if isinstance(name, str) else "")
+    parts = windows.parts
+    plain = bool(parts) and ".." not in parts and not windows.anchor and "\0" not in str(name)
+    if not plain:
         raise UserError(
-            f"{folder} names a file {name!r}, which is not a plain path inside that folder: it was "
-            "not followed. The folder was not written by a tool that can be trusted."
+            f"{folder} names a file {name!r}, which is not a plain path inside that folder, so it "
+            "was not opened. Do not trust this folder: the usual tools do not write such names."
         )
     path = folder / str(name)
     try:
-        real = path.resolve()
+        target = path.resolve()
     except (OSError, RuntimeError) as error:  # a link to itself
         raise UserError(f"{path} cannot be followed: {error}.") from error
-    if not any(real.is_relative_to(root) for root in _own_roots(folder)):
+    if not any(target.is_relative_to(root) for root in _allowed_roots(folder)):
         raise UserError(
-            f"{path} is a link to {real}, outside its folder: it was not followed. Put the file "
-            "itself into the folder."
+            f"{path} is a link to {target}, outside its folder: it was not followed. Replace the "
+            "link with a copy of the file."
         )
     return path
 
@@ -51,14 +55,15 @@ def path_inside(folder: str | Path, name: object) -> Path:
 def check_links(folder: str | Path) -> None:
     """Raise a `UserError` if a file that loading may read is a link that leads out of the folder.
 
-    What is loaded is often written elsewhere, and published: a link could lead to a secret.
+    What is loaded is often saved and published again, and a link could lead to a secret.
     """
     for pattern in ("*.json", "*.txt", "*.model", "*.jinja", "*.safetensors", "*/*.jinja"):
         for path in Path(folder).glob(pattern):
             path_inside(folder, str(path.relative_to(folder)))
 
 
-def _own_roots(folder: Path) -> list[Path]:
+def _allowed_roots(folder: Path) -> list[Path]:
+    """Return the folders that links in `folder` may lead to."""
     real = folder.resolve()
     for parent in (real, *real.parents):  # huggingface_hub's cache: snapshots/COMMIT links to blobs
         if parent.parent.name == "snapshots" and (parent.parent.parent / "blobs").is_dir():
@@ -70,57 +75,47 @@ def read_json(path: str | Path) -> dict[str, Any]:
     """Return the object in a JSON file.
 
     Raises:
-        UserError: it cannot be read, is not JSON, is nested too deeply, is larger than 256 MB, or
-            holds something else than an object.
+        UserError: the file cannot be read, is larger than 256 MB, is not JSON, is nested too
+            deeply, or does not hold an object.
     """
     path = Path(path)
-    try:
+    with explain_errors(f"{path} cannot be read as JSON"):
         if (size := path.stat().st_size) > _LARGEST_JSON:
-            raise UserError(f"it has {size:,} bytes, and at most {_LARGEST_JSON:,} are read")
+            raise UserError(f"it has {size:,} bytes; the limit is {_LARGEST_JSON:,}")
         text = path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as JSON: {error}") from error
     return parse_json(text, where=str(path))
 
 
 def parse_json(text: str, *, where: str) -> dict[str, Any]:
-    """Return the object that a text in JSON describes; `where` names the text in errors."""
-    try:
+    """Return the object that a text in JSON describes; errors call the text `where`."""
+    with explain_errors(f"{where} cannot be read as JSON"):
         content = json.loads(text)
-    except RecursionError as error:
-        raise UserError(f"{where} cannot be read as JSON: it is nested too deeply.") from error
-    except ValueError as error:
-        raise UserError(f"{where} cannot be read as JSON: {error}") from error
     if not isinstance(content, dict):
-        raise UserError(f"{where} holds a {type(content).__name__}, where an object is needed.")
+        raise UserError(f"{where} must hold a JSON object, not a {type(content).__name__}.")
     return content
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """Reads YAML without aliases: a few lines of them can stand for gigabytes."""
+    """Reads YAML without aliases: a few lines of them can expand to gigabytes."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
             event = self.peek_event()
             raise yaml.MarkedYAMLError(
-                problem=f"the alias *{event.anchor} is not read: write out what it stands for",
+                problem=f"the alias *{event.anchor} is not read: write its value here",
                 problem_mark=event.start_mark,
             )
         return super().compose_node(parent, index)
 
 
 def parse_yaml(text: str, *, where: str) -> Any:
-    """Return what a text in YAML describes, as plain values; `where` names the text in errors.
+    """Return what a text in YAML describes, as plain values; errors call the text `where`.
 
     Raises:
-        UserError: it is not YAML, is nested too deeply, has aliases or is larger than 1 MB.
+        UserError: the text is not YAML, is nested too deeply, has aliases or more than 2**20
+            characters.
     """
     if len(text) > _LARGEST_YAML:
-        raise UserError(f"{where} has more than {_LARGEST_YAML:,} characters: it was not read.")
-    try:
+        raise UserError(f"{where} has more than {_LARGEST_YAML:,} characters, so it was not read.")
+    with explain_errors(f"{where} is not valid YAML"):
         return yaml.load(text, _PlainLoader)
-    except RecursionError as error:
-        raise UserError(f"{where} is not valid YAML: it is nested too deeply.") from error
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2026-99-99
-        why = " ".join(str(error).split())
-        raise UserError(f"{where} is not valid YAML: {why}") from error

@@ -1,4 +1,4 @@
-"""The model card: said from what happened, and a person's words in it stay."""
+"""The model card: written from metrics, and a person's edits in it are kept."""
 
 import json
 import re
@@ -61,7 +61,7 @@ def test_the_front_matter_is_what_the_hub_reads():
     assert widget["text"] == "def " and widget["output"]["text"].startswith("f():")
 
 
-def test_the_card_says_only_what_is_known():
+def test_the_card_leaves_out_what_is_missing_in_the_metrics():
     known = render()
     for fact in ("4,000 in 5 steps", "1 x Thing", "1.2346", 'revision="v1"', "--held_out 0.1"):
         assert fact in known
@@ -76,13 +76,13 @@ def test_every_python_snippet_is_python():
         compile(snippet, "card", "exec")
 
 
-def test_an_untouched_card_is_wholly_written_anew():
+def test_an_unedited_card_is_replaced():
     again = render(eval_loss=0.5, hardware="2 x Thing")
     assert merge_card(again, render()) == again
     assert merge_card(again, again) == again
 
 
-def test_front_matter_and_text_of_a_person_survive_and_the_rest_is_new():
+def test_front_matter_and_text_of_a_person_are_kept_and_the_rest_is_replaced():
     card = edit(render(), "license: unknown", "license: mit\nextra: kept")
     card = edit(card, "- nanogpt\n", "- nanogpt\n- my-tag\n")
     card = card + "\n## Mine\n\nMy words.\n"
@@ -104,7 +104,7 @@ def test_front_matter_and_text_of_a_person_survive_and_the_rest_is_new():
         ("## Citation\n", ""),  # taken out
     ],
 )
-def test_a_generated_part_that_was_edited_is_kept_with_a_warning(old, new, caplog):
+def test_generated_text_that_a_person_edited_is_kept_with_a_warning(old, new, caplog):
     card = edit(render(), old, new)
     logging.enable_propagation()
     try:
@@ -114,13 +114,13 @@ def test_a_generated_part_that_was_edited_is_kept_with_a_warning(old, new, caplo
     assert split_card(merged)[1] == split_card(card)[1]
     assert "value: 0.5\n" in merged  # the front matter is measured anew
     [said] = [record.message for record in caplog.records]
-    assert f"README of {new!r} was changed by hand" in said
+    assert f"README of {new!r} was edited by hand" in said
     assert merge_card(render(eval_loss=0.5), merged) == merged
     emptied = card[: card.index("# gpt")].replace("Before all.", "").strip() + "\n"
     assert merge_card(render(), emptied) == render()  # as the warning says
 
 
-def test_a_card_that_is_all_a_person_s_keeps_every_line():
+def test_a_card_that_a_person_wrote_keeps_every_line():
     text = "# My model\n\nHello.\n\n```bash\n# a comment\n## more\n```\n"
     merged = merge_card(render(), f"---\nlicense: mit\n---\n\n{text}")
     data, kept = split_card(merged)
@@ -128,7 +128,7 @@ def test_a_card_that_is_all_a_person_s_keeps_every_line():
     assert data["license"] == "mit" and data["pipeline_tag"] == "text-generation"
 
 
-def test_an_untouched_card_of_the_first_version_is_written_anew():
+def test_an_unedited_card_of_version_0_1_is_replaced():
     def seal(section: str) -> str:
         return f"{section}\n<!-- hf-nanogpt: {sha256(section.encode()).hexdigest()[:8]} -->"
 
@@ -141,17 +141,17 @@ def test_an_untouched_card_of_the_first_version_is_written_anew():
         assert split_card(merge_card(render(), edited))[1].strip() == split_card(edited)[1].strip()
 
 
-def test_edits_here_and_on_the_hub_are_united_or_refused():
+def test_edits_of_two_copies_are_united_or_refused():
     mine = render() + "\n## Mine\n\nA.\n"
     more = mine + "\n## More\n\nB.\n"
     for here, there in ((mine, more), (more, mine), (more, render()), (render(), more)):
         assert merge_card(here, there) == merge_card(more, more)
     other = edit(mine, "A.", "C.")
-    with pytest.raises(ValueError, match="edited here and in README of x"):
+    with pytest.raises(ValueError, match="and README of x were edited differently"):
         merge_card(mine, other, where="README of x")
     changed = edit(render(), "## Citation", "## Cited")
     assert merge_card(changed, render()) == merge_card(render(), changed)
-    with pytest.raises(ValueError, match="edited here and in"):
+    with pytest.raises(ValueError, match="were edited differently"):
         merge_card(changed, edit(changed, "## Cited", "## Citing"))
 
 
@@ -194,16 +194,16 @@ def test_a_card_has_one_comment_and_a_card_that_is_not_text_is_refused(tmp_path)
 def test_invalid_yaml_is_refused_with_its_line(front, line):
     with pytest.raises(ValueError, match=rf"README.md is not .* line [{line - 1}{line}]\b"):
         merge_card(render(), f"---\n{front}---\n\ntext\n")
-    with pytest.raises(ValueError, match="not `name: value` lines"):
+    with pytest.raises(ValueError, match="must be `name: value` lines"):
         merge_card(render(), "---\njust words\n---\n")
 
 
 @pytest.mark.parametrize("recipe", [path.name for path in CARDS.iterdir()])
-def test_the_cards_of_our_recipes_are_what_is_rendered_today(recipe, monkeypatch):
+def test_the_stored_cards_equal_what_is_rendered_today(recipe, monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", "https://huggingface.co")
     folder = CARDS / recipe
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     config = AutoConfig.from_pretrained(folder)
     card = render_model_card(config, metrics, name=f"user/{recipe}", revision="v1")
-    assert card == (folder / "README.md").read_text(encoding="utf-8"), "write it anew"
+    assert card == (folder / "README.md").read_text(encoding="utf-8"), "render it again"
     assert yaml.safe_load(card.split("---")[1])["model-index"]

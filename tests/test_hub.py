@@ -1,4 +1,4 @@
-"""push and pull over real HTTP, with the client as it is: what arrives, and what goes wrong."""
+"""push and pull over real HTTP, with an unchanged client: what arrives, and what goes wrong."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def make_run(folder: Path, *, seed: int = 0, **options) -> Path:
 
 @pytest.fixture
 def run(tmp_path) -> Path:
-    """A checkpoint folder, with things in it that nobody else should get."""
+    """A checkpoint folder that also has private files."""
     folder = make_run(tmp_path / "run")
     torch.save({"secret": 1}, folder / "training_args.bin")
     torch.save({}, folder / "optimizer.pt")
@@ -55,7 +55,7 @@ def refuse(capsys, *argv: str) -> str:
 
 
 def elsewhere(code: str, *args: str, home: Path, **environment: str) -> subprocess.CompletedProcess:
-    """Run code in a fresh process where this package cannot be imported, as a stranger would."""
+    """Run code in a fresh process where this package cannot be imported, as on another machine."""
     code = f"import sys; sys.modules['hf_nanogpt'] = None; torch = __import__('torch')\n{code}"
     environment = os.environ | {"HF_HOME": str(home), "PYTHONPATH": "", **environment}
     command = [sys.executable, "-c", code, *args]
@@ -83,7 +83,7 @@ def test_a_push_is_one_commit_of_all_that_loading_needs_and_nothing_else(hub, ru
     }
 
 
-def test_no_pickle_reaches_a_release_and_a_branch_takes_what_resuming_needs(hub, run):
+def test_a_release_has_no_pickle_and_a_branch_has_the_state_for_resuming(hub, run):
     push_to_hub(run, "user/gpt")
     push_to_hub(run, "user/gpt", branch="step-4")
     push_to_hub(run, "user/gpt", branch="old", tag="v0")
@@ -116,33 +116,33 @@ def test_a_sharded_checkpoint_replaces_an_unsharded_one_and_loads(hub, run, tmp_
     assert torch.equal(logits("user/gpt"), logits(str(run)))
 
 
-def test_a_stranger_loads_it_by_every_auto_class_with_the_same_logits(hub, run, tmp_path):
+def test_where_the_package_is_missing_every_auto_class_loads_the_same_logits(hub, run, tmp_path):
     release = push_to_hub(run, "user/gpt", tag="v1")
     push_to_hub(make_run(tmp_path / "later", seed=1), "user/gpt")
     code = f"""
 import transformers
-own = dict(trust_remote_code=True, revision=sys.argv[1])
-model = transformers.AutoModelForCausalLM.from_pretrained("user/gpt", **own)
+options = dict(trust_remote_code=True, revision=sys.argv[1])
+model = transformers.AutoModelForCausalLM.from_pretrained("user/gpt", **options)
 torch.save(model(torch.tensor({INPUT.tolist()})).logits, "logits")
-transformers.AutoConfig.from_pretrained("user/gpt", **own)
-for kind in ("", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering"):
-    loaded = getattr(transformers, "AutoModel" + kind).from_pretrained("user/gpt", **own)
+transformers.AutoConfig.from_pretrained("user/gpt", **options)
+for head in ("", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering"):
+    loaded = getattr(transformers, "AutoModel" + head).from_pretrained("user/gpt", **options)
     assert type(loaded).__name__.startswith("NanoGPT"), loaded
-write = transformers.pipeline("text-generation", "user/gpt", **own)
+write = transformers.pipeline("text-generation", "user/gpt", **options)
 print(write("def", max_new_tokens=3)[0]["generated_text"][:3])
-tokenizer = transformers.AutoTokenizer.from_pretrained("user/gpt", **own)
+tokenizer = transformers.AutoTokenizer.from_pretrained("user/gpt", **options)
 print(tokenizer.apply_chat_template([dict(role="user", content="hello")], tokenize=False))
 """
     done = elsewhere(code, release.commit, home=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.splitlines()[-2:] == ["def", "hello"]
     assert torch.allclose(torch.load(tmp_path / "logits"), logits(str(run)), atol=1e-6)
-    # What is in the cache now needs no Hub; and without consent no code runs.
+    # What is cached needs no Hub, and without consent no code runs.
     code = """
 import transformers
-kind = transformers.AutoModelForCausalLM
-kind.from_pretrained("user/gpt", trust_remote_code=True, revision=sys.argv[1])
-kind.from_pretrained("user/gpt", trust_remote_code=False, revision=sys.argv[1])
+auto = transformers.AutoModelForCausalLM
+auto.from_pretrained("user/gpt", trust_remote_code=True, revision=sys.argv[1])
+auto.from_pretrained("user/gpt", trust_remote_code=False, revision=sys.argv[1])
 """
     asked = len(hub.requests)
     done = elsewhere(code, release.commit, home=tmp_path, HF_HUB_OFFLINE="1")
@@ -150,7 +150,7 @@ kind.from_pretrained("user/gpt", trust_remote_code=False, revision=sys.argv[1])
     assert len(hub.requests) == asked
 
 
-def test_the_native_twin_loads_with_no_code_at_all(hub, run, tmp_path):
+def test_a_native_export_loads_without_custom_code(hub, run, tmp_path):
     push_to_hub(run, "user/native", native=True)
     assert not [path for path in hub.repos["user/native"].files() if path.endswith(".py")]
     assert b"trust_remote_code=" not in hub.repos["user/native"].files()["README.md"]
@@ -172,7 +172,7 @@ def test_with_the_package_no_consent_is_needed_and_the_installed_code_runs(hub, 
     assert type(model).__module__ == "hf_nanogpt.modeling_nanogpt"
 
 
-def test_every_verb_takes_an_id_with_a_revision(hub, run, tmp_path, capsys):
+def test_every_command_takes_an_id_with_a_revision(hub, run, tmp_path, capsys):
     push_to_hub(run, "user/gpt", tag="v1")
     (tmp_path / "text.txt").write_text("some text to measure on. " * 20)
     for verb in (
@@ -266,7 +266,7 @@ def test_a_damaged_download_is_found_not_kept_and_repaired_by_repeating(hub, run
     assert torch.equal(logits(str(tmp_path / "back")), logits(str(run)))
 
 
-def test_a_download_that_breaks_off_goes_on_where_it_was_and_a_short_one_is_refused(
+def test_an_interrupted_download_continues_and_a_truncated_one_is_refused(
     hub, run, tmp_path, capsys
 ):
     push_to_hub(run, "user/gpt")
@@ -285,7 +285,7 @@ def test_no_token_is_sent_to_the_second_host(hub, run, tmp_path):
     assert len(second) >= 2 and not any(second)
 
 
-# Who may, and what is no input
+# Permissions and bad input
 
 
 @pytest.mark.parametrize(
@@ -295,11 +295,11 @@ def test_no_token_is_sent_to_the_second_host(hub, run, tmp_path):
         ("hf_wrong", "user/gpt", "does not accept your token"),
         ("hf_reader", "user/gpt", "your token may not write there"),
         ("hf_second", "user/gpt", "your token may not write there"),
-        ("hf_owner", "a b/c", "repo_id='a b/c' is not possible"),
+        ("hf_owner", "a b/c", "repo_id='a b/c' must be USER/NAME of letters"),
         ("hf_owner", "gpt", "must be USER/NAME"),
     ],
 )
-def test_who_may_not_push_is_told_why_and_nothing_is_made(
+def test_a_refused_push_says_why_and_creates_nothing(
     hub, run, capsys, monkeypatch, token, name, reason
 ):
     monkeypatch.setenv("HF_TOKEN", token)
@@ -307,7 +307,7 @@ def test_who_may_not_push_is_told_why_and_nothing_is_made(
     assert not hub.repos
 
 
-def test_who_may_not_read_is_told_why(hub, run, capsys, monkeypatch, tmp_path):
+def test_a_refused_pull_says_why(hub, run, capsys, monkeypatch, tmp_path):
     push_to_hub(run, "user/private", private=True)
     push_to_hub(run, "user/gated")
     hub.repos["user/gated"].gated = True
@@ -324,7 +324,7 @@ def test_who_may_not_read_is_told_why(hub, run, capsys, monkeypatch, tmp_path):
         assert not (tmp_path / "back").exists()
 
 
-def test_bad_input_is_one_sentence_and_nothing_is_half_pushed(hub, run, tmp_path, capsys):
+def test_bad_input_is_refused_in_one_sentence_before_anything_is_sent(hub, run, tmp_path, capsys):
     empty = tmp_path / "empty"
     empty.mkdir()
     assert "is no checkpoint folder" in refuse(capsys, "push", empty, "user/gpt")
@@ -357,11 +357,12 @@ def test_private_is_refused_for_what_is_public(hub, run, capsys):
     assert hub.repos["user/gpt"].find("main") == first.commit
 
 
-def test_a_license_that_is_given_counts_and_stays(hub, run):
-    for given, said in ((None, "unknown"), ("mit", "mit"), (None, "mit"), ("gpl", "gpl")):
-        push_to_hub(run, "user/gpt", license=given, language=given and ["en"])
+def test_a_license_that_was_set_stays_until_another_is_set(hub, run):
+    for license, expected in ((None, "unknown"), ("mit", "mit"), (None, "mit"), ("gpl", "gpl")):
+        push_to_hub(run, "user/gpt", license=license, language=license and ["en"])
         card = hub.repos["user/gpt"].files()["README.md"].decode()
-        assert f"license: {said}\n" in card and card.count("- en\n") == (said != "unknown")
+        assert f"license: {expected}\n" in card
+        assert card.count("- en\n") == (expected != "unknown")
 
 
 def test_offline_a_push_says_so(hub, run, capsys, monkeypatch):

@@ -1,8 +1,7 @@
-"""The Hub as an attacker or a thief would like it: paths that lead out, secrets, and races."""
+"""Attacks on push and pull: paths that lead out of a folder, secrets, races, and damage."""
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from itertools import cycle
 from pathlib import Path
 
 import pytest
+from conftest import CORPUS
 from huggingface_hub import snapshot_download
 from minihub import Repo
 from test_hub import make_run, refuse
@@ -23,7 +23,7 @@ from hf_nanogpt.checkpoint.folder import clear_abandoned, staged_folder
 from hf_nanogpt.cli import main
 from hf_nanogpt.hub.publishable import publish_command
 from hf_nanogpt.training.arguments import ModelArguments, parse_settings
-from hf_nanogpt.training.push_queue import PushQueue
+from hf_nanogpt.training.publishing import PushQueue
 
 ROOT = Path(__file__).parent.parent
 
@@ -44,7 +44,7 @@ def everything(folder: Path) -> dict[str, bytes | None]:
 @pytest.mark.parametrize(
     "step", ["/../../../site-packages", "/etc", "4/../../x", "4", -1, True, None, 1.5, [4], {}]
 )
-def test_pull_takes_no_number_of_steps_that_is_not_one(hub, run, tmp_path, capsys, step):
+def test_pull_refuses_an_invalid_number_of_steps(hub, run, tmp_path, capsys, step):
     push_to_hub(run, "user/gpt")
     files = hub.repos["user/gpt"].files()
     files["trainer_state.json"] = json.dumps({"global_step": step}).encode()
@@ -56,20 +56,22 @@ def test_pull_takes_no_number_of_steps_that_is_not_one(hub, run, tmp_path, capsy
 
 
 @pytest.mark.parametrize("name", ["../../evil.py", "a/../../../evil.py", "/tmp/evil.py"])
-def test_pull_takes_no_file_whose_name_leads_out(hub, run, tmp_path, capsys, name):
+def test_pull_refuses_a_file_name_that_leads_out_of_the_folder(hub, run, tmp_path, capsys, name):
     push_to_hub(run, "user/gpt")
     hub.repos["user/gpt"].files()[name] = b"raise SystemExit('foreign code ran')"
     try:
         assert main(["pull", "user/gpt", str(tmp_path / "back")]) == 2
     except FileNotFoundError:
-        pytest.fail("no sentence")
+        pytest.fail("a traceback instead of a sentence")
     assert not (tmp_path / "back").exists() and not list(tmp_path.rglob("evil.py"))
     assert not Path("/tmp/evil.py").exists()
 
 
 @pytest.mark.parametrize("options", [[], ["--native"], ["--branch", "b"], ["--dry_run"]])
 @pytest.mark.parametrize("name", ["samples.jsonl", "README.md", "metrics.json", "LICENSE"])
-def test_push_follows_no_link_that_leaves_the_folder(hub, run, tmp_path, capsys, name, options):
+def test_push_refuses_a_link_that_leads_out_of_the_folder(
+    hub, run, tmp_path, capsys, name, options
+):
     secret = tmp_path / "shadow"
     secret.write_text('{"prompt": "root:secret"}')
     (run / name).unlink(missing_ok=True)
@@ -78,7 +80,7 @@ def test_push_follows_no_link_that_leaves_the_folder(hub, run, tmp_path, capsys,
     assert not hub.repos and not hub.objects
 
 
-def test_training_pushes_no_link_that_leaves_its_checkpoint(hub, tmp_path):
+def test_training_refuses_to_push_a_link_that_leads_out_of_its_checkpoint(hub, tmp_path):
     (tmp_path / "shadow").write_text("root:secret")
     folder = make_run(tmp_path / "checkpoint-2")
     (folder / "trainer_state.json").symlink_to(tmp_path / "shadow")
@@ -89,7 +91,7 @@ def test_training_pushes_no_link_that_leaves_its_checkpoint(hub, tmp_path):
     assert "is a link to" in str(error) and not hub.repos
 
 
-def test_a_folder_of_the_cache_can_be_pushed_though_it_is_made_of_links(hub, run):
+def test_a_folder_of_the_cache_which_is_made_of_links_can_be_pushed(hub, run):
     push_to_hub(run, "user/gpt")
     push_to_hub(snapshot_download("user/gpt"), "user/again")
     same = hub.repos["user/gpt"].files()["model.safetensors"]
@@ -97,7 +99,7 @@ def test_a_folder_of_the_cache_can_be_pushed_though_it_is_made_of_links(hub, run
 
 
 @pytest.mark.parametrize("shard", ["../secret.safetensors", "{}/secret.safetensors"])
-def test_export_follows_no_shard_that_leaves_the_folder(run, tmp_path, capsys, shard):
+def test_export_refuses_a_shard_that_lies_outside_the_folder(run, tmp_path, capsys, shard):
     shard = shard.format(tmp_path)
     (run / "model.safetensors").rename(tmp_path / "secret.safetensors")
     index = {"metadata": {}, "weight_map": {"lm_head.weight": shard}}
@@ -128,8 +130,8 @@ def takes_text(name: str) -> bool:
 
 
 def list_text_settings() -> list[str]:
-    kinds = (DataArguments, ModelArguments, NanoGPTTrainingArguments)
-    names = [field.name for kind in kinds for field in fields(kind) if "str" in str(field.type)]
+    classes = (DataArguments, ModelArguments, NanoGPTTrainingArguments)
+    names = [field.name for cls in classes for field in fields(cls) if "str" in str(field.type)]
     return [name for name in names if takes_text(name)]
 
 
@@ -137,7 +139,7 @@ def list_text_settings() -> list[str]:
 def text_server(tmp_path):
     """The address of a text, behind a user, a password and a signature that are ignored."""
     (tmp_path / "web").mkdir()
-    shutil.copyfile(ROOT / "hf_nanogpt/data/documents.py", tmp_path / "web" / "text.txt")
+    (tmp_path / "web" / "text.txt").write_text(CORPUS, encoding="utf-8")
 
     class Handler(SimpleHTTPRequestHandler):
         def __init__(self, *args):
@@ -158,9 +160,9 @@ def test_no_secret_in_any_flag_or_variable_is_written_or_sent(
         monkeypatch.setenv(name, f"hf_marked_{name}")
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)  # for the text of the web
-    given = {name: f"hf_marked_{name}" for name in list_text_settings() if name not in PUBLIC}
+    values = {name: f"hf_marked_{name}" for name in list_text_settings() if name not in PUBLIC}
     run = tmp_path / "hf_marked_home" / "run"
-    given |= {
+    values |= {
         "data": f"{text_server}?X-Signature=hf_marked_data#hf_marked_part",
         "validation_data": f"{text_server}?X-Signature=hf_marked_validation",
         "output_dir": str(run),
@@ -169,7 +171,7 @@ def test_no_secret_in_any_flag_or_variable_is_written_or_sent(
     spellings = cycle(["--{}={}", "--{} {}"])
     flags = [f"--{name}={value}" for name, value in (SMALL | PUSH).items()]
     flags += ["--hub_strategy=checkpoint"]
-    for number, (name, value) in enumerate(given.items()):
+    for number, (name, value) in enumerate(values.items()):
         dashed = name.replace("_", "-") if number % 3 else name
         flags += next(spellings).format(dashed, value).split(" ")
     assert main(["train", *flags]) == 0
@@ -226,9 +228,7 @@ def test_metrics_of_the_wrong_type_are_one_sentence_that_names_the_file(hub, run
 
 @pytest.mark.parametrize("by_flag", [True, False])
 def test_a_private_repository_that_is_deleted_comes_back_private(hub, tmp_path, by_flag):
-    (tmp_path / "text.txt").write_text(
-        (ROOT / "hf_nanogpt/data/documents.py").read_text(encoding="utf-8")
-    )
+    (tmp_path / "text.txt").write_text(CORPUS, encoding="utf-8")
     if not by_flag:
         hub.repos["user/gpt"] = Repo(private=True)
         hub.repos["user/gpt"].commit("main", {})
@@ -282,7 +282,7 @@ def test_of_two_contents_pushed_at_once_under_one_tag_one_is_refused(hub, run, t
     slow.join()
     assert hub.repos["user/gpt"].tags["v1"] == release.commit
     [error] = errors
-    assert "tag=v1 is in user/gpt already, with another content" in str(error)
+    assert "tag=v1 exists in user/gpt with another content" in str(error)
 
 
 NAMES = [
@@ -292,12 +292,10 @@ NAMES = [
 
 
 @pytest.mark.parametrize("option", ["--tag", "--branch"])
-def test_what_git_does_not_allow_as_a_name_is_refused_before_anything_is_sent(
-    hub, run, capsys, option
-):
+def test_a_name_that_git_forbids_is_refused_before_anything_is_sent(hub, run, capsys, option):
     for name in NAMES:
         said = refuse(capsys, "push", run, "user/gpt", f"{option}={name}")
-        assert f"{option[2:]}={name!r} is not possible" in said or repr(name)[1:-1] in said
+        assert f"{option[2:]}={name!r} is not a possible name" in said or repr(name)[1:-1] in said
     for name in ("main", "HEAD", "refs/heads/x", "0" * 40):
         if (option, name) != ("--branch", "main"):
             refuse(capsys, "push", run, "user/gpt", f"{option}={name}")
@@ -308,7 +306,7 @@ def test_what_git_does_not_allow_as_a_name_is_refused_before_anything_is_sent(
         assert name == "-a" or name == "@" or subprocess.run(command).returncode
 
 
-def test_a_tag_is_not_named_as_a_branch_of_the_hub(hub, run, capsys):
+def test_a_tag_cannot_have_the_name_of_a_branch(hub, run, capsys):
     push_to_hub(run, "user/gpt", branch="dev")
     commits = len(hub.repos["user/gpt"].commits)
     assert "user/gpt has a branch of that name" in refuse(
@@ -318,7 +316,7 @@ def test_a_tag_is_not_named_as_a_branch_of_the_hub(hub, run, capsys):
 
 
 @pytest.mark.parametrize("path", ["/refs", "/tree/", "/api/models/user/gpt$"])
-def test_every_request_of_a_push_is_made_again_where_the_hub_is_busy(hub, run, path):
+def test_every_request_of_a_push_is_repeated_if_the_hub_is_busy(hub, run, path):
     push_to_hub(run, "user/gpt", tag="v1", private=True)
     hub.fail("GET", path, "503")
     push_to_hub(run, "user/gpt", tag="v2", private=True)
@@ -336,14 +334,12 @@ def stop(source, target):
     replace(source, target)
 os.replace = stop
 from hf_nanogpt.cli import main
-from hf_nanogpt.hub.publishable import publish_command
-from hf_nanogpt.training.push_queue import PushQueue
 sys.exit(main(sys.argv[2:]))
 """
 
 
 @pytest.mark.parametrize(("verb", "name"), [("export", "SIGKILL"), ("pull", "SIGTERM")])
-def test_what_was_stopped_as_it_wrote_can_be_repeated(hub, run, tmp_path, verb, name):
+def test_a_command_that_was_stopped_while_writing_can_be_repeated(hub, run, tmp_path, verb, name):
     source = str(run)
     if verb == "pull":
         push_to_hub(run, source := "user/gpt")
@@ -363,7 +359,7 @@ def test_what_was_stopped_as_it_wrote_can_be_repeated(hub, run, tmp_path, verb, 
     assert list((tmp_path / "out").rglob("model.safetensors"))
 
 
-def test_what_a_living_process_writes_is_neither_cleared_nor_mixed_with(run, tmp_path, capsys):
+def test_a_folder_that_another_process_is_writing_is_left_alone(run, tmp_path, capsys):
     out = tmp_path / "out"
     with staged_folder(out) as staged:
         (staged / "half").write_text("half")
@@ -373,7 +369,7 @@ def test_what_a_living_process_writes_is_neither_cleared_nor_mixed_with(run, tmp
     assert [path.name for path in out.iterdir()] == ["half"]
 
 
-def test_only_what_was_staged_is_cleared(tmp_path):
+def test_only_abandoned_staged_folders_are_deleted(tmp_path):
     (tmp_path / ".staged-abcd_123").mkdir()
     for name in (".staged-my-photos", ".staged-ABCDEFGH", "other"):
         (tmp_path / name).mkdir()
@@ -387,7 +383,7 @@ def test_only_what_was_staged_is_cleared(tmp_path):
 
 
 @pytest.mark.parametrize("path", ["/objects/", "/resolve/.*config.json"])
-def test_a_changed_byte_is_refused_without_asking_for_it_and_not_kept(
+def test_pull_compares_checksums_by_default_and_keeps_no_damaged_file(
     hub, run, tmp_path, capsys, path
 ):
     push_to_hub(run, "user/gpt")

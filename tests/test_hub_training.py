@@ -14,7 +14,7 @@ from transformers.utils import logging
 from hf_nanogpt import NanoGPTTrainingArguments, evaluate, pull_checkpoint, push_to_hub, train
 from hf_nanogpt.cli import main
 from hf_nanogpt.training.arguments import parse_settings
-from hf_nanogpt.training.push_queue import PushQueue
+from hf_nanogpt.training.publishing import PushQueue
 
 SMALL = {
     "tokenizer": "byte",
@@ -51,7 +51,7 @@ def pickles(files: dict[str, bytes]) -> list[str]:
 
 
 @pytest.mark.parametrize("strategy", ["end", "every_save", "checkpoint", "all_checkpoints"])
-def test_every_revision_that_training_pushes_loads_and_state_is_on_branches(
+def test_every_pushed_revision_loads_and_only_branches_have_the_training_state(
     hub, text_file, tmp_path, strategy
 ):
     run = tmp_path / "run"
@@ -96,7 +96,7 @@ def test_resuming_elsewhere_from_the_hub_equals_an_uninterrupted_run(hub, text_f
     assert len(losses[0]) == 6 and losses[0] == losses[1]
 
 
-def test_a_slow_hub_gets_the_newest_checkpoint_with_its_own_weights(
+def test_while_a_push_is_slow_only_the_newest_checkpoint_waits(
     hub, text_file, tmp_path, monkeypatch
 ):
     hub.fail("POST", "/preupload/", "hold")
@@ -139,7 +139,7 @@ def test_a_push_that_fails_in_the_background_is_reported_with_the_command(
     assert same(weights("user/gpt"), weights(run))
 
 
-def test_a_last_push_that_fails_costs_nothing_but_itself(hub, text_file, tmp_path, capsys):
+def test_if_the_last_push_fails_it_can_be_repeated_by_hand(hub, text_file, tmp_path, capsys):
     hub.fail("POST", "/commit/", "403")
     run = tmp_path / "run"
     flags = [f"--{k}={v}" for k, v in (SMALL | PUSH | {"hub_strategy": "end"}).items()]
@@ -150,7 +150,7 @@ def test_a_last_push_that_fails_costs_nothing_but_itself(hub, text_file, tmp_pat
 
 
 @pytest.mark.parametrize(("token", "reason"), [("", "logged in"), ("hf_wrong", "not accept")])
-def test_who_cannot_push_hears_it_before_training(
+def test_missing_permission_to_push_is_reported_before_training(
     hub, text_file, tmp_path, monkeypatch, token, reason
 ):
     monkeypatch.setenv("HF_TOKEN", token)
@@ -159,7 +159,7 @@ def test_who_cannot_push_hears_it_before_training(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_person_s_card_survives_the_trainer(hub, text_file, tmp_path):
+def test_a_person_s_edits_of_the_card_survive_training(hub, text_file, tmp_path):
     run = tmp_path / "run"
     train(data=text_file, output_dir=str(run), hub_strategy="end", **SMALL, **PUSH)
     files = hub.repos["user/gpt"].files()
@@ -173,7 +173,7 @@ def test_a_person_s_card_survives_the_trainer(hub, text_file, tmp_path):
     assert "license: mit" in card and "## Mine\n\nX" in card
 
 
-def test_the_card_s_own_commands_repeat_its_figures_and_tell_no_secret(
+def test_the_commands_in_the_card_repeat_its_figures_and_show_no_secret(
     hub, text_file, tmp_path, monkeypatch
 ):
     run = tmp_path / "run"

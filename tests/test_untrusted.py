@@ -1,4 +1,4 @@
-"""Hostile files: no code of theirs runs, none fills the memory, and each error names the file."""
+"""Hostile files: none runs code or fills the memory, and each error names the file."""
 
 import ast
 import json
@@ -48,7 +48,7 @@ def folder(made, tmp_path) -> Path:
 # Code
 
 
-def test_whatever_loads_says_that_no_foreign_code_is_run():
+def test_every_call_that_loads_forbids_code_of_the_checkpoint():
     for path in (ROOT / "hf_nanogpt").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if not isinstance(node, ast.Call):
@@ -85,7 +85,7 @@ for words in json.loads(sys.argv[1]):
 """
 
 
-def test_no_verb_runs_the_code_of_a_checkpoint_though_a_terminal_answers_yes(folder, tmp_path):
+def test_no_command_runs_code_of_a_checkpoint_even_if_a_terminal_answers_yes(folder, tmp_path):
     mark = tmp_path / "mark"
     (folder / "evil.py").write_text(EVIL.format(mark=str(mark)))
     classes = {"AutoConfig": "evil.EvilConfig", "AutoModelForCausalLM": "evil.EvilModel"}
@@ -218,7 +218,7 @@ ONLY_TOO_LARGE = ("wide, as a width may be", "many tokens", "long table")
 
 
 @pytest.mark.parametrize("case", HOSTILE)
-def test_every_verb_answers_a_hostile_file_with_one_sentence_that_names_it(
+def test_every_command_refuses_a_hostile_file_in_one_sentence_that_names_it(
     case, folder, tmp_path, capsys, monkeypatch
 ):
     file, harm = HOSTILE[case]
@@ -280,7 +280,7 @@ def test_a_hostile_state_is_refused_by_name(state, folder):
         '{"stateful_callbacks": {"InterruptibleTrainer": {"checksums": 7}}}',
     ],
 )
-def test_a_step_with_a_hostile_record_is_not_whole(text, folder):
+def test_a_checkpoint_with_a_hostile_record_does_not_count(text, folder):
     step = folder / "checkpoint-1"
     step.mkdir()
     (step / "trainer_state.json").write_text(text)
@@ -294,7 +294,7 @@ def test_a_step_with_a_hostile_record_is_not_whole(text, folder):
         "additional_chat_templates/a.jinja",
     ],
 )
-def test_nothing_is_loaded_through_a_link_that_leaves_the_folder(
+def test_a_link_that_leads_out_of_the_folder_is_not_loaded(
     name, folder, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
@@ -317,13 +317,13 @@ def test_nothing_is_loaded_through_a_link_that_leaves_the_folder(
     assert not (tmp_path / "out").exists() and not (tmp_path / "new").exists()
 
 
-def test_a_folder_that_is_reached_by_a_link_is_loaded(folder, tmp_path):
+def test_a_link_to_a_whole_folder_is_loaded(folder, tmp_path):
     (tmp_path / "link").symlink_to(folder)
     (folder / "inner.json").symlink_to("config.json")
     load_checkpoint(tmp_path / "link")
 
 
-def test_unusual_but_right_settings_are_not_refused(folder):
+def test_unusual_but_valid_settings_are_accepted(folder):
     edit(folder / "generation_config.json", early_stopping="never")
     rope = {"rope_type": "default", "rope_theta": 3_580_165_449}
     edit(folder / CONFIG, rope_parameters=rope)
@@ -364,7 +364,7 @@ def test_no_pickle_of_a_checkpoint_is_opened(folder):
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]\n", r"\*a is not read: write out"),
+        ("a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]\n", r"\*a is not read: write its value"),
         ("data: &d {x: 1}\nmodel: {<<: *d}\n", r"\*d is not read"),
         ("[" * 100_000, "nested too deeply"),
         ("a: !!python/object/apply:os.system [true]\n", "could not determine a constructor"),
@@ -385,7 +385,7 @@ def test_a_hostile_setting_is_refused_by_name():
         parse_settings("quickstart", ["--rope_parameters", DEEP])
 
 
-def test_what_is_plain_is_read():
+def test_plain_yaml_and_json_are_read():
     assert parse_yaml("a: [1, yes, x]\n", where="here") == {"a": [1, True, "x"]}
     assert parse_json('{"a": [1]}', where="here") == {"a": [1]}
 
@@ -415,7 +415,7 @@ def test_a_tokenizer_whose_expression_never_ends_is_stopped_by_its_library(folde
         ("a folder/x?y", "a folder/x?y"),
     ],
 )
-def test_an_address_is_shown_without_what_is_secret(address, shown):
+def test_an_address_is_shown_without_secrets(address, shown):
     assert without_secrets(address) == shown
 
 

@@ -1,4 +1,4 @@
-"""What may be published of a training: listed settings, no secret and no path of a machine."""
+"""Remove from the facts of a training what must not be published: secrets and local paths."""
 
 import os
 from collections.abc import Sequence
@@ -9,8 +9,8 @@ from typing import Any
 from ..configuration_nanogpt import NanoGPTConfig
 from ..errors import without_secrets
 
-# What a card may show of the command: all that decides the result, and no place where a token or a
-# name of somebody's machine is given. What is not listed is not published.
+# The flags that a card may show: those that decide the result, and none that can hold a token or
+# the name of a machine. What is not listed is not published.
 _PUBLISHED = {
     *("from", "held_out"),
     *("data", "validation_data", "validation_fraction", "text_column", "dataset_config"),
@@ -31,38 +31,38 @@ _PUBLISHED = {
 
 
 def publish_place(place: str) -> str:
-    """Return an address without its secrets, or of a path on this machine the last part."""
+    """Return an address without its secrets; of a path on this machine, only the last part."""
     place = without_secrets(place)
     is_private = os.path.isabs(place) or place.startswith("~")
     return Path(place).name if is_private else place
 
 
-def publish_command(words: Sequence[str]) -> list[str]:
-    """Return a command with those of its flags that may be shown, however they are spelled."""
+def publish_command(command: Sequence[str]) -> list[str]:
+    """Return a command without the flags that must not be shown, in any spelling."""
     kept: list[str] = []
-    shown = True
-    for word in words:
-        if word.startswith("--"):
-            flag, equals, value = word.partition("=")
+    is_shown = True
+    for part in command:
+        if part.startswith("--"):
+            flag, equals, value = part.partition("=")
             name = flag.removeprefix("--").replace("-", "_")
-            shown = name.removeprefix("no_") in _PUBLISHED
-            word = f"--{name}{equals}{publish_place(value)}"
-        else:  # the value of a flag, or what stands before all flags
-            word = publish_place(word)
-        if shown:
-            kept.append(word)
+            is_shown = name.removeprefix("no_") in _PUBLISHED
+            part = f"--{name}{equals}{publish_place(value)}"
+        else:  # the value of the flag before it, or an argument before all flags
+            part = publish_place(part)
+        if is_shown:
+            kept.append(part)
     return kept
 
 
 def publish_facts(metrics: dict[str, Any]) -> dict[str, Any]:
-    """Return the content of a `metrics.json` that an earlier version wrote, fit to be published."""
+    """Return the content of a `metrics.json`, cleaned of what earlier versions wrote into it."""
     clean = dict(metrics)
     for name in ("data", "start_from"):
         if isinstance(value := metrics.get(name), str):
             clean[name] = publish_place(value)
     for name in ("command", "eval_command"):
         if isinstance(value := metrics.get(name), list):
-            clean[name] = publish_command([str(word) for word in value])
+            clean[name] = publish_command([str(part) for part in value])
     if isinstance(settings := metrics.get("settings"), dict) and "Tokenizer" in settings:
         clean["settings"] = settings | {"Tokenizer": publish_place(str(settings["Tokenizer"]))}
     return clean

@@ -1,4 +1,4 @@
-"""Fetch a checkpoint from the Hub, whole and as it was sent, or not at all."""
+"""Pull a checkpoint from the Hub: the whole folder as it was pushed, or nothing."""
 
 import os
 import shutil
@@ -17,17 +17,17 @@ from .staging import check_repo_id
 def pull_checkpoint(
     checkpoint: str, destination: str | Path | None = None, *, verify: bool = True
 ) -> Path:
-    """Download `user/name` or `user/name@revision` to a new folder, whole or not at all.
+    """Download `user/name` or `user/name@revision` to a new folder, and return the checkpoint.
 
-    A training checkpoint lands in `destination/checkpoint-N`, where `train --resume` looks for it.
+    A training checkpoint goes to `destination/checkpoint-N`, where `train --resume` looks for it.
 
     Args:
         destination: by default the name of the model.
         verify: compare the checksum of each file with the Hub's (SHA-256 for the weights).
 
     Raises:
-        UserError: there is no such id or revision, the destination has content, a file would land
-            outside it, or a checksum differs; downloading again then starts anew.
+        UserError: the id or revision does not exist, the destination is not empty, a file would
+            land outside it, or a checksum differs. A damaged file is downloaded again next time.
     """
     name, revision = split_revision(checkpoint)
     check_repo_id(name)
@@ -39,9 +39,9 @@ def pull_checkpoint(
         raise UserError(f"{checkpoint} could not be downloaded: {why}.") from error
     if verify:
         _verify(name, snapshot)
-    # A training checkpoint becomes a folder in the folder, which appears at once as well.
+    # A training checkpoint goes one folder deeper, which also appears only when it is complete.
     state = snapshot / "trainer_state.json"
-    step = _step_name(path_inside(snapshot, state.name)) if state.is_file() else ""
+    step = _name_step(path_inside(snapshot, state.name)) if state.is_file() else ""
     with written_folder(folder) as staged:
         shutil.copytree(
             snapshot,
@@ -53,7 +53,7 @@ def pull_checkpoint(
     return folder / step
 
 
-def _step_name(state: Path) -> str:
+def _name_step(state: Path) -> str:
     step = read_json(state).get("global_step")
     if not isinstance(step, int) or isinstance(step, bool) or step < 0:
         raise UserError(f"{state} has global_step={step!r:.80}, which is not a number of steps.")
@@ -70,12 +70,12 @@ def _verify(name: str, snapshot: Path) -> None:
     except FAILURES as error:
         raise UserError(
             f"{name} could not be compared with the Hub's checksums: {explain_hub_error(error)}. "
-            "Try again, or give --no-verify to take what was downloaded."
+            "Try again, or use --no-verify to accept the download unchecked."
         ) from error
-    for mismatch in found.mismatches:  # out of the cache, so that it is not taken for good again
+    for mismatch in found.mismatches:  # delete it from the cache, so that it is downloaded again
         (path := path_inside(snapshot, mismatch["path"])).resolve().unlink()
         path.unlink(missing_ok=True)
     if wrong := [*(m["path"] for m in found.mismatches), *found.missing_paths]:
         raise UserError(
-            f"{name} arrived damaged ({', '.join(wrong)}), and was not kept: pull it again."
+            f"{name} arrived damaged ({', '.join(wrong)}) and was not kept: pull it again."
         )

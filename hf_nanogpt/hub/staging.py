@@ -1,10 +1,10 @@
-"""The folder that goes to the Hub: what is published of a checkpoint, and under which names."""
+"""Stage a release: copy what is published of a checkpoint to a folder, and write its card."""
 
 import hashlib
 import json
 import re
 import shutil
-from collections.abc import Collection
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,19 +12,18 @@ from typing import Any
 from huggingface_hub import constants
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from jinja2 import TemplateError
 from transformers import AutoConfig
 
 from ..checkpoint.folder import ARTIFACTS, LOADING, check_checkpoint, load_checkpoint
 from ..configuration_nanogpt import NanoGPTConfig
 from ..convert import export_checkpoint
-from ..errors import UserError
+from ..errors import UserError, explain_errors
 from ..untrusted import path_inside, read_json
 from .card import render_model_card
-from .card_edits import merge_card, read_card
+from .card_edits import write_card
 from .publishable import publish_facts
 
-# Listed, not found: what else lies in the folder is private, and no pickle is ever among them.
+# Only listed files are published: others in the folder are private. None of these is a pickle.
 RELEASED = (
     *(name for name in ARTIFACTS if not name.startswith(("training_args", "checkpoint-", "."))),
     "LICENSE",
@@ -32,8 +31,9 @@ RELEASED = (
     "merges.txt",
     "vocab.json",
 )
-# What resuming needs besides; goes to a branch of its own only, for it has pickles.
+# Resuming also needs these. They go only to branches other than main, as some are pickles.
 STATE = ("optimizer.*", "scheduler.pt", "scaler.pt", "rng_state*.pth", "trainer_state.json")
+_PACKAGE = Path(__file__).parent.parent
 _CODE = ("configuration_nanogpt.py", "modeling_nanogpt.py")
 _NOT_LOADED = ("README.md", "metrics.json", "loss.png", "samples.jsonl", "LICENSE")
 # What git forbids in a name (man git-check-ref-format), and names that would mean something else.
@@ -44,20 +44,23 @@ _NOT_A_REF = re.compile(
 
 @dataclass(frozen=True)
 class Release:
-    """A folder as it goes to the Hub: the id, the revision that pins it, and the commit, if any.
-
-    `insist` names the front matter of its card in which a person's earlier word does not count.
-    """
+    """A staged folder with the options of `push_to_hub`; pushed, it also has its commit."""
 
     folder: Path
     repo_id: str
-    revision: str
-    branch: str
-    tag: str | None
+    branch: str = "main"
+    tag: str | None = None
+    native: bool = False
+    license: str | None = None
+    language: list[str] | None = None
     message: str | None = None
-    insist: tuple[str, ...] = ()
     commit: str | None = None
     is_new: bool = False
+
+    @property
+    def revision(self) -> str:
+        """What pins this release, if it has a tag; else its branch."""
+        return self.tag or self.branch
 
     @property
     def url(self) -> str:
@@ -69,6 +72,11 @@ class Release:
         """Size in bytes of each file, by name."""
         return {path.name: path.stat().st_size for path in sorted(self.folder.iterdir())}
 
+    @property
+    def overrides(self) -> list[str]:
+        """Front matter of the card that this push sets, whatever it was before."""
+        return [name for name in ("license", "language") if getattr(self, name)]
+
 
 def stage_release(
     checkpoint: str | Path,
@@ -77,100 +85,88 @@ def stage_release(
     repo_id: str,
     tag: str | None = None,
     branch: str | None = None,
-    native: bool = False,
-    license: str | None = None,
-    language: list[str] | None = None,
+    **options: Any,
 ) -> Release:
-    """Write what `push_to_hub` would send to an empty folder, and send nothing."""
+    """Write to an empty folder what `push_to_hub` would send with these options; send nothing."""
     check_repo_id(repo_id)
     check_ref_names(tag=tag, branch=branch)
     source = Path(check_checkpoint(checkpoint))
     if not source.is_dir():
-        raise UserError(f"{checkpoint} is no folder here: pull it first, then push the folder.")
-    model, _ = load_checkpoint(source)  # what does not load here would not load elsewhere
+        raise UserError(f"{checkpoint} is not a local folder: pull it first, then push the folder.")
+    model, _ = load_checkpoint(source)  # a checkpoint that does not load is not pushed
     if model.config.model_type != NanoGPTConfig.model_type:
         raise UserError(
-            f"{source} is a {model.config.model_type} model, not one of ours: push the checkpoint "
-            "that it was exported from, with --native."
+            f"{source} is a {model.config.model_type} model, not a nanogpt model: push the "
+            "checkpoint that it was exported from, with --native."
         )
-    path = path_inside(source, "metrics.json")
-    metrics = publish_facts(read_json(path)) if path.is_file() else {}
-    metrics |= {"num_parameters": model.num_parameters()}
-    card = {"license": license, "language": language}
-    insist = tuple(name for name, value in card.items() if value)
-    release = Release(Path(folder), repo_id, "", branch or "main", tag, insist=insist)
-    return stage(source, release, metrics, native=native, tag_content=True, card=card)
+    metrics_file = path_inside(source, "metrics.json")
+    metrics = publish_facts(read_json(metrics_file)) if metrics_file.is_file() else {}
+    metrics["num_parameters"] = model.num_parameters()
 
-
-def stage(
-    source: Path,
-    release: Release,
-    metrics: dict[str, Any],
-    *,
-    native: bool = False,
-    tag_content: bool = False,
-    card: dict[str, Any] | None = None,
-) -> Release:
-    folder = release.folder
-    to_branch = release.branch != "main" and not release.tag
-    kept = (*RELEASED, *STATE) if to_branch and not native else RELEASED
-    known = {path.name for pattern in kept for path in source.glob(pattern) if path.is_file()}
-    known = {name for name in known if not name.endswith(".part")}
-    # All of them before anything is read: a link may lead to what nobody meant to publish.
-    files = {name: path_inside(source, name) for name in sorted(known)}
-    format = None
-    if native:
-        with LOADING:
-            format = export_checkpoint(source, folder).format
-        files = {name: path for name, path in files.items() if name in _NOT_LOADED}
-    for name, path in files.items():
-        shutil.copyfile(path, folder / name)
-    if "metrics.json" in files:
-        text = json.dumps(metrics, indent=2) + "\n"
-        (folder / "metrics.json").write_text(text, encoding="utf-8")
-    if not native:
-        for name in set(_CODE) - known:
-            shutil.copyfile(Path(__file__).parent.with_name(name), folder / name)
-    tag = release.tag
-    if tag is None and tag_content and release.branch == "main":
-        tag = f"content-{_checksum(folder)}"
-    release = replace(release, tag=tag, revision=tag or release.branch)
-    path = source / "metrics.json"
-    options = {"name": release.repo_id, "revision": release.revision, "native": format}
-    fresh = _render(folder, metrics, path, **options, **(card or {}))
-    write_card(fresh, source / "README.md", to=folder / "README.md", insist=release.insist)
+    release = Release(Path(folder), repo_id, branch or "main", tag, **options)
+    export = _copy_files(source, release, metrics)
+    if release.revision == "main":  # the default tag says which content it has
+        release = replace(release, tag=f"content-{_sum_content(release.folder)}")
+    # A person may have changed the metrics; without them, an error here would be a bug.
+    explained = f"{metrics_file} has unexpected content, so correct or delete it"
+    with explain_errors(explained) if metrics_file.is_file() else nullcontext():
+        card = _render_card(release, metrics, export)
+    write_card(
+        card, source / "README.md", to=release.folder / "README.md", overrides=release.overrides
+    )
     return release
 
 
-def _render(folder: Path, metrics: dict[str, Any], path: Path, **options: Any) -> str:
-    """Render the card of a folder; a `UserError` names the file that the metrics are from."""
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    try:
-        return render_model_card(config, metrics, **options)
-    except (TypeError, ValueError, LookupError, AttributeError, TemplateError) as error:
-        raise UserError(
-            f"{path} does not hold what a training writes there ({error}): correct or delete it, "
-            "and push again."
-        ) from error
+def stage_step(checkpoint: Path, release: Release, num_parameters: int) -> None:
+    """Stage a checkpoint of a running training, without loading it first."""
+    metrics = {"num_parameters": num_parameters}
+    _copy_files(checkpoint, release, metrics)
+    card = _render_card(release, metrics)
+    write_card(card, checkpoint / "README.md", to=release.folder / "README.md")
 
 
-def write_card(
-    card: str, path: Path, *, to: Path | None = None, insist: Collection[str] = ()
-) -> None:
-    """Write a card, with what a person changed in an earlier one at `path`, there or elsewhere."""
-    written = read_card(path_inside(path.parent, path.name)) if path.is_file() else ""
-    merged = merge_card(card, written, where=str(path), insist=insist)
-    (to or path).write_text(merged, encoding="utf-8")
+def _copy_files(source: Path, release: Release, metrics: dict[str, Any]) -> str | None:
+    """Copy what is published of a checkpoint; return the format if it is a native export."""
+    with_state = release.branch != "main" and not release.tag and not release.native
+    patterns = (*RELEASED, *STATE) if with_state else RELEASED
+    found = {path.name for pattern in patterns for path in source.glob(pattern) if path.is_file()}
+    # Check all names before any file is read: a link may lead to a private file.
+    files = {name: path_inside(source, name) for name in found if not name.endswith(".part")}
+    export = None
+    if release.native:
+        with LOADING:
+            export = export_checkpoint(source, release.folder).format
+        files = {name: path for name, path in files.items() if name in _NOT_LOADED}
+    else:  # the two model files are needed where hf_nanogpt is not installed
+        files = {name: _PACKAGE / name for name in _CODE} | files
+    for name, path in files.items():
+        shutil.copyfile(path, release.folder / name)
+    if "metrics.json" in files:
+        text = json.dumps(metrics, indent=2) + "\n"
+        (release.folder / "metrics.json").write_text(text, encoding="utf-8")
+    return export
 
 
-def _checksum(folder: Path) -> str:
-    """Return 12 digits that depend on all that is loaded from a folder, and on nothing else."""
+def _render_card(release: Release, metrics: dict[str, Any], export: str | None = None) -> str:
+    return render_model_card(
+        AutoConfig.from_pretrained(release.folder, trust_remote_code=False),
+        metrics,
+        name=release.repo_id,
+        revision=release.revision,
+        native=export,
+        license=release.license,
+        language=release.language,
+    )
+
+
+def _sum_content(folder: Path) -> str:
+    """Return 12 digits that depend on every file that loading reads, and on nothing else."""
     digest = hashlib.sha256()
     for path in sorted(folder.iterdir()):
         if path.name not in _NOT_LOADED:
             with path.open("rb") as file:
-                inner = hashlib.file_digest(file, "sha256").hexdigest()
-            digest.update(f"{path.name} {inner}\n".encode())
+                checksum = hashlib.file_digest(file, "sha256").hexdigest()
+            digest.update(f"{path.name} {checksum}\n".encode())
     return digest.hexdigest()[:12]
 
 
@@ -180,8 +176,8 @@ def check_repo_id(repo_id: str) -> None:
         validate_repo_id(repo_id)
     except HFValidationError as error:
         raise UserError(
-            f"repo_id={repo_id!r} is not possible: give USER/NAME of letters, digits, '-', '_' and "
-            "'.', at most 96 of them."
+            f"repo_id={repo_id!r} must be USER/NAME of letters, digits, '-', '_' and '.', and at "
+            "most 96 characters."
         ) from error
     if repo_id.count("/") != 1:
         raise UserError(f"repo_id={repo_id!r} must be USER/NAME, such as user/{repo_id}.")
@@ -189,11 +185,11 @@ def check_repo_id(repo_id: str) -> None:
 
 def check_ref_names(*, tag: str | None = None, branch: str | None = None) -> None:
     """Raise a `UserError` unless the Hub can have a tag and a branch of these names."""
-    for kind, name in (("tag", tag), ("branch", branch)):
+    for option, name in (("tag", tag), ("branch", branch)):
         if name is not None and _NOT_A_REF.search(name):
             raise UserError(
-                f"{kind}={name!r} is not possible: use letters, digits, '-', '_', '.' and '/', as "
-                "in v1.0."
+                f"{option}={name!r} is not a possible name: use letters, digits, '-', '_', '.' and "
+                "'/', as in v1.0."
             )
     if tag is not None and tag in ("main", branch):
         raise UserError(f"tag={tag!r} is the name of a branch: choose another tag, such as v1.")

@@ -1,7 +1,11 @@
-"""What a training pushes to the Hub: by every strategy a whole model, and nothing that is lost."""
+"""Push to the Hub while training: each save as a whole model, in the background."""
 
 import shlex
+import shutil
+import tempfile
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HTTPError
@@ -10,30 +14,81 @@ from transformers.utils import logging
 
 from ..errors import UserError, explain_hub_error, retry
 from ..hub.card import render_model_card
-from ..hub.release import push_to_hub
-from ..hub.staging import Release, check_ref_names, write_card
-from .push_queue import PushQueue
+from ..hub.card_edits import write_card
+from ..hub.push import push_step, push_to_hub
+from ..hub.staging import Release, check_ref_names
 from .stopping import InterruptibleTrainer
 
 logger = logging.get_logger(__name__)
 
 
-class HubTrainer(InterruptibleTrainer):
-    """A `Trainer` that pushes what release.py makes.
+class PushQueue:
+    """Push checkpoints one after the other in the background."""
 
-    Each save goes to main as a whole model with its code and card. What resuming needs besides goes
-    to the branch `last-checkpoint`, or of each `checkpoint-N`, as `hub_strategy` has it. While a
-    push is slow the newest save waits, and what failed is told at the end. A repository that
-    somebody deletes meanwhile is made again, and is no more public than it was.
+    def __init__(self):
+        self._api = HfApi()  # it runs background jobs in one thread, in their order
+        self._jobs: list[tuple[Future, tempfile.TemporaryDirectory]] = []
+        self._copy_errors: list[BaseException] = []
+
+    def add(
+        self,
+        checkpoint: str | Path,
+        repo_id: str,
+        *,
+        branches: list[str],
+        skip_waiting: bool,
+        **options: Any,
+    ) -> None:
+        """Push a copy of a checkpoint to each branch, with the options of `push_step`.
+
+        With `skip_waiting`, it takes the place of pushes that have not begun.
+        """
+        if skip_waiting:
+            for job, waiting_copy in self._jobs:
+                if job.cancel():
+                    waiting_copy.cleanup()
+        # Training may change or delete the checkpoint before its turn comes.
+        copy = tempfile.TemporaryDirectory(prefix="hf_nanogpt-push-")
+        try:
+            # Links stay links: push_step refuses those that lead out of the checkpoint.
+            shutil.copytree(checkpoint, copy.name, symlinks=True, dirs_exist_ok=True)
+        except OSError as error:  # such as a full disk, which must not stop the training
+            copy.cleanup()
+            self._copy_errors.append(error)
+            return
+
+        def push() -> None:
+            with copy:
+                for branch in branches:
+                    push_step(Path(copy.name), repo_id, branch=branch, **options)
+
+        self._jobs.append((self._api.run_as_future(push), copy))
+
+    def finish(self) -> list[BaseException]:
+        """Wait for all pushes; return the errors of those that failed."""
+        raised = [job.exception() for job, _ in self._jobs if not job.cancelled()]
+        errors = [*self._copy_errors, *filter(None, raised)]
+        self._jobs, self._copy_errors = [], []
+        return errors
+
+
+class HubTrainer(InterruptibleTrainer):
+    """A `Trainer` that pushes as `hub.push_to_hub` does.
+
+    Each save goes to main as a whole model with code and card. The state for resuming goes to the
+    branch `last-checkpoint`, or to one branch for each `checkpoint-N`, depending on `hub_strategy`.
+    While a push is slow, only the newest save waits. Failed pushes are reported at the end. If
+    somebody deletes the repository meanwhile, it is created again, and stays private if it was.
     """
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Create the repository, or raise a `UserError` before training if that is impossible."""
         self.pushes = PushQueue()
         if not self.is_world_process_zero():
             return
         check_ref_names(branch=self.args.hub_revision)
         name = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
-        if private is not None:  # before 5.23 Trainer has no such argument here
+        if private is not None:  # before 5.23, Trainer's own method has no such argument
             self.args.hub_private_repo = private
         try:
             super().init_hf_repo(token)
@@ -41,7 +96,7 @@ class HubTrainer(InterruptibleTrainer):
             self.is_private = retry(lambda: api.repo_info(self.hub_model_id)).private
         except HTTPError as error:
             raise UserError(
-                f"hub_model_id={name} is no place to push to: {explain_hub_error(error)}."
+                f"hub_model_id={name} cannot be pushed to: {explain_hub_error(error)}."
             ) from error
         if not self.is_private and self.args.hub_private_repo:
             raise UserError(
@@ -50,7 +105,7 @@ class HubTrainer(InterruptibleTrainer):
             )
 
     def create_model_card(self, *args, **kwargs) -> None:
-        """Write the card into `output_dir`, where a person's own edits stay."""
+        """Write the card to `output_dir`, and keep a person's edits there."""
         if self.is_world_process_zero():
             folder = Path(self.args.output_dir)
             facts = {"num_parameters": self.model.num_parameters()}
@@ -66,7 +121,7 @@ class HubTrainer(InterruptibleTrainer):
         private: bool | None = None,
         **kwargs,
     ) -> Release | None:
-        """Save to `output_dir` and push that as `hub.push_to_hub` does; always waits for the end.
+        """Save to `output_dir` and push it as `hub.push_to_hub` does; always wait for the end.
 
         Raises:
             UserError: the Hub refused; what was trained is safe in `output_dir`.
@@ -101,10 +156,10 @@ class HubTrainer(InterruptibleTrainer):
             checkpoint_folder,
             self.hub_model_id,
             branches=branches,
+            skip_waiting=not (args.hub_always_push or strategy == HubStrategy.ALL_CHECKPOINTS),
             num_parameters=self.model.num_parameters(),
             message=f"Training in progress, step {self.state.global_step}",
             private=self.is_private,
-            skip_waiting=not (args.hub_always_push or strategy == HubStrategy.ALL_CHECKPOINTS),
             token=args.hub_token,
         )
 
@@ -113,6 +168,6 @@ class HubTrainer(InterruptibleTrainer):
             return
         for error in self.pushes.finish():
             logger.error(
-                f"A push during training failed: {error} To push what was trained: hf-nanogpt push "
+                f"A push during training failed: {error} To push the result: hf-nanogpt push "
                 f"{shlex.quote(self.args.output_dir)} {self.hub_model_id}"
             )
