@@ -49,6 +49,7 @@ def alone(model, prompt: str, **settings) -> str:
 
 def test_texts_written_together_are_those_written_alone(family):
     model, steps = batched(family), []
+    before = model.generation_config.to_dict()
 
     async def work(writer):
         jobs = [asyncio.ensure_future(take(writer, prompt)) for prompt in PROMPTS]
@@ -59,6 +60,7 @@ def test_texts_written_together_are_those_written_alone(family):
     texts = run(model, work)
     assert texts == [alone(model, prompt) for prompt in PROMPTS]
     assert len(steps) < 2 * 12 and all(texts)
+    assert model.generation_config.to_dict() == before
 
 
 def test_each_has_its_own_settings():

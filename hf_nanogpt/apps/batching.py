@@ -46,8 +46,8 @@ class EndedError(Exception):
 class Writer:
     """Writes the tokens that follow prompts, for the requests of one event loop.
 
-    `settings` are those of `stream_text`: `max_new_tokens`, `temperature`, `top_k` and `top_p`. With
-    `seed`, `min_p` or `repetition_penalty` a request is written alone.
+    `settings` are those of `stream_text`: `max_new_tokens`, `temperature`, `top_k` and `top_p`; a
+    request with `seed`, `min_p` or `repetition_penalty` is written alone.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ends: list[int]):

@@ -137,7 +137,11 @@ class Chat:
         limit = self.model.config.max_position_embeddings
         room = min(self.settings["max_new_tokens"], limit // 2)
         for first in range(self.forgotten, len(self.messages) + 1, 2):
-            ids = self._encode([*self.messages[first:], message])
+            messages = [*self._system_message(), *self.messages[first:], message]
+            text = render_messages(self.tokenizer, messages)
+            [ids] = encode_prompt(
+                self.model, self.tokenizer, text, add_special_tokens=False
+            ).tolist()
             if len(ids) + room <= limit:
                 break
         if len(ids) >= limit:
@@ -150,11 +154,6 @@ class Chat:
 
     def _system_message(self) -> list[dict[str, str]]:
         return [{"role": "system", "content": self.system}] if self.system else []
-
-    def _encode(self, messages: list[dict[str, str]]) -> list[int]:
-        text = render_messages(self.tokenizer, self._system_message() + messages)
-        ids = encode_prompt(self.model, self.tokenizer, text, add_special_tokens=False)
-        return ids[0].tolist()
 
     def _reuse_cache(self, ids: list[int]) -> Cache:
         """Return a cache of the first of `ids`, as many as were cached for the last answer."""

@@ -15,6 +15,7 @@ import socket
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing, suppress
+from dataclasses import dataclass
 from typing import Any
 
 import uvicorn
@@ -31,13 +32,7 @@ from ..errors import UserError, one_line
 from ..generation import encode_prompt
 from .batching import EndedError, TextDecoder, Writer
 from .chat import NO_TEMPLATE, find_turn_ends, render_messages
-from .openai_api import (
-    CompletionRequest,
-    ResponseFormat,
-    check_request,
-    format_event,
-    parse_body,
-)
+from .openai_api import CompletionRequest, ResponseFormat, check_request, format_event, parse_body
 
 _TEXT, _CHAT = "/v1/completions", "/v1/chat/completions"
 _MAX_BODY = 4 * 2**20  # bytes
@@ -150,8 +145,8 @@ class _Server:
         encode_prompt(model, tokenizer, "a")  # raises if the tokenizer does not fit the model
         self.name, self.model, self.tokenizer, self.api_key = name, model, tokenizer, api_key
         self.writer = Writer(model, tokenizer, find_turn_ends(model, tokenizer))
-        self.description = {"id": name, "object": "model", "owned_by": "hf-nanogpt"}
-        self.description |= {"created": int(time.time())}
+        self.description: dict[str, Any] = {"id": name, "object": "model"}
+        self.description |= {"owned_by": "hf-nanogpt", "created": int(time.time())}
         # A text of more characters cannot fit the context. It is refused before it is tokenized,
         # which takes far more memory than the text.
         longest = max(map(len, tokenizer.get_vocab()))
@@ -254,8 +249,9 @@ class _Server:
             **request.settings,
             "max_new_tokens": min(request.settings.get("max_new_tokens", room), room),
         }
-        format_ = ResponseFormat(self.name, chat=chat)
-        return _Answer(self.writer, request, ids[0].tolist(), settings, format_)
+        return _Answer(
+            self.writer, request, ids[0].tolist(), settings, ResponseFormat(self.name, chat=chat)
+        )
 
     def check_length(self, text: str) -> None:
         if len(text) > self.max_characters:
@@ -270,20 +266,17 @@ async def _wait_for_disconnect(request: Request) -> None:
         pass
 
 
+@dataclass
 class _Answer:
     """One answer: its text while it is written, why it ended, and how many tokens it took."""
 
-    def __init__(
-        self,
-        writer: Writer,
-        request: CompletionRequest,
-        prompt: list[int],
-        settings: dict[str, Any],
-        format_: ResponseFormat,
-    ):
-        self.writer, self.request, self.format = writer, request, format_
-        self.prompt, self.settings = prompt, settings
-        self.count, self.reason = 0, "length"
+    writer: Writer
+    request: CompletionRequest
+    prompt: list[int]
+    settings: dict[str, Any]
+    format: ResponseFormat
+    count: int = 0
+    reason: str = "length"
 
     @property
     def usage(self) -> dict[str, int]:
