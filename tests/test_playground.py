@@ -181,9 +181,10 @@ def test_bad_input_to_the_command_is_one_sentence(checkpoint, tmp_path, capsys):
             (tmp_path / "nothing",): "There is no checkpoint at",
             (tmp_path / "mute",): "has no tokenizer",
             (checkpoint, tmp_path / "mute"): "has no tokenizer",
-            (checkpoint, "--port", port): f"port={port} (Address already in use)",
-            (checkpoint, "--port", "70000"): "port=70000 (",
-            (checkpoint, "--host", "no.such.host.invalid"): "host=no.such.host.invalid (",
+            (checkpoint, "--port", port): f"port={port} (Address already in use",
+            (checkpoint, "--port", "0"): "port=0 is invalid",
+            (checkpoint, "--port", "70000"): "port=70000 is invalid",
+            (checkpoint, "--host", "no.such.host.invalid"): "host=no.such.host.invalid ",
             (checkpoint, "--prot", "1"): "did you mean --port?",
         }
         for argv, words in cases.items():
