@@ -99,7 +99,7 @@ def test_tokens_are_drawn_with_the_probabilities_of_the_model():
 
 
 @pytest.mark.parametrize("own", [{"repetition_penalty": 1.5}, {"min_p": 0.2}, {"typical_p": 0.5}])
-def test_what_a_batch_does_not_know_is_written_alone(own):
+def test_settings_that_batches_lack_are_written_alone(own):
     model = batched()
     model.generation_config.update(**own)
 
@@ -110,7 +110,7 @@ def test_what_a_batch_does_not_know_is_written_alone(own):
     assert manager is None and text == alone(model, "the cat", temperature=1.0, seed=1)
 
 
-def test_no_other_request_changes_what_longrope_makes_of_a_text():
+def test_other_requests_do_not_change_a_longrope_text():
     model = batched()
     half = model.config.head_dim // 2
     model.config.rope_parameters = {
@@ -131,7 +131,7 @@ def test_no_other_request_changes_what_longrope_makes_of_a_text():
     assert run(model, work) == [alone(model, prompt, **given) for prompt in prompts]
 
 
-def test_a_request_that_is_given_up_leaves_the_batch():
+def test_a_closed_request_leaves_the_batch():
     async def work(writer):
         for _ in range(40):  # more than are written at once, and each would take long
             tokens = writer.write(encode("a"), GREEDY | {"max_new_tokens": 19_000})
@@ -144,7 +144,7 @@ def test_a_request_that_is_given_up_leaves_the_batch():
 
 
 @pytest.mark.parametrize("settings", [{}, {"seed": 1}])
-def test_all_that_is_being_written_can_be_ended(settings):
+def test_all_answers_can_be_ended(settings):
     async def work(writer):
         given = {"max_new_tokens": 19_000, **settings}
         jobs = [asyncio.ensure_future(take(writer, "a", **given)) for _ in range(3)]

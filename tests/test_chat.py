@@ -73,7 +73,7 @@ def test_chat_leaves_the_settings_of_the_model_alone():
     assert model.generation_config.to_dict() == before
 
 
-def test_what_was_read_for_the_last_answer_is_not_read_again():
+def test_cached_tokens_are_not_computed_again():
     chat = Chat(model := talker(), TOKENIZER, **GREEDY)
     "".join(chat.answer("hello"))
     sizes = []
@@ -129,7 +129,7 @@ def test_answer_cut_short_is_remembered_as_far_as_it_was_read():
     assert "".join(chat.answer("go on")) == answer_whole(model, so_far)
 
 
-def test_closed_stream_generates_no_further():
+def test_closed_stream_stops_generating():
     model, before = talker(block_size=20_000), set(threading.enumerate())
     pieces = stream_text(model, TOKENIZER, "a", max_new_tokens=19_000)
     next(pieces)
@@ -166,7 +166,7 @@ def test_template_that_fails_or_never_ends_is_one_sentence(monkeypatch):
     assert sys.gettrace() is None
 
 
-def test_answers_and_notes_hold_nothing_that_a_terminal_obeys(tmp_path):
+def test_control_characters_do_not_reach_the_terminal(tmp_path):
     save_talker(tmp_path, block_size=256)
     spoken = {*TOKENIZER("\x1b[2J")["input_ids"]}
     model = talker()

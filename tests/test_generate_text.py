@@ -103,7 +103,7 @@ def test_text_ends_after_the_first_stop_string():
     assert native == expected
 
 
-def test_text_ends_at_each_end_the_checkpoint_names_unless_told_otherwise():
+def test_text_ends_at_each_eos_of_the_checkpoint_unless_told_otherwise():
     model = talker()
     text = continue_alone(model, "the cat", new_tokens=20)
     ends = TOKENIZER.convert_tokens_to_ids([text[9], text[15]])
@@ -196,7 +196,7 @@ def test_nothing_that_a_terminal_obeys_is_printed(where, checkpoint, tmp_path, c
     assert where == "text" or out.startswith("\\x1b]0;title\\x07\\x1b[2J\\x9b2J\\x7f\n\té")
 
 
-def test_no_message_holds_what_a_terminal_obeys(capsys):
+def test_messages_hold_no_control_characters(capsys):
     assert main(["info", "no\x1b[2Jsuch\x9bmodel"]) == 2
     assert main(["\x1b[2J"]) == 2
     error = capsys.readouterr().err
@@ -325,7 +325,7 @@ def test_bad_input_to_generate_is_one_sentence_and_exit_code_2(name, damage, cap
     assert re.search(words, sentence), sentence
 
 
-def test_token_id_that_the_model_has_not_is_refused():
+def test_token_id_beyond_the_vocabulary_is_refused():
     words = Tokenizer(models.WordLevel({"a": 3, "b": 900}, unk_token="a"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
     assert len(tokenizer) == 2

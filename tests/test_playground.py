@@ -45,7 +45,7 @@ def shares_after(model, ids: torch.Tensor) -> torch.Tensor:
 # the steps
 
 
-def test_each_step_tells_the_softmax_of_the_logits_before_it_whatever_is_sampled(family):
+def test_each_step_has_the_softmax_of_the_logits_whatever_is_sampled(family):
     model = talker(family)
     model.generation_config.repetition_penalty = 1.5
     settings = {"max_new_tokens": 12, "temperature": 0.5, "top_k": 50, "top_p": 0.9, "seed": 3}
@@ -70,7 +70,7 @@ def checkpoint(tmp_path_factory):
 
 
 @pytest.mark.parametrize("seed", [0, 7])
-def test_same_seed_gives_the_text_of_the_verb_generate(seed, checkpoint, capfd):
+def test_same_seed_gives_the_text_of_the_command_generate(seed, checkpoint, capfd):
     flags = ["--max_new_tokens", "20", "--seed", str(seed), "--top_k", "30", "--top_p", "0.8"]
     assert main(["generate", checkpoint, PROMPT, *flags]) == 0
     settings = {"temperature": 0.8, "top_k": 30, "top_p": 0.8, "max_new_tokens": 20, "seed": seed}
@@ -105,7 +105,7 @@ def test_steps_of_one_model_taken_in_turns_are_those_taken_alone():
     assert list(zip(one, two, strict=True)) == list(zip(*alone, strict=True))
 
 
-def test_whoever_stops_reading_stops_the_model():
+def test_closing_the_stream_stops_the_model():
     model, passes = talker(block_size=4096), []
     model.register_forward_hook(lambda *_: passes.append(1))
     for stream in (stream_text, stream_steps):
@@ -152,7 +152,7 @@ def test_colors_follow_the_probability_and_the_legend_names_each():
         ("a", {"seed": -1}, "seed=-1 is invalid"),
     ],
 )
-def test_bad_input_is_told_on_the_page_in_a_sentence(prompt, settings, words):
+def test_bad_input_is_explained_on_the_page(prompt, settings, words):
     tokenizer = train_tokenizer([], kind="byte")
     tokenizer.bos_token = None
     *_, (html, (kept, steps)) = Speaker("a", talker(), tokenizer).write(prompt, [], settings)
