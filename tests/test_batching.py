@@ -49,6 +49,7 @@ def alone(model, prompt: str, **settings) -> str:
 
 def test_texts_written_together_are_those_written_alone(family):
     model, steps = batched(family), []
+    before = model.generation_config.to_dict()
 
     async def work(writer):
         jobs = [asyncio.ensure_future(take(writer, prompt)) for prompt in PROMPTS]
@@ -59,6 +60,7 @@ def test_texts_written_together_are_those_written_alone(family):
     texts = run(model, work)
     assert texts == [alone(model, prompt) for prompt in PROMPTS]
     assert len(steps) < 2 * 12 and all(texts)
+    assert model.generation_config.to_dict() == before
 
 
 def test_each_has_its_own_settings():
@@ -97,7 +99,7 @@ def test_tokens_are_drawn_with_the_probabilities_of_the_model():
 
 
 @pytest.mark.parametrize("own", [{"repetition_penalty": 1.5}, {"min_p": 0.2}, {"typical_p": 0.5}])
-def test_what_a_batch_does_not_know_is_written_alone(own):
+def test_settings_that_batches_lack_are_written_alone(own):
     model = batched()
     model.generation_config.update(**own)
 
@@ -108,7 +110,7 @@ def test_what_a_batch_does_not_know_is_written_alone(own):
     assert manager is None and text == alone(model, "the cat", temperature=1.0, seed=1)
 
 
-def test_no_other_request_changes_what_longrope_makes_of_a_text():
+def test_other_requests_do_not_change_a_longrope_text():
     model = batched()
     half = model.config.head_dim // 2
     model.config.rope_parameters = {
@@ -129,7 +131,7 @@ def test_no_other_request_changes_what_longrope_makes_of_a_text():
     assert run(model, work) == [alone(model, prompt, **given) for prompt in prompts]
 
 
-def test_a_request_that_is_given_up_leaves_the_batch():
+def test_a_closed_request_leaves_the_batch():
     async def work(writer):
         for _ in range(40):  # more than are written at once, and each would take long
             tokens = writer.write(encode("a"), GREEDY | {"max_new_tokens": 19_000})
@@ -142,7 +144,7 @@ def test_a_request_that_is_given_up_leaves_the_batch():
 
 
 @pytest.mark.parametrize("settings", [{}, {"seed": 1}])
-def test_all_that_is_being_written_can_be_ended(settings):
+def test_all_answers_can_be_ended(settings):
     async def work(writer):
         given = {"max_new_tokens": 19_000, **settings}
         jobs = [asyncio.ensure_future(take(writer, "a", **given)) for _ in range(3)]

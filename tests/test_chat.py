@@ -65,7 +65,15 @@ def test_each_answer_is_the_one_to_the_whole_conversation(family):
         assert chat.messages[-2:] == [user(text), {"role": "assistant", "content": said}]
 
 
-def test_what_was_read_for_the_last_answer_is_not_read_again():
+def test_chat_leaves_the_settings_of_the_model_alone():
+    model = talker()
+    before = model.generation_config.to_dict()
+    "".join(Chat(model, TOKENIZER, **GREEDY).answer("hello"))
+    assert END not in {before["eos_token_id"]}
+    assert model.generation_config.to_dict() == before
+
+
+def test_cached_tokens_are_not_computed_again():
     chat = Chat(model := talker(), TOKENIZER, **GREEDY)
     "".join(chat.answer("hello"))
     sizes = []
@@ -121,7 +129,7 @@ def test_answer_cut_short_is_remembered_as_far_as_it_was_read():
     assert "".join(chat.answer("go on")) == answer_whole(model, so_far)
 
 
-def test_closed_stream_generates_no_further():
+def test_closed_stream_stops_generating():
     model, before = talker(block_size=20_000), set(threading.enumerate())
     pieces = stream_text(model, TOKENIZER, "a", max_new_tokens=19_000)
     next(pieces)
@@ -143,7 +151,7 @@ def test_checkpoint_without_a_template_is_refused_with_a_way_out(tmp_path, capsy
 def test_template_that_refuses_is_one_sentence():
     tokenizer = train_tokenizer([], kind="byte")
     tokenizer.chat_template = "{{ raise_exception('no system here') }}"
-    with pytest.raises(ValueError, match="refuses this conversation: no system here"):
+    with pytest.raises(ValueError, match="cannot render this conversation: no system here"):
         Chat(talker(), tokenizer).answer("hello")
 
 
@@ -151,14 +159,14 @@ def test_template_that_fails_or_never_ends_is_one_sentence(monkeypatch):
     monkeypatch.setattr("hf_nanogpt.apps.chat._TEMPLATE_SECONDS", 0.2)
     endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     tokenizer = train_tokenizer([], kind="byte")
-    for template, words in ((endless, "within 0.2 seconds"), ("{{ 1 // 0 }}", "fails on this")):
+    for template, words in ((endless, "more than 0.2 seconds"), ("{{ 1 // 0 }}", "division")):
         tokenizer.chat_template = template
         with pytest.raises(ValueError, match=words):
             Chat(talker(), tokenizer).answer("hello")
     assert sys.gettrace() is None
 
 
-def test_answers_and_notes_hold_nothing_that_a_terminal_obeys(tmp_path):
+def test_control_characters_do_not_reach_the_terminal(tmp_path):
     save_talker(tmp_path, block_size=256)
     spoken = {*TOKENIZER("\x1b[2J")["input_ids"]}
     model = talker()
@@ -192,17 +200,19 @@ def test_commands_change_the_settings_and_the_conversation(tmp_path):
 
 
 BAD_COMMANDS = {
-    "/frob": "'/frob' is no command: /help",
-    "/set heat 3": "'heat' is no setting: choose one of max_new_tokens",
-    "/set temperature": "temperature= is not possible: give one number",
-    "/set temperature hot": "temperature=hot is not possible",
-    "/set temperature 1 2": "temperature=1 2 is not possible",
-    "/set temperature -1": "temperature=-1.0 is not possible: it must be 0",
-    "/set top_k 1.5": "top_k=1.5 is not possible",
-    "/set max_new_tokens 0": "max_new_tokens=0 is not possible",
-    "/save": "cannot be written.*name of a new file",
-    "/save pyproject.toml": "'pyproject.toml' cannot be written .File exists.",
-    "/save no/such/folder": "cannot be written .No such file",
+    "/frob": "'/frob' is not a command: /help",
+    "/set heat 3": "'heat' is not a setting: choose one of max_new_tokens",
+    "/set temperature": "temperature= is invalid: give one number",
+    "/set temperature hot": "temperature=hot is invalid",
+    "/set temperature 1 2": "temperature=1 2 is invalid",
+    "/set temperature -1": "temperature=-1.0 is invalid: it must be 0",
+    "/set top_k 1.5": "top_k=1.5 is invalid",
+    "/set max_new_tokens 0": "max_new_tokens=0 is invalid",
+    "/set top-k 1": "Did you mean top_k?",
+    "/save": "Cannot write '' .*name of a new file",
+    "/save pyproject.toml": "Cannot write 'pyproject.toml' .File exists.",
+    "/save no/such/folder": "Cannot write 'no/such/folder' .No such file",
+    "/save a\0b": "Cannot write .*null byte",
 }
 
 
@@ -269,7 +279,7 @@ def test_terminal_ends_an_answer_at_ctrl_c_and_the_chat_at_ctrl_d(tmp_path):
     read_until("(Ctrl-D ends.)")
     read_until("> ")
     os.write(screen, b"/save chat.jsonl\n")
-    read_until("has the conversation")
+    read_until("Conversation saved to")
     read_until("> ")
     os.write(screen, b"\x04")
     assert chat.wait() == 0

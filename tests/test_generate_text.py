@@ -103,7 +103,7 @@ def test_text_ends_after_the_first_stop_string():
     assert native == expected
 
 
-def test_text_ends_at_each_end_the_checkpoint_names_unless_told_otherwise():
+def test_text_ends_at_each_eos_of_the_checkpoint_unless_told_otherwise():
     model = talker()
     text = continue_alone(model, "the cat", new_tokens=20)
     ends = TOKENIZER.convert_tokens_to_ids([text[9], text[15]])
@@ -196,7 +196,7 @@ def test_nothing_that_a_terminal_obeys_is_printed(where, checkpoint, tmp_path, c
     assert where == "text" or out.startswith("\\x1b]0;title\\x07\\x1b[2J\\x9b2J\\x7f\n\té")
 
 
-def test_no_message_holds_what_a_terminal_obeys(capsys):
+def test_messages_hold_no_control_characters(capsys):
     assert main(["info", "no\x1b[2Jsuch\x9bmodel"]) == 2
     assert main(["\x1b[2J"]) == 2
     error = capsys.readouterr().err
@@ -290,7 +290,7 @@ def damage(checkpoint, tmp_path):
 
 
 BAD = {
-    "empty prompt without bos": ("no bos", "", [], "no bos token|has none"),
+    "empty prompt without bos": ("no bos", "", [], "this tokenizer has none: give a text"),
     "prompt longer than the context": ("none", "a" * 64, [], "64 tokens.*context is 64"),
     "no room": ("none", "a" * 60, ["--max_new_tokens=5"], "at most 4 tokens"),
     "negative length": ("none", "a", ["--max_new_tokens=-3"], "max_new_tokens=-3"),
@@ -307,10 +307,10 @@ BAD = {
     "min_p above one": ("none", "a", ["--min_p=2"], "min_p=2"),
     "penalty of zero": ("none", "a", ["--repetition_penalty=0"], "repetition_penalty=0"),
     "negative seed": ("none", "a", ["--seed=-1"], "seed=-1"),
-    "empty stop": ("none", "a", ["--stop="], "stop_strings=.*at least one character"),
+    "empty stop": ("none", "a", ["--stop="], "stop_strings .*at least one character"),
     "no tokenizer": ("no tokenizer", "a", [], "has no tokenizer"),
     "larger tokenizer": ("larger tokenizer", "a", [], "258 tokens.*vocab_size=257"),
-    "text that is no Unicode": ("none", "\udcff", [], "cannot encode.*surrogates"),
+    "text that is not Unicode": ("none", "\udcff", [], "cannot encode.*surrogates"),
 }
 
 
@@ -325,7 +325,7 @@ def test_bad_input_to_generate_is_one_sentence_and_exit_code_2(name, damage, cap
     assert re.search(words, sentence), sentence
 
 
-def test_token_id_that_the_model_has_not_is_refused():
+def test_token_id_beyond_the_vocabulary_is_refused():
     words = Tokenizer(models.WordLevel({"a": 3, "b": 900}, unk_token="a"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
     assert len(tokenizer) == 2
@@ -337,5 +337,5 @@ def test_a_model_whose_logits_are_nan_writes_nothing():
     model = talker()
     with torch.no_grad():
         model.lm_head.weight.fill_(float("nan"))
-    with pytest.raises(ValueError, match="probabilities are nan"):
+    with pytest.raises(ValueError, match="probabilities are NaN"):
         generate_text(model, TOKENIZER, "the cat", max_new_tokens=3, seed=0)

@@ -1,4 +1,4 @@
-"""The playground shows the model's own probabilities, and goes on from what a person picks."""
+"""The playground shows the model's probabilities, and continues from the token a person picks."""
 
 import json
 import os
@@ -45,7 +45,7 @@ def shares_after(model, ids: torch.Tensor) -> torch.Tensor:
 # the steps
 
 
-def test_each_step_tells_the_softmax_of_the_logits_before_it_whatever_is_sampled(family):
+def test_each_step_has_the_softmax_of_the_logits_whatever_is_sampled(family):
     model = talker(family)
     model.generation_config.repetition_penalty = 1.5
     settings = {"max_new_tokens": 12, "temperature": 0.5, "top_k": 50, "top_p": 0.9, "seed": 3}
@@ -70,7 +70,7 @@ def checkpoint(tmp_path_factory):
 
 
 @pytest.mark.parametrize("seed", [0, 7])
-def test_same_seed_gives_the_text_of_the_verb_generate(seed, checkpoint, capfd):
+def test_same_seed_gives_the_text_of_the_command_generate(seed, checkpoint, capfd):
     flags = ["--max_new_tokens", "20", "--seed", str(seed), "--top_k", "30", "--top_p", "0.8"]
     assert main(["generate", checkpoint, PROMPT, *flags]) == 0
     settings = {"temperature": 0.8, "top_k": 30, "top_p": 0.8, "max_new_tokens": 20, "seed": seed}
@@ -79,7 +79,7 @@ def test_same_seed_gives_the_text_of_the_verb_generate(seed, checkpoint, capfd):
     assert capfd.readouterr().out == printable(f"{PROMPT}{text}\n")
 
 
-def test_going_on_from_a_candidate_keeps_what_was_before_and_follows_it():
+def test_continuing_from_a_candidate_keeps_the_text_before_it():
     model = talker()
     settings = {"max_new_tokens": 6, "temperature": 0}
     steps = list(stream_steps(model, TOKENIZER, PROMPT, **settings))
@@ -105,7 +105,7 @@ def test_steps_of_one_model_taken_in_turns_are_those_taken_alone():
     assert list(zip(one, two, strict=True)) == list(zip(*alone, strict=True))
 
 
-def test_whoever_stops_reading_stops_the_model():
+def test_closing_the_stream_stops_the_model():
     model, passes = talker(block_size=4096), []
     model.register_forward_hook(lambda *_: passes.append(1))
     for stream in (stream_text, stream_steps):
@@ -148,15 +148,15 @@ def test_colors_follow_the_probability_and_the_legend_names_each():
     [
         ("", {}, "has none: give a text"),
         ("a" * 64, {}, "64 tokens, and this model"),
-        ("a", {"temperature": 0.0001}, "temperature=0.0001 is not possible"),
-        ("a", {"seed": -1}, "seed=-1 is not possible"),
+        ("a", {"temperature": 0.0001}, "temperature=0.0001 is invalid"),
+        ("a", {"seed": -1}, "seed=-1 is invalid"),
     ],
 )
-def test_bad_input_is_told_on_the_page_in_a_sentence(prompt, settings, words):
+def test_bad_input_is_explained_on_the_page(prompt, settings, words):
     tokenizer = train_tokenizer([], kind="byte")
     tokenizer.bos_token = None
     *_, (html, (kept, steps)) = Speaker("a", talker(), tokenizer).write(prompt, [], settings)
-    assert words in re.search('<p class="said error">(.*?)</p>', html)[1]
+    assert words in re.search('<p class="note error">(.*?)</p>', html)[1]
     assert (kept, steps) == (prompt, [])
 
 
@@ -181,9 +181,10 @@ def test_bad_input_to_the_command_is_one_sentence(checkpoint, tmp_path, capsys):
             (tmp_path / "nothing",): "There is no checkpoint at",
             (tmp_path / "mute",): "has no tokenizer",
             (checkpoint, tmp_path / "mute"): "has no tokenizer",
-            (checkpoint, "--port", port): f"port={port} (Address already in use)",
-            (checkpoint, "--port", "70000"): "port=70000 (",
-            (checkpoint, "--host", "no.such.host.invalid"): "host=no.such.host.invalid (",
+            (checkpoint, "--port", port): f"port={port} (Address already in use",
+            (checkpoint, "--port", "0"): "port=0 is invalid",
+            (checkpoint, "--port", "70000"): "port=70000 is invalid",
+            (checkpoint, "--host", "no.such.host.invalid"): "host=no.such.host.invalid ",
             (checkpoint, "--prot", "1"): "did you mean --port?",
         }
         for argv, words in cases.items():
@@ -246,7 +247,7 @@ def play(browser, url: str) -> None:
         )
 
     def said(words: str) -> None:
-        script = "[...document.querySelectorAll('.said')].map(e => e.textContent).join()"
+        script = "[...document.querySelectorAll('.note')].map(e => e.textContent).join()"
         wait(f"{script} === {words!r}")
 
     browser.open(url)
@@ -254,7 +255,7 @@ def play(browser, url: str) -> None:
     write("input[aria-label='number input for New tokens']", "12")
     browser.point("#generate", 0.5, 0.5, click=True)
     said("12 tokens.,12 tokens.")
-    assert texts(".given") == [PROMPT, PROMPT]
+    assert texts(".tokens .prompt") == [PROMPT, PROMPT]
     left, right = (texts(f".speaker:nth-child({i}) .tokens .token") for i in (1, 2))
     steps = list(
         stream_steps(talker(), TOKENIZER, PROMPT, max_new_tokens=12, temperature=0.8, seed=1)
@@ -263,21 +264,21 @@ def play(browser, url: str) -> None:
     found = browser.run(
         "return [...document.querySelectorAll('.speaker .token')].slice(0, 12).map(e => e.title)"
     )
-    assert [int(re.search(r"number (\d+)", title)[1]) for title in found] == [
+    assert [int(re.search(r"rank (\d+)", title)[1]) for title in found] == [
         step.rank for step in steps
     ]
     browser.point(".speaker:nth-child(1) .token:nth-child(5)", 0.5, 0.5, click=True)
-    wait("document.querySelectorAll('.way').length === 10")
-    assert "at token 4" in texts(".candidates h3")[0]
+    wait("document.querySelectorAll('.candidate').length === 10")
+    assert "for token 4" in texts(".candidates h3")[0]
     choice = next(i for i, c in enumerate(steps[3].likeliest) if c.id != steps[3].came.id)
-    browser.point(f".way[data-choice='{choice}']", 0.5, 0.5, click=True)
+    browser.point(f".candidate[data-choice='{choice}']", 0.5, 0.5, click=True)
     said("16 tokens.,12 tokens.")
     assert browser.run("return document.querySelector('.token.chosen').dataset.place") == "3"
     assert texts(".speaker:nth-child(1) .tokens .token")[:3] == left[:3]
     write("#prompt textarea", "a" * 64)
     browser.point("#generate", 0.5, 0.5, click=True)
-    wait("document.querySelectorAll('.said.error').length === 2")
-    assert "64 tokens, and this model" in texts(".said.error")[0]
+    wait("document.querySelectorAll('.note.error').length === 2")
+    assert "64 tokens, and this model" in texts(".note.error")[0]
     places = browser.run("return performance.getEntriesByType('resource').map(e => e.name)")
     assert places and all(place.startswith(url) for place in places)
     assert browser.log() == []

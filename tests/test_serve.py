@@ -16,7 +16,7 @@ from conftest import _HUB, ROOT
 from test_chat import TOKENIZER, answer_whole, save_talker, talker, user
 
 from hf_nanogpt import generate_text
-from hf_nanogpt.apps.serving import open_socket
+from hf_nanogpt.apps.addresses import open_socket
 from hf_nanogpt.cli import main
 
 openai = pytest.importorskip("openai", reason="needs pip install 'hf-nanogpt[serve]'")
@@ -106,7 +106,7 @@ def test_server_is_on_this_machine_only_and_lists_one_model(printed, client):
         assert json.load(answer) == {"status": "ok"}
 
 
-def test_chat_completion_is_the_answer_of_transformers(client):
+def test_chat_completion_equals_that_of_transformers(client):
     done = client.chat.completions.create(**HELLO, **SHORT)
     assert done.choices[0].message.content == answer_whole(batched(), HELLO["messages"])
     assert (done.model, done.choices[0].finish_reason) == ("talker", "length")
@@ -198,7 +198,7 @@ def test_usage_of_a_stream_comes_when_asked_for(client):
     assert last.usage.completion_tokens == 12
 
 
-def test_what_asks_for_nothing_is_no_fault(client):
+def test_fields_with_neutral_values_are_accepted(client):
     nothing = {"n": 1, "stop": [], "presence_penalty": 0, "frequency_penalty": 0.0, "user": "me"}
     nothing |= {"logit_bias": {}, "seed": None, "top_p": 1}
     done = client.completions.create(
@@ -282,7 +282,7 @@ MESSAGES += [[{"role": "user", "content": "a", "tool_calls": [7]}], [user("a")] 
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
-def test_no_request_is_answered_by_a_failure_of_the_server(path, printed):
+def test_no_request_makes_the_server_fail(path, printed):
     good = {"model": "talker", "max_tokens": 1}
     good |= {"messages": [user("a")]} if "chat" in path else {"prompt": "a"}
     bodies = [good | {field: value} for field in FIELDS for value in WRONG]
@@ -312,12 +312,17 @@ def test_a_page_from_elsewhere_does_not_reach_the_server(printed):
         assert post(printed, path, body)[0] == 404
 
 
-def test_a_key_is_asked_for_where_there_is_one(guarded):
+def test_a_key_is_required_if_one_is_set(guarded):
     body = {"model": "talker", "prompt": "a", "max_tokens": 1}
     assert "Authorization: Bearer $HF_NANOGPT_API_KEY" in guarded[-1] and KEY not in guarded[-1]
     for headers in ({}, {"Authorization": "Bearer x"}, {"Authorization": "Bearer "}):
         status, text = post(guarded, "/v1/completions", body, **headers)
         assert (status, "Authorization: Bearer KEY" in text) == (401, True)
+    for path in ("/v1/chat/completions", "/load_model"):
+        assert post(guarded, path, HELLO)[0] == 401
+    for path in ("/v1/models", "/v1/models/talker"):
+        with pytest.raises(HTTPError, match="401"):
+            urlopen(f"{address(guarded)}{path}")
     key = f"Bearer {KEY}".encode().decode("latin-1")  # as its bytes are
     assert post(guarded, "/v1/completions", body, Authorization=key)[0] == 200
 
@@ -327,7 +332,7 @@ def test_other_machines_need_a_key(tmp_path, monkeypatch, capsys):
     for key in ([], ["--api_key="]):
         command = ["serve", str(save_talker(tmp_path)), "--host=0.0.0.0", "--port=0", *key]
         assert main(command) == 2
-        assert "host=0.0.0.0 lets other machines in" in capsys.readouterr().err
+        assert "host=0.0.0.0 lets other machines connect" in capsys.readouterr().err
 
 
 def ask_and_leave(printed, body: dict) -> None:
@@ -349,11 +354,11 @@ def test_a_template_that_never_ends_is_stopped_and_others_are_answered(guarded):
         body = {"model": "talker", "prompt": "a", "max_tokens": 1}
         assert post(guarded, "/v1/completions", body, **key)[0] == 200
         status, text = chat.result()
-    assert status == 400 and "has not written this conversation within 2 seconds" in text
+    assert status == 400 and "takes more than 2 seconds" in text
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_work_of_a_client_that_has_left_ends(stream, guarded):
+def test_work_for_a_client_that_left_ends(stream, guarded):
     key = {"Authorization": f"Bearer {KEY}".encode().decode("latin-1")}
     body = {"model": "talker", "prompt": "a", "seed": 1}
     for _ in range(6):  # each would take minutes
@@ -383,7 +388,7 @@ def test_transformers_chat_talks_with_it(printed):
     assert answer_whole(batched(), HELLO["messages"]) in done.stdout, done.stderr
 
 
-def test_without_a_template_texts_go_on_and_sigterm_ends_all_that_wait(tmp_path):
+def test_without_a_template_only_texts_are_answered_and_sigterm_ends_all(tmp_path):
     (save_talker(tmp_path / "talker", block_size=20_000) / "chat_template.jinja").unlink()
     server, printed = start_server(tmp_path, "talker")
     assert "--chat_template chatml" in printed[0] and "/v1/completions" in printed[-1]
@@ -400,11 +405,11 @@ def test_without_a_template_texts_go_on_and_sigterm_ends_all_that_wait(tmp_path)
         assert all(isinstance(one.exception(), openai.APIError) for one in waiting)
 
 
-def test_address_that_cannot_be_had_is_refused():
-    sentence = r"port=\d+ cannot be listened at .*--port, or 0"
+def test_unusable_address_is_refused():
+    sentence = r"Cannot listen on host=127\.0\.0\.1 port=\d+ .*--port"
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(ValueError, match=sentence):
         open_socket("127.0.0.1", taken.getsockname()[1])
-    with pytest.raises(ValueError, match="port=70000 is not possible"):
+    with pytest.raises(ValueError, match="port=70000 is invalid"):
         open_socket("127.0.0.1", 70_000)
     with pytest.raises(ValueError, match=r"host=300\.1\.1\.1"):
         open_socket("300.1.1.1", 0)
@@ -415,7 +420,7 @@ def test_bad_checkpoint_is_refused(tmp_path, capsys):
     assert "no checkpoint folder" in capsys.readouterr().err
 
 
-def test_without_the_extra_the_verb_names_it(monkeypatch, capsys):
+def test_without_the_extra_the_command_names_it(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "starlette", None)
     assert main(["serve", "x"]) == 2
     assert "pip install 'hf-nanogpt[serve]'" in capsys.readouterr().err

@@ -1,1 +1,1 @@
-"""Programs for people: chat, an OpenAI server, a playground in the browser."""
+"""Programs for people: a chat in the terminal, a server of OpenAI's API, a page in the browser."""

@@ -1,12 +1,13 @@
-"""Tokens for many requests at once: by transformers' continuous batching, or one after another.
+"""Tokens and text for many requests at once.
 
-A request is written alone where the batch could not give it what it asks: a seed, for the batch has
-one source of chance for all, or a setting that transformers' batches do not know.
+Tokens come from transformers' continuous batching. A request is written alone, after those before
+it, if a batch cannot do what it asks: a seed, because a batch has one random number generator for
+all, or a setting that transformers' batches do not know.
 """
 
 import asyncio
 import copy
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from itertools import chain, count
@@ -19,60 +20,60 @@ from transformers import ContinuousBatchingConfig, PreTrainedModel, PreTrainedTo
 from transformers.generation import BaseStreamer
 from transformers.utils import logging
 
+from ..errors import UserError
 from ..generation import stream_text
 
 logger = logging.get_logger(__name__)
 
-ROWS = 16  # at most so many requests are written at once; others wait
-_CACHE = 2**30  # at most so many bytes for their keys and values, or what one request needs
-_PAGE = 256  # transformers gives the cache away in pieces of so many tokens
-_PREFILL = 512  # tokens of prompts that are read in one step
-# What a checkpoint may ask for in its generation_config.json and still be written in a batch.
+ROWS = 16  # the largest number of requests in a batch; others wait
+_CACHE_BYTES = 2**30  # for the keys and values of a batch, unless one request needs more
+_PAGE = 256  # transformers hands out the cache in pages of this many tokens
+_PREFILL = 512  # prompt tokens that one step reads
+_REQUEST_SETTINGS = {"max_new_tokens", "temperature", "top_k", "top_p"}
+# What generation_config.json may set without ruling out batches.
 _BATCHED = {"temperature", "top_k", "top_p", "do_sample", "suppress_tokens", "max_length"}
 _BATCHED |= {"bos_token_id", "eos_token_id", "pad_token_id", "max_new_tokens", "use_cache"}
 _BATCHED |= {"transformers_version", "_from_model_config"}
 
+# Takes a token, an error, or None at the end.
 Put: TypeAlias = Callable[[int | Exception | None], None]
 
 
 class EndedError(Exception):
-    """The server ends, or the model has failed, before the answer was whole."""
+    """The server stopped, or the model failed, before the answer was complete."""
 
 
 class Writer:
     """Writes the tokens that follow prompts, for the requests of one event loop.
 
-    `settings` are those of `stream_text`: `max_new_tokens`, `temperature`, `top_k`, `top_p`, and,
-    written alone, `seed`, `min_p` and `repetition_penalty`.
+    `settings` are those of `stream_text`: `max_new_tokens`, `temperature`, `top_k` and `top_p`; a
+    request with `seed`, `min_p` or `repetition_penalty` is written alone.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ends: list[int]):
         self.model, self.tokenizer, self.ends = model, tokenizer, ends
-        model.generation_config.eos_token_id = ends or None
-        own = model.generation_config.to_diff_dict()
-        self._can_batch = {name for name in own if own[name] not in (None, False)} <= _BATCHED
-        # It turns keys by the longest text of a batch: other requests would change a text.
-        rope = getattr(model.config, "rope_parameters", None)
-        self._can_batch &= "'longrope'" not in str(rope)
+        defaults = model.generation_config.to_diff_dict()
+        active = {name for name, value in defaults.items() if value not in (None, False)}
+        # longrope rotates keys by the longest text of a batch: other requests would change a text.
+        rope = str(getattr(model.config, "rope_parameters", None))
+        self._can_batch = active <= _BATCHED and "'longrope'" not in rope
         self._manager: Any = None
         self._ids = count()
         self._alone = ThreadPoolExecutor(1)
         self._ended = Event()
-        self._waiting: set[asyncio.Queue] = set()
+        self._queues: set[asyncio.Queue] = set()
 
     async def write(self, prompt: list[int], settings: dict[str, Any]) -> AsyncGenerator[int, None]:
-        """Yield tokens as they are written; whoever closes the iterator stops the work.
+        """Yield tokens as they are written; closing the iterator stops the work.
 
         Raises:
-            EndedError: there will be no further tokens.
+            EndedError: no more tokens will come.
         """
         if self._ended.is_set():
             raise EndedError
         queue: asyncio.Queue = asyncio.Queue()
-        self._waiting.add(queue)
-        batched = self._can_batch and settings.keys() <= {
-            *("max_new_tokens", "temperature", "top_k", "top_p")
-        }
+        self._queues.add(queue)
+        batched = self._can_batch and settings.keys() <= _REQUEST_SETTINGS
         start = self._start_in_batch if batched else self._start_alone
         stop = start(prompt, settings, queue.put_nowait)
         try:
@@ -81,25 +82,24 @@ class Writer:
                     raise token
                 yield token
         finally:
-            self._waiting.discard(queue)
+            self._queues.discard(queue)
             stop()
 
     def abandon(self) -> None:
-        """Let all that is being written end now; called in the event loop."""
+        """End all answers now; must be called in the event loop."""
         self._ended.set()
-        for queue in self._waiting:
+        for queue in self._queues:
             queue.put_nowait(EndedError())
 
     async def close(self) -> None:
-        """End all that is being written, and wait until no thread uses the model any more."""
+        """End all answers, and wait until no thread uses the model any more."""
         self.abandon()
         await asyncio.to_thread(self._alone.shutdown, cancel_futures=True)
         if self._manager is not None:
             await asyncio.to_thread(self._manager.stop, hard_stop=True)
 
-    # in a batch
-
     def _start_in_batch(self, prompt, settings, put: Put) -> Callable[[], None]:
+        """Add a request to the batch, and return a function that removes it."""
         if self._manager is None or not self._manager.is_running():
             self._manager = self._build_manager()
         manager, name, seen = self._manager, str(next(self._ids)), 0
@@ -114,7 +114,7 @@ class Writer:
 
         def stop() -> None:
             manager.cancel_request(name)
-            # What was on its way still finds its reader; then nobody must remember the request.
+            # Output may still be on its way to the handler, so the handler goes a little later.
             handlers = manager.output_router.result_handlers
             asyncio.get_running_loop().call_later(10, handlers.pop, name, None)
 
@@ -128,20 +128,21 @@ class Writer:
             eos_token_id=self.ends or -1,
             temperature=1.0 if greedy else float(settings["temperature"]),
             top_k=1 if greedy else settings["top_k"] or self.model.config.vocab_size,
-            top_p=0.0 if greedy else float(settings["top_p"]),  # 0: exactly one token is left
+            top_p=0.0 if greedy else float(settings["top_p"]),  # 0 leaves exactly one token
         )
         return stop
 
     def _build_manager(self) -> Any:
-        # A second model of the same weights, for this one is given another kind of attention.
+        # The manager switches its model to paged attention, so it gets a model of its own, which
+        # shares the weights.
         weights = chain(self.model.parameters(), self.model.buffers())
-        twin = copy.deepcopy(self.model, {id(tensor): tensor for tensor in weights})
-        # transformers asks for these settings where they differ from its own; each request has its
-        # own values.
-        config = twin.generation_config
+        model = copy.deepcopy(self.model, {id(tensor): tensor for tensor in weights})
+        # transformers prepares only those processors whose settings differ from its defaults. The
+        # values do not matter: each request brings its own.
+        config = model.generation_config
         config.update(do_sample=True, temperature=0.5, top_k=1, top_p=0.5)
         config.eos_token_id = self.ends or -1
-        manager = twin.init_continuous_batching(
+        manager = model.init_continuous_batching(
             generation_config=config,
             continuous_batching_config=ContinuousBatchingConfig(
                 num_blocks=-(-self._count_cached_tokens() // _PAGE),
@@ -154,46 +155,50 @@ class Writer:
         return manager
 
     def _count_cached_tokens(self) -> int:
-        """Return how many tokens the cache holds: a whole context of one request at least."""
+        """Return how many tokens the cache holds: at least one request's whole context."""
         config = self.model.config
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        token = 2 * config.num_hidden_layers * heads * size * self.model.dtype.itemsize
+        token_bytes = 2 * config.num_hidden_layers * heads * size * self.model.dtype.itemsize
         longest = config.max_position_embeddings + 2 * _PAGE
-        return max(longest, min(ROWS * longest, _CACHE // token))
-
-    # alone
+        return max(longest, min(ROWS * longest, _CACHE_BYTES // token_bytes))
 
     def _start_alone(self, prompt, settings, put: Put) -> Callable[[], None]:
-        loop, gone = asyncio.get_running_loop(), Event()
+        """Queue a request for the one thread that writes alone; return a function that stops it."""
+        loop, stopped = asyncio.get_running_loop(), Event()
 
-        def hand_over(token) -> None:
+        def hand_over(token: int | Exception | None) -> None:
             with suppress(RuntimeError):  # the event loop has ended
                 loop.call_soon_threadsafe(put, token)
 
         def work() -> None:
+            if stopped.is_set():
+                return
             last: Exception | None = None
             try:
-                ids = torch.tensor([prompt], device=self.model.device)
-                given = settings | {"streamer": _TokenStreamer()}
-                with closing(stream_text(self.model, self.tokenizer, ids, **given)) as tokens:
+                with closing(self._stream(prompt, settings)) as tokens:
                     for token in tokens:
-                        if gone.is_set() or self._ended.is_set():
+                        if stopped.is_set() or self._ended.is_set():
                             raise EndedError
                         hand_over(token)
-            except (ValueError, EndedError) as error:  # the reader raises it
+            except (UserError, EndedError) as error:  # `write` raises it
                 last = error
             except Exception:
-                logger.exception("A request could not be answered.")
+                logger.exception("A request failed.")
                 last = EndedError()
             hand_over(last)
 
-        self._alone.submit(lambda: None if gone.is_set() else work())
-        return gone.set
+        self._alone.submit(work)
+        return stopped.set
+
+    def _stream(self, prompt: list[int], settings: dict[str, Any]) -> Generator[int, None, None]:
+        ids = torch.tensor([prompt], device=self.model.device)
+        settings = settings | {"eos_token_id": self.ends or None, "streamer": _TokenStreamer()}
+        return stream_text(self.model, self.tokenizer, ids, **settings)
 
 
 class _TokenStreamer(BaseStreamer):
-    """Hands over the tokens themselves, without those of the prompt."""
+    """Yields the token ids, without those of the prompt."""
 
     def __init__(self):
         self.queue: SimpleQueue[int | None] = SimpleQueue()
@@ -209,3 +214,52 @@ class _TokenStreamer(BaseStreamer):
 
     def __iter__(self):
         return iter(self.queue.get, None)
+
+
+class TextDecoder:
+    """Decodes tokens as they come, and ends before the first stop text."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: list[str]):
+        self.tokenizer, self.stops, self.stopped = tokenizer, stops, False
+        self.ids: list[int] = []
+        self.first = self.done = (
+            0  # the tokens before `done` are decoded, from `first` the last time
+        )
+        self.held = ""  # text that may be the beginning of a stop text
+
+    def add(self, token: int) -> str:
+        """Return the text that is now certain."""
+        self.ids.append(token)
+        text = self._decode_rest()
+        if text.endswith("\N{REPLACEMENT CHARACTER}"):  # the rest of the character may follow
+            return ""
+        self.first, self.done = self.done, len(self.ids)
+        return self._release(text)
+
+    def finish(self) -> str:
+        """Return the rest of the text, when no more tokens come."""
+        if self.stopped:
+            return ""
+        rest = self._release(self._decode_rest() if self.done < len(self.ids) else "")
+        return rest + self.held
+
+    def _decode_rest(self) -> str:
+        """Return the text of the tokens from `done` on, decoded together with those before them."""
+        before = self._decode(self.ids[self.first : self.done])
+        return self._decode(self.ids[self.first :])[len(before) :]
+
+    def _decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def _release(self, text: str) -> str:
+        """Return the text up to a stop text, without an end that may become one."""
+        text, self.held = self.held + text, ""
+        if places := [text.index(stop) for stop in self.stops if stop in text]:
+            self.stopped = True
+            return text[: min(places)]
+        longest = max(map(len, self.stops), default=0)
+        for start in range(max(0, len(text) - longest), len(text)):
+            if any(stop.startswith(text[start:]) for stop in self.stops):
+                text, self.held = text[:start], text[start:]
+                break
+        return text

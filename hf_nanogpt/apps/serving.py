@@ -1,47 +1,43 @@
-"""A server of OpenAI's API for one checkpoint, for clients that need not be trusted.
+"""A server of OpenAI's API for one checkpoint, safe with clients that cannot be trusted.
 
-What a request may ask is in api_requests.py, how many are written at once in batching.py, and what
-an answer is in answering.py. Here are the addresses and who may ask: a browser must name this
-machine as the host and send JSON as such, so that no page from elsewhere reaches the server, and
-beyond this machine a client needs the key.
+openai_api.py checks requests and formats answers, and batching.py writes the tokens of several
+answers at once. Here are the routes and the limits: a browser must name this machine as the host
+and send JSON with its content type, so that no other web page can use the server; from other
+machines a client needs the key.
 """
 
 import asyncio
 import hmac
+import json
 import shlex
 import signal
 import socket
 import time
-from collections.abc import Callable
-from contextlib import suppress
-from ipaddress import ip_address
-from json import dumps
-from typing import TYPE_CHECKING, Any
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing, suppress
+from dataclasses import dataclass
+from typing import Any
 
+import uvicorn
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Route
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..errors import UserError
+from ..errors import UserError, one_line
 from ..generation import encode_prompt
-from .answering import FAILED, Answer, ChatForm, TextForm, write_event
-from .api_requests import Request, read_body, read_request
-from .batching import EndedError, Writer
+from .batching import EndedError, TextDecoder, Writer
 from .chat import NO_TEMPLATE, find_turn_ends, render_messages
-
-if TYPE_CHECKING:
-    from starlette.requests import Request as HTTPRequest
-    from starlette.responses import Response
+from .openai_api import CompletionRequest, ResponseFormat, check_request, format_event, parse_body
 
 _TEXT, _CHAT = "/v1/completions", "/v1/chat/completions"
-_LARGEST_BODY = 4 * 2**20  # bytes
-_PATIENCE = 3  # seconds that answers have to end by themselves when the server ends
-
-
-class _RefusalError(Exception):
-    """An answer of another status than 400."""
-
-    def __init__(self, status: int, message: str):
-        super().__init__(message)
-        self.status = status
+_MAX_BODY = 4 * 2**20  # bytes
+_GRACE = 3  # seconds for answers to finish when the server stops
+_FAILED = "The server is stopping, or has failed: try again later."
 
 
 def build_app(
@@ -51,88 +47,42 @@ def build_app(
     *,
     api_key: str | None = None,
     hosts: list[str] | None = None,
-) -> Any:
-    """Return the ASGI application that serves a model under a name, and nothing else.
+) -> Starlette:
+    """Return the ASGI application that serves one model under `name`.
 
-    A request that cannot be answered gets status 400 and a sentence, in the form of OpenAI's API.
-    As there, answers are sampled unless a request says `temperature=0`.
+    A bad request gets status 400 and an explanation in the form of OpenAI's API. As there, answers
+    are sampled unless a request sets `temperature=0`.
 
     Args:
-        api_key: what clients must send as `Authorization: Bearer ...`, if anything.
-        hosts: the only values of the header `Host` that are answered; by default all.
+        api_key: what clients must send as `Authorization: Bearer ...`; by default nothing.
+        hosts: the accepted values of the header `Host`; by default all.
 
     Raises:
-        UserError: the tokenizer is of another model.
+        UserError: the tokenizer belongs to another model.
     """
-    from starlette.applications import Starlette
-    from starlette.middleware import Middleware
-    from starlette.middleware.trustedhost import TrustedHostMiddleware
-    from starlette.responses import JSONResponse
-    from starlette.routing import Route
-
     server = _Server(name, model, tokenizer, api_key)
-
-    async def health(request: "HTTPRequest") -> "Response":
-        return JSONResponse({"status": "ok"})
-
-    given: dict[str, Any] = {"allowed_hosts": hosts or ["*"], "www_redirect": False}
     app = Starlette(
         routes=[
-            Route("/health", health),
-            Route("/v1/models", server.guard(server.list_models)),
-            Route("/v1/models/{name:path}", server.guard(server.show_model)),
-            Route("/load_model", server.guard(server.load_model), methods=["POST"]),
-            Route(_TEXT, server.guard(server.complete), methods=["POST"]),
-            Route(_CHAT, server.guard(server.chat), methods=["POST"]),
+            Route("/health", server.show_health),
+            Route("/v1/models", server.list_models),
+            Route("/v1/models/{name:path}", server.show_model),
+            Route("/load_model", server.load_model, methods=["POST"]),
+            Route(_TEXT, server.answer, methods=["POST"]),
+            Route(_CHAT, server.answer, methods=["POST"]),
         ],
-        middleware=[Middleware(TrustedHostMiddleware, **given)],
+        middleware=[
+            Middleware(TrustedHostMiddleware, allowed_hosts=hosts or ["*"], www_redirect=False)
+        ],
+        exception_handlers=dict.fromkeys(
+            (UserError, HTTPException, EndedError, ClientDisconnect), _explain
+        ),
     )
     app.state.writer = server.writer
     return app
 
 
-def open_socket(host: str, port: int) -> socket.socket:
-    """Listen at an address; port 0 is any free one.
-
-    Raises:
-        UserError: that cannot be, as where another program listens there.
-    """
-    if not 0 <= port < 2**16:
-        raise UserError(f"port={port} is not possible: it must be from 0 (any free one) to 65535.")
-    try:
-        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        return socket.create_server(address[:2], family=family)
-    except (OSError, UnicodeError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise UserError(
-            f"host={host} port={port} cannot be listened at ({why}): choose another "
-            "--port, or 0 for any free one."
-        ) from error
-
-
-def list_hosts(host: str, address: str) -> list[str]:
-    """Return the hosts that a browser may name: this machine's where only it is served, else all.
-
-    A page from elsewhere could make its own name mean this machine, and then ask the server.
-    """
-    if not ip_address(address.partition("%")[0]).is_loopback:
-        return ["*"]
-    return ["localhost", "127.0.0.1", "[::1]", f"[{address}]" if ":" in address else address, host]
-
-
-def check_key_is_there(host: str, address: str, api_key: str | None) -> None:
-    """Raise a `UserError` if other machines can reach the server and no key is needed."""
-    if "*" in list_hosts(host, address) and not api_key:
-        raise UserError(
-            f"host={host} lets other machines in, so clients need a key: give --api_key, or set "
-            "HF_NANOGPT_API_KEY, or leave --host out to serve this machine only."
-        )
-
-
-def serve_app(app: Any, listener: socket.socket, *, on_ready: Callable[[], None]) -> None:
-    """Answer requests until SIGINT or SIGTERM; `on_ready` is called when the first may come."""
-    import uvicorn
-
+def serve_app(app: Starlette, listener: socket.socket, *, on_ready: Callable[[], None]) -> None:
+    """Answer requests until SIGINT or SIGTERM; call `on_ready` once the first may come."""
     writer: Writer = app.state.writer
 
     class Server(uvicorn.Server):
@@ -141,35 +91,49 @@ def serve_app(app: Any, listener: socket.socket, *, on_ready: Callable[[], None]
             on_ready()
 
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-            asyncio.get_running_loop().call_later(_PATIENCE, writer.abandon)
+            asyncio.get_running_loop().call_later(_GRACE, writer.abandon)
             await super().shutdown(sockets)
             await writer.close()
 
-    # uvicorn ends well at either signal and then raises it again: both become Ctrl-C's exception.
+    # uvicorn shuts down at either signal and then raises it again, here as KeyboardInterrupt.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     config = uvicorn.Config(
-        app,
-        log_level="warning",
-        server_header=False,
-        timeout_graceful_shutdown=2 * _PATIENCE,
+        app, log_level="warning", server_header=False, timeout_graceful_shutdown=2 * _GRACE
     )
     with suppress(KeyboardInterrupt):
         Server(config).run(sockets=[listener])
 
 
 def write_request(url: str, name: str, *, chat: bool, with_key: bool = False) -> str:
-    """Return a command line of curl that asks the server at `url` for an answer or a text."""
+    """Return a curl command that asks the server at `url` for an answer or a text."""
     message = {"role": "user", "content": "Hello!"}
     body = {"messages": [message]} if chat else {"prompt": "Hello", "max_tokens": 30}
-    data = shlex.quote(dumps({"model": name, **body}, ensure_ascii=False))
+    data = shlex.quote(json.dumps({"model": name, **body}, ensure_ascii=False))
     key = '-H "Authorization: Bearer $HF_NANOGPT_API_KEY" ' if with_key else ""
-    return (
-        f"curl {url}{_CHAT if chat else _TEXT} {key}-H 'Content-Type: application/json' -d {data}"
-    )
+    path = _CHAT if chat else _TEXT
+    return f"curl {url}{path} {key}-H 'Content-Type: application/json' -d {data}"
+
+
+async def _explain(request: Request, error: Exception) -> Response:
+    """Return the response to a request that failed."""
+    if isinstance(error, HTTPException):
+        status, message = error.status_code, error.detail
+    elif isinstance(error, UserError):
+        status, message = 400, one_line(error)
+    elif isinstance(error, EndedError):
+        status, message = 503, _FAILED
+    else:
+        status, message = 499, "The client has disconnected."
+    return JSONResponse(_format_error(message, by_client=status < 500), status)
+
+
+def _format_error(message: str, *, by_client: bool) -> dict[str, Any]:
+    error_type = "invalid_request_error" if by_client else "server_error"
+    return {"error": {"message": message, "type": error_type}}
 
 
 class _Server:
-    """Answers for one model."""
+    """The endpoints of one model."""
 
     def __init__(
         self,
@@ -178,153 +142,180 @@ class _Server:
         tokenizer: PreTrainedTokenizerBase,
         api_key: str | None,
     ):
-        encode_prompt(model, tokenizer, "a")
+        encode_prompt(model, tokenizer, "a")  # raises if the tokenizer does not fit the model
         self.name, self.model, self.tokenizer, self.api_key = name, model, tokenizer, api_key
-        self.ends = find_turn_ends(model, tokenizer)
-        self.writer = Writer(model, tokenizer, self.ends)
-        self.since = int(time.time())
-        # No text of more characters than this fits the context: it is refused before it becomes
-        # tokens, which takes far more memory than the text.
+        self.writer = Writer(model, tokenizer, find_turn_ends(model, tokenizer))
+        self.description: dict[str, Any] = {"id": name, "object": "model"}
+        self.description |= {"owned_by": "hf-nanogpt", "created": int(time.time())}
+        # A text of more characters cannot fit the context. It is refused before it is tokenized,
+        # which takes far more memory than the text.
         longest = max(map(len, tokenizer.get_vocab()))
-        self.most_characters = longest * model.config.max_position_embeddings
+        self.max_characters = longest * model.config.max_position_embeddings
 
-    def guard(self, answer: Callable) -> Callable:
-        """Wrap what answers a request: it needs the key, and what goes wrong becomes a sentence."""
-        from starlette.requests import ClientDisconnect
-        from starlette.responses import JSONResponse
+    async def show_health(self, request: Request) -> Response:
+        return JSONResponse({"status": "ok"})
 
-        async def guarded(request: "HTTPRequest") -> "Response":
-            try:
-                self.check_key(request)
-                return await answer(request)
-            except (ValueError, _RefusalError) as error:
-                status, message = getattr(error, "status", 400), " ".join(str(error).split())
-            except EndedError:
-                status, message = 503, FAILED
-            except ClientDisconnect:
-                status, message = 499, "The client has gone."
-            kind = "invalid_request_error" if status < 500 else "server_error"
-            return JSONResponse({"error": {"message": message, "type": kind}}, status)
+    async def list_models(self, request: Request) -> Response:
+        self.check_key(request)
+        return JSONResponse({"object": "list", "data": [self.description]})
 
-        return guarded
+    async def show_model(self, request: Request) -> Response:
+        self.check_key(request)
+        self.check_name(request.path_params["name"])
+        return JSONResponse(self.description)
 
-    def check_key(self, request: "HTTPRequest") -> None:
-        given = request.headers.get("authorization", "")
-        wanted = f"Bearer {self.api_key}".encode()
-        if self.api_key and not hmac.compare_digest(given.encode("latin-1"), wanted):
-            raise _RefusalError(401, "This server needs its key: send Authorization: Bearer KEY.")
+    async def load_model(self, request: Request) -> Response:
+        """Say that the model is loaded, which `transformers chat` waits for."""
+        await self.read_body(request)
+        event = format_event({"status": "ready", "model": self.name, "cached": True})
+        return PlainTextResponse(event, media_type="text/event-stream")
 
-    async def read_body(self, request: "HTTPRequest") -> dict[str, Any]:
-        """Return the JSON of a request for this model.
+    async def answer(self, request: Request) -> Response:
+        """Answer a chat or continue a text, at once or as a stream."""
+        body = await self.read_body(request)
+        chat = request.url.path == _CHAT
+        if chat and not self.tokenizer.chat_template:
+            raise UserError(NO_TEMPLATE)
+        # Templates and tokenizers take time: in a thread, they do not hold up other requests.
+        answer = await asyncio.to_thread(self.prepare, body, chat=chat)
+        if answer.request.stream:
+            return StreamingResponse(answer.stream(), media_type="text/event-stream")
+        whole = asyncio.ensure_future(answer.collect())
+        gone = asyncio.ensure_future(_wait_for_disconnect(request))
+        try:
+            await asyncio.wait({whole, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not whole.done():
+                raise ClientDisconnect
+            return JSONResponse(whole.result())
+        finally:
+            whole.cancel()
+            gone.cancel()
 
-        A browser sends text of this content type to another site only after asking that site.
-        """
-        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind != "application/json":
-            raise _RefusalError(
-                415, "The request must have the header Content-Type: application/json."
-            )
+    def check_key(self, request: Request) -> None:
+        sent = request.headers.get("authorization", "").encode("latin-1")
+        expected = f"Bearer {self.api_key}".encode()
+        if self.api_key and not hmac.compare_digest(sent, expected):
+            raise HTTPException(401, "This server needs a key: send Authorization: Bearer KEY.")
+
+    async def read_body(self, request: Request) -> dict[str, Any]:
+        """Return the JSON of a request for this model, by a client with the key."""
+        self.check_key(request)
+        # A browser sends this content type to another site only after asking that site.
+        content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if content_type != "application/json":
+            message = "The request must have the header Content-Type: application/json."
+            raise HTTPException(415, message)
         chunks, size = [], 0
         async for chunk in request.stream():
             size += len(chunk)
-            if size <= _LARGEST_BODY:  # what is too much is read, for the client to hear why
+            if size <= _MAX_BODY:  # the rest is read and dropped, so that the client gets an answer
                 chunks.append(chunk)
-        if size > _LARGEST_BODY:
-            raise _RefusalError(
-                413,
-                f"The request has {size:,} bytes, and this server reads at most {_LARGEST_BODY:,}.",
-            )
-        body = await asyncio.to_thread(read_body, b"".join(chunks))
+        if size > _MAX_BODY:
+            message = f"The request has {size:,} bytes; this server accepts at most {_MAX_BODY:,}."
+            raise HTTPException(413, message)
+        body = await asyncio.to_thread(parse_body, b"".join(chunks))
         if not isinstance(body.get("model"), str):
-            raise UserError(f"model={body.get('model')!r:.80} is not possible: give {self.name!r}.")
+            raise UserError(
+                f"model={body.get('model')!r:.80} is invalid: it must be {self.name!r}."
+            )
         self.check_name(body["model"])
         return body
 
     def check_name(self, name: str) -> None:
         if name != self.name:
-            raise _RefusalError(
-                404, f"This server has no model {name!r:.80}: it has {self.name!r} only."
-            )
+            message = f"This server has no model {name!r:.80}: it has {self.name!r} only."
+            raise HTTPException(404, message)
 
-    # the addresses
-
-    def describe(self) -> dict[str, Any]:
-        return {"id": self.name, "object": "model", "owned_by": "hf-nanogpt", "created": self.since}
-
-    async def list_models(self, request: "HTTPRequest") -> "Response":
-        from starlette.responses import JSONResponse
-
-        return JSONResponse({"object": "list", "data": [self.describe()]})
-
-    async def show_model(self, request: "HTTPRequest") -> "Response":
-        from starlette.responses import JSONResponse
-
-        self.check_name(request.path_params["name"])
-        return JSONResponse(self.describe())
-
-    async def load_model(self, request: "HTTPRequest") -> "Response":
-        """Say that the model is loaded, which `transformers chat` waits for."""
-        from starlette.responses import PlainTextResponse
-
-        await self.read_body(request)
-        event = {"status": "ready", "model": self.name, "cached": True}
-        return PlainTextResponse(write_event(event), media_type="text/event-stream")
-
-    async def complete(self, request: "HTTPRequest") -> "Response":
-        return await self.answer(request, TextForm(self.name))
-
-    async def chat(self, request: "HTTPRequest") -> "Response":
-        if not self.tokenizer.chat_template:
-            raise UserError(NO_TEMPLATE)
-        return await self.answer(request, ChatForm(self.name))
-
-    async def answer(self, request: "HTTPRequest", form: "TextForm") -> "Response":
-        from starlette.responses import JSONResponse, StreamingResponse
-
-        body = await self.read_body(request)
-        # Templates and tokenizers take their time, in which others are answered.
-        asked, prompt = await asyncio.to_thread(self.prepare, body, form.is_chat)
-        answer = Answer(self.writer, asked, prompt)
-        if asked.stream:
-            return StreamingResponse(answer.stream(form), media_type="text/event-stream")
-        whole = asyncio.ensure_future(answer.collect())
-        gone = asyncio.ensure_future(_wait_until_gone(request))
-        try:
-            await asyncio.wait({whole, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if not whole.done():
-                raise _RefusalError(499, "The client has gone.")
-            return JSONResponse(form.write_whole(whole.result(), answer.reason, answer.usage))
-        finally:
-            whole.cancel()
-            gone.cancel()
-
-    def prepare(self, body: dict[str, Any], is_chat: bool) -> tuple[Request, list[int]]:
-        """Return what a request asks, with the settings that it leaves out, and its tokens."""
-        asked = read_request(body, chat=is_chat)
-        text = asked.prompt
+    def prepare(self, body: dict[str, Any], *, chat: bool) -> "_Answer":
+        """Return the answer to a request, ready to be written."""
+        request = check_request(body, chat=chat)
+        text = request.prompt
         if not isinstance(text, str):
-            self.check_size("".join(message["content"] for message in text))
+            self.check_length("".join(message["content"] for message in text))
             text = render_messages(self.tokenizer, text)
-        self.check_size(text)
-        ids = encode_prompt(self.model, self.tokenizer, text, add_special_tokens=not is_chat)
-        length, limit = ids.shape[1], self.model.config.max_position_embeddings
-        if length >= limit:
-            raise UserError(f"The prompt has {length} tokens, and this model's context is {limit}.")
-        own, room = self.model.generation_config, limit - length
-        asked.settings["max_new_tokens"] = min(asked.settings.get("max_new_tokens", room), room)
-        asked.settings.setdefault("temperature", own.temperature or 1.0)
-        asked.settings.setdefault("top_k", own.top_k or 0)
-        asked.settings.setdefault("top_p", own.top_p or 1.0)
-        return asked, ids[0].tolist()
-
-    def check_size(self, text: str) -> None:
-        if len(text) > self.most_characters:
+        self.check_length(text)
+        ids = encode_prompt(self.model, self.tokenizer, text, add_special_tokens=not chat)
+        limit = self.model.config.max_position_embeddings
+        room = limit - ids.shape[1]
+        if room < 1:
             raise UserError(
-                f"The prompt has {len(text):,} characters, and at most {self.most_characters:,} "
+                f"The prompt has {ids.shape[1]} tokens, and this model's context is {limit}."
+            )
+        defaults = self.model.generation_config
+        settings = {
+            "temperature": defaults.temperature or 1.0,
+            "top_k": defaults.top_k or 0,
+            "top_p": defaults.top_p or 1.0,
+            **request.settings,
+            "max_new_tokens": min(request.settings.get("max_new_tokens", room), room),
+        }
+        return _Answer(
+            self.writer, request, ids[0].tolist(), settings, ResponseFormat(self.name, chat=chat)
+        )
+
+    def check_length(self, text: str) -> None:
+        if len(text) > self.max_characters:
+            raise UserError(
+                f"The prompt has {len(text):,} characters, and at most {self.max_characters:,} "
                 f"fit this model's context of {self.model.config.max_position_embeddings} tokens."
             )
 
 
-async def _wait_until_gone(request: "HTTPRequest") -> None:
+async def _wait_for_disconnect(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
+
+
+@dataclass
+class _Answer:
+    """One answer: its text while it is written, why it ended, and how many tokens it took."""
+
+    writer: Writer
+    request: CompletionRequest
+    prompt: list[int]
+    settings: dict[str, Any]
+    format: ResponseFormat
+    count: int = 0
+    reason: str = "length"
+
+    @property
+    def usage(self) -> dict[str, int]:
+        return {
+            "prompt_tokens": len(self.prompt),
+            "completion_tokens": self.count,
+            "total_tokens": len(self.prompt) + self.count,
+        }
+
+    async def pieces(self) -> AsyncGenerator[str, None]:
+        text = TextDecoder(self.writer.tokenizer, self.request.stops)
+        async with aclosing(self.writer.write(self.prompt, self.settings)) as tokens:
+            async for token in tokens:
+                self.count += 1
+                if token in self.writer.ends:
+                    self.reason = "stop"
+                yield text.add(token)
+                if text.stopped:
+                    break
+        yield text.finish()
+        if text.stopped:
+            self.reason = "stop"
+
+    async def collect(self) -> dict[str, Any]:
+        text = "".join([piece async for piece in self.pieces()])
+        return self.format.format_whole(text, self.reason, self.usage)
+
+    async def stream(self) -> AsyncGenerator[str, None]:
+        try:
+            yield self.format.format_start()
+            async with aclosing(self.pieces()) as pieces:
+                async for piece in pieces:
+                    if piece:
+                        yield self.format.format_piece(piece)
+            yield self.format.format_end(self.reason)
+            if self.request.include_usage:
+                yield self.format.format_usage(self.usage)
+            yield "data: [DONE]\n\n"
+        # The response has begun, so the error is an event.
+        except (EndedError, UserError) as error:
+            message = _FAILED if isinstance(error, EndedError) else one_line(error)
+            yield format_event(_format_error(message, by_client=False))

@@ -95,15 +95,9 @@ def run_serve(argv: list[str]) -> None:
         raise UserError("A server needs packages: pip install 'hf-nanogpt[serve]'.")
 
     quiet_libraries()
+    from ..apps.addresses import check_key_is_there, list_hosts, open_socket
     from ..apps.chat import NO_TEMPLATE
-    from ..apps.serving import (
-        build_app,
-        check_key_is_there,
-        list_hosts,
-        open_socket,
-        serve_app,
-        write_request,
-    )
+    from ..apps.serving import build_app, serve_app, write_request
     from ..checkpoint.folder import load_checkpoint
 
     key = args.api_key or os.environ.get("HF_NANOGPT_API_KEY")
