@@ -18,7 +18,7 @@ from hf_nanogpt import (
     pack_documents,
     train_tokenizer,
 )
-from hf_nanogpt.data import documents
+from hf_nanogpt.data import documents as documents_module
 from hf_nanogpt.data.tokenization import load_tokenizer
 
 ROWS = [f"Document {i}: naïve 東京 🦊,\r\nwith {'many ' * (i % 7)}words.\n" for i in range(60)]
@@ -66,7 +66,7 @@ def test_a_file_longer_than_one_piece_is_still_one_document(tmp_path, monkeypatc
     text = "".join(ROWS) + "\r" * 50 + "no newline at the end"
     write_files(tmp_path, {"whole.txt": text, "pieces.txt": text})
     whole = load(tmp_path / "whole.txt")
-    monkeypatch.setattr(documents, "_PIECE", 97)
+    monkeypatch.setattr(documents_module, "_PIECE", 97)
     pieces = load(tmp_path / "pieces.txt")
     for one, many in zip(whole, pieces, strict=True):
         assert len(many) > len(one) == 1
@@ -164,7 +164,8 @@ from hf_nanogpt import DataArguments, load_documents
 for settings in json.loads(sys.argv[1]):
     try:
         sides = load_documents(DataArguments(**settings))
-        print(json.dumps([type(sides[0]).__name__, *([row["text"] for row in side] for side in sides)]))
+        texts = ([row["text"] for row in side] for side in sides)
+        print(json.dumps([type(sides[0]).__name__, *texts]))
     except ValueError as error:
         print(json.dumps([type(error).__name__, str(error)]))
 """

@@ -8,6 +8,7 @@ plain `tokenizer.json`.
 
 import json
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Literal, cast, get_args
 
@@ -91,12 +92,18 @@ def train_tokenizer(
     if kind not in TRAINED:
         raise UserError(f"kind={kind!r} must be bpe, char or byte.{did_you_mean(kind, TRAINED)}")
     if kind == "bpe":
-        return _wrap(_train_bpe(texts, vocab_size))
-    characters: set[str] = set()
-    if kind == "char":
-        for text in texts:
-            characters.update(text)
-    return _wrap(_join_characters(characters))
+        tokenizer = _train_bpe(texts, vocab_size)
+    else:
+        characters = set(chain.from_iterable(texts)) if kind == "char" else set()
+        tokenizer = _join_characters(characters)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        pad_token=END_OF_TEXT,
+        padding_side="left",  # to generate
+        clean_up_tokenization_spaces=False,
+    )
 
 
 def _train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -143,18 +150,6 @@ def _byte_level(model: models.BPE) -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([END_OF_TEXT])
     return tokenizer
-
-
-def _wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
-    """Give the tokenizer the interface of transformers; it pads on the left, to generate."""
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=END_OF_TEXT,
-        eos_token=END_OF_TEXT,
-        pad_token=END_OF_TEXT,
-        padding_side="left",
-        clean_up_tokenization_spaces=False,
-    )
 
 
 def token_byte_counts(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
