@@ -235,7 +235,7 @@ def _check_source(
 def _prepare(
     folder: Path, args: DataArguments, description: dict[str, Any], documents: Documents
 ) -> PreTrainedTokenizerBase:
-    """Return the tokenizer in the folder; an earlier run, or else this one, writes it there."""
+    """Return the tokenizer in the folder, and write it there unless an earlier run did."""
     clear_abandoned(folder)
     if not (folder / "tokenizer").is_dir():
         tokenizer = make_tokenizer(args, documents)

@@ -1,9 +1,8 @@
 """Tokenizers: trained on the user's text, or loaded; and how many bytes their tokens stand for.
 
-All that are trained here work in the same way: a byte-level BPE over 256 byte symbols. They differ
-in the merges: learned ones (`bpe`), those that join the bytes of each character seen (`char`), or
-none (`byte`). So each can encode every Unicode text, gives it back exactly, and loads anywhere as a
-plain `tokenizer.json`.
+Each one trained here is a byte-level BPE over 256 byte symbols. They differ in their merges:
+learned ones (`bpe`), those that join the bytes of each character seen (`char`), or none (`byte`).
+So each encodes every Unicode text, decodes it exactly, and loads anywhere as a `tokenizer.json`.
 """
 
 import json
@@ -131,7 +130,7 @@ def _train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def _join_characters(characters: set[str]) -> Tokenizer:
-    """Make a BPE whose only merges join the bytes of each of `characters` (ASCII needs none)."""
+    """Make a BPE with only the merges that join the bytes of each character (ASCII needs none)."""
     vocabulary = [END_OF_TEXT, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     merges: dict[tuple[str, str], None] = {}  # an ordered set
     spell = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str
@@ -168,11 +167,11 @@ def token_byte_counts(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
         anchor = next(i for i in range(size) if i not in special)
         start = len(tokenizer.decode([anchor]).encode())
         counts = [
-            # <0x0A> is a byte, which may not decode on its own
+            # <0x0A> stands for a byte, which alone may not decode
             1 if token.startswith("<0x") else len(tokenizer.decode([anchor, i]).encode()) - start
             for i, token in enumerate(tokens)
         ]
-    for i, token in tokenizer.added_tokens_decoder.items():  # these stand for their own letters
+    for i, token in tokenizer.added_tokens_decoder.items():  # these stand for what they spell
         counts[i] = len(token.content.encode())
     return torch.tensor([0 if i in special else count for i, count in enumerate(counts)])
 
