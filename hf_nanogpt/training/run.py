@@ -27,8 +27,10 @@ from ..checkpoint.folder import (
 from ..checkpoint.foreign import read_tokenizer
 from ..configuration_nanogpt import NanoGPTConfig
 from ..data.conversations import add_chat_template
-from ..data.documents import STDLIB, DataArguments
+from ..data.documents import DataArguments
+from ..data.encoding import decode_ids, is_learnt
 from ..data.packing import PackedBlocks, PackedStream, cut_blocks
+from ..data.sources import STDLIB
 from ..data.stored import load_tokens
 from ..errors import UserError
 from ..evaluation import check_context_length
@@ -260,9 +262,9 @@ def _choose_prompt(
         return args.sample_prompt
     if data_args.data == STDLIB:
         return "def main("
-    if (held_out < 0).any():
-        end = (held_out >= 0).argmax() or len(held_out) // 2  # else a part of the question
-        return tokenizer.decode(~held_out[:end])
+    if not (learnt := is_learnt(held_out)).all():
+        end = learnt.argmax() or len(held_out) // 2  # else a part of the question
+        return tokenizer.decode(decode_ids(held_out[:end]))
     words = tokenizer.decode(held_out, skip_special_tokens=True).split()
     return " ".join(words[:3])[: min(40, len(held_out) // 2)]
 
@@ -285,7 +287,7 @@ def _check_blocks(
             f"The training text has {tokens} tokens, fewer than one block of context_length="
             f"{length}: give more text, or a smaller block_size or context_length."
         )
-    elif all((blocks[i]["input_ids"] < 0).all() for i in range(len(blocks))):
+    elif not any(is_learnt(blocks[i]["input_ids"]).any() for i in range(len(blocks))):
         raise UserError(
             "No message of the training data is an assistant's: there is nothing to learn."
         )
