@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from hf_nanogpt import train_tokenizer
 from hf_nanogpt.convert.gguf import export_gguf
-from hf_nanogpt.convert.gguf_vocabulary import _LLAMA3, describe_tokenizer
+from hf_nanogpt.convert.gguf_tokenizer import LLAMA3_SPLIT, describe_tokenizer
 
 pytest.importorskip("gguf", reason="the GGUF writer is missing: pip install 'hf-nanogpt[gguf]'")
 
@@ -33,7 +33,7 @@ def test_a_tokenizer_that_llama_cpp_would_read_differently_is_refused():
         "no byte-level BPE": PreTrainedTokenizerFast(tokenizer_object=words, eos_token="a"),
         "rules that are not GPT-2's": split_tokenizer(r"\w+|\W"),
         "normalizer .*Lowercase": split_tokenizer(
-            _LLAMA3, ignore_merges=True, normalizer=normalizers.Lowercase()
+            LLAMA3_SPLIT, ignore_merges=True, normalizer=normalizers.Lowercase()
         ),
     }
     for message, tokenizer in cases.items():
