@@ -16,6 +16,7 @@ from .steps import STEPS, find_last_checkpoint, list_steps
 
 _STAGED = ".staged-"
 LOCK = ".lock"  # see training/locking.py
+# All that a training writes, as patterns: these files may be overwritten.
 ARTIFACTS = (
     CONFIG,
     LOCK,

@@ -16,7 +16,6 @@ from ..untrusted import read_json
 from . import nanogpt
 from .folders import check_destination, load_tokenizer, write_folder
 from .models import export_native_model, import_nanogpt_model, import_native_model, read_our_config
-from .nanogpt_tokenizer import find_tokenizer
 from .native import FORMATS, find_native_format, find_native_twin, make_native_config
 
 __all__ = ["Conversion", "convert_checkpoint", "export_checkpoint", "find_native_format"]
@@ -54,7 +53,7 @@ def convert_checkpoint(
         destination: a folder that does not exist, or is empty.
         source_format: one of `SOURCE_FORMATS`; by default `config.json` tells.
         tokenizer: a folder or Hub id of a tokenizer, or a `meta.pkl` of nanoGPT; by default that
-            of the source (for nanoGPT see `nanogpt_tokenizer.find_tokenizer`).
+            of the source (for nanoGPT see `nanogpt.find_tokenizer`).
 
     Raises:
         UserError: the source is damaged or has an unsupported format or setting, a tensor is
@@ -64,7 +63,7 @@ def convert_checkpoint(
     name, path = _recognise(source, source_format)
     if name == "nanogpt":
         config, weights = nanogpt.read_checkpoint(path)
-        found = find_tokenizer(path, tokenizer, config=config)
+        found = nanogpt.find_tokenizer(path, tokenizer, config=config)
         model = import_nanogpt_model(config, weights, path)
         write_folder(model, found, folder)
     else:

@@ -58,20 +58,19 @@ def check_destination(destination: str | Path) -> Path:
     return path
 
 
-def check_new_file(destination: str | Path, suffix: str) -> Path:
-    """Return the path if it ends in `suffix` and a new file can be written there."""
+def check_new_file(destination: str | Path, suffix: str, *extra: str) -> Path:
+    """Return the path if it ends in `suffix` and a new file can be written there.
+
+    `extra` are endings of files that may be written next to it.
+    """
     path = Path(destination)
     if path.suffix != suffix:
         raise UserError(f"destination={path} must be a path that ends in {suffix}.")
-    check_absent(path)
+    for taken in (path, *(path.with_name(path.name + ending) for ending in extra)):
+        if taken.exists():
+            raise UserError(f"destination={taken} already exists: choose another name.")
     check_writable(path, name="destination")
     return path
-
-
-def check_absent(path: Path) -> None:
-    """Raise a `UserError` if something exists at this path."""
-    if path.exists():
-        raise UserError(f"destination={path} already exists: choose another name.")
 
 
 def write_folder(

@@ -1,7 +1,7 @@
-"""nanoGPT's own checkpoint, `ckpt.pt`, which is read and never written.
+"""nanoGPT's own checkpoint, `ckpt.pt`, with its tokenizer; both are read and never written.
 
-It is a pickle, which can contain code. torch reads it with `weights_only=True`: only tensors and
-plain values, so that nothing in the file is run.
+`ckpt.pt` and `meta.pkl`, which may hold the characters, are pickles and can contain code. Their
+readers accept only tensors and plain values, so that nothing in the files is run.
 """
 
 import pickle
@@ -11,13 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from ..checkpoint.foreign import check_fields
 from ..checkpoint.weights import LazyTensor
 from ..configuration_nanogpt import NanoGPTConfig
+from ..data.token_files import read_characters
 from ..errors import UserError, explain_errors
 from . import gpt2
+from .folders import load_tokenizer
 from .rules import TRANSPOSE
+
+logger = logging.get_logger(__name__)
 
 # GPT-2's names and fused projection, but nn.Linear instead of Conv1D.
 ROWS = tuple(
@@ -31,8 +37,8 @@ FIELDS = {
     "n_layer": "num_hidden_layers",
     "n_head": "num_attention_heads",
 }
-GPT2_VOCABULARY = range(50257, 50304 + 1)  # GPT-2's size, up to the one that nanoGPT pads it to
-GPT2_END_OF_TEXT = 50256
+_GPT2_TOKENIZER, _GPT2_END_OF_TEXT = "openai-community/gpt2", 50256
+_GPT2_SIZES = range(50257, 50304 + 1)  # of its vocabulary, up to the one that nanoGPT pads it to
 _MASK = r"\.attn\.bias$"  # the causal mask of older versions
 
 
@@ -97,8 +103,7 @@ def _read_config(args: dict[str, Any], path: Path) -> NanoGPTConfig:
     if missing := FIELDS.keys() - args.keys():
         raise UserError(f"{path} lacks these model_args: {', '.join(sorted(missing))}.")
     with explain_errors(f"{path} has model_args that do not describe a valid model"):
-        is_gpt2 = args["vocab_size"] in GPT2_VOCABULARY
-        end = GPT2_END_OF_TEXT if is_gpt2 else None
+        end = _GPT2_END_OF_TEXT if args["vocab_size"] in _GPT2_SIZES else None
         return NanoGPTConfig(
             **gpt2.FIXED
             | {ours: args[name] for name, ours in FIELDS.items()}
@@ -107,3 +112,47 @@ def _read_config(args: dict[str, Any], path: Path) -> NanoGPTConfig:
             | {"dropout": args.get("dropout", 0.0), "tie_word_embeddings": True}
             | {"bos_token_id": end, "eos_token_id": end}
         )
+
+
+# The tokenizer
+
+
+def find_tokenizer(
+    path: Path, tokenizer: str | Path | None, *, config: NanoGPTConfig
+) -> PreTrainedTokenizerBase | None:
+    """Return the tokenizer that a `ckpt.pt` was trained with, and copy its token ids to `config`.
+
+    It is `tokenizer` (a folder, a Hub id or a `meta.pkl`), else a `meta.pkl` next to the
+    checkpoint, else GPT-2's if the vocabulary has its size. If none is found, a warning says so.
+
+    Raises:
+        UserError: the tokenizer cannot be loaded, or has more tokens than the model.
+    """
+    neighbour = path.parent / "meta.pkl"
+    if tokenizer is None and neighbour.is_file():
+        tokenizer = neighbour
+    if not tokenizer:
+        found = _load_gpt2_tokenizer() if config.vocab_size in _GPT2_SIZES else None
+    elif Path(tokenizer).suffix == ".pkl":
+        found = read_characters(Path(tokenizer))
+    else:
+        found = load_tokenizer(tokenizer)
+    if found is None:
+        logger.warning(f"No tokenizer was found for {path}: give one, or the folder has none.")
+        return None
+    if (largest := max(found.get_vocab().values())) >= config.vocab_size:
+        raise UserError(
+            f"tokenizer={tokenizer} has a token number {largest}, but vocab_size="
+            f"{config.vocab_size} in {path}: the model was trained with another tokenizer."
+        )
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(config, name, getattr(found, name))
+    return found
+
+
+def _load_gpt2_tokenizer() -> PreTrainedTokenizerBase | None:
+    try:
+        return load_tokenizer(_GPT2_TOKENIZER)
+    except UserError as error:  # the Hub cannot be reached
+        logger.warning(str(error))
+        return None

@@ -19,11 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedTokenizerBase, PreTrainedTokenizerFast
-from transformers.utils import logging as transformers_logging
 
 from ..errors import UserError
 from ..modeling_nanogpt import NanoGPTForCausalLM
-from .folders import check_absent, check_new_file, load_our_model, written_folder
+from .folders import check_new_file, load_our_model, written_folder
 
 ONE_FILE_BYTES = int(1.5 * 2**30)  # protobuf allows 2 GiB; larger weights get a file of their own
 TOLERANCE = 1e-3  # of the largest logit: rounding stays below it, a fault does not
@@ -58,9 +57,8 @@ def export_onnx(checkpoint: str | Path, destination: str | Path) -> OnnxFile:
             `tokenizer.json`, onnxruntime gives other logits, packages are missing, or the
             destination cannot be written.
     """
-    destination = check_new_file(destination, ".onnx")
+    destination = check_new_file(destination, ".onnx", ".data")
     data = destination.with_name(destination.name + ".data")
-    check_absent(data)
     try:
         import onnx  # noqa: F401 (the exporter imports it)
         import onnxruntime  # noqa: F401
@@ -153,17 +151,14 @@ def _trace(step: _Step) -> Any:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Hide the exporters' messages and warnings, none of which a user can act on."""
-    torch_logger, verbosity = logging.getLogger("torch.onnx"), transformers_logging.get_verbosity()
-    level = torch_logger.level
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
-        torch_logger.setLevel(logging.ERROR)
-        transformers_logging.set_verbosity_error()
         with redirect_stdout(io.StringIO()), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        torch_logger.setLevel(level)
-        transformers_logging.set_verbosity(verbosity)
+        logging.disable(disabled)
 
 
 def _write(program: Any, path: Path, step: _Step) -> float:
