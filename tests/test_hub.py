@@ -327,7 +327,7 @@ def test_who_may_not_read_is_told_why(hub, run, capsys, monkeypatch, tmp_path):
 def test_bad_input_is_one_sentence_and_nothing_is_half_pushed(hub, run, tmp_path, capsys):
     empty = tmp_path / "empty"
     empty.mkdir()
-    assert "is no checkpoint folder" in refuse(capsys, "push", empty, "user/gpt")
+    assert "is not a checkpoint folder" in refuse(capsys, "push", empty, "user/gpt")
     assert "pull it first" in refuse(capsys, "push", "user/other", "user/gpt")
     assert "tag='a b'" in refuse(capsys, "push", run, "user/gpt", "--tag", "a b")
     assert "did you mean --tag" in refuse(capsys, "push", run, "user/gpt", "--tags=v1")

@@ -187,14 +187,13 @@ def read_model(folder: Path) -> PreTrainedModel:
 
 def make_skeleton(config: PreTrainedConfig, where: Path) -> PreTrainedModel:
     """Build the model that a configuration describes, with tensors that take no memory."""
-    what = f"The configuration in {where} describes a model that cannot be built"
-    with explain_errors(what), torch.device("meta"):
+    with explain_errors(f"{where} describes a model that cannot be built"), torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
 def _check_shapes(folder: Path, config: PreTrainedConfig) -> None:
     """Compare the configuration with the weights before either takes memory."""
-    found, model = open_weights(folder), make_skeleton(config, folder)
+    found, model = open_weights(folder), make_skeleton(config, folder / CONFIG)
     stored = sum(math.prod(tensor.shape) for tensor in found.values())
     if (needed := model.num_parameters()) > _PACKED * stored + _SMALL:
         raise UserError(

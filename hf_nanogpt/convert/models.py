@@ -31,8 +31,10 @@ def import_native_model(native: Format, folder: Path) -> PreTrainedModel:
             "NanoGPTConfig cannot express. Only the version in transformers can be converted."
         )
     weights = _untie(weights, native.embedding, native_config, folder)
-    check_tensors(weights, _stored_shapes(make_skeleton(native_config, folder)), where=folder)
-    model = make_skeleton(config, folder)
+    check_tensors(
+        weights, _stored_shapes(make_skeleton(native_config, folder / _CONFIG)), where=folder
+    )
+    model = make_skeleton(config, folder / _CONFIG)
     return _fill(model, expand(native.rows, config), weights, where=folder)
 
 
@@ -52,8 +54,8 @@ def export_native_model(
 ) -> PreTrainedModel:
     """Read a folder of ours into a model of one of transformers' classes."""
     weights = _untie(open_weights(folder), _EMBEDDING, config, folder)
-    check_tensors(weights, _stored_shapes(make_skeleton(config, folder)), where=folder)
-    model = make_skeleton(native_config, folder)
+    check_tensors(weights, _stored_shapes(make_skeleton(config, folder / _CONFIG)), where=folder)
+    model = make_skeleton(native_config, folder / _CONFIG)
     return _fill(model, expand(native.rows, config, exporting=True), weights, where=folder)
 
 
