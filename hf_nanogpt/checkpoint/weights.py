@@ -76,7 +76,7 @@ def check_tensors(found: Mapping[str, LazyTensor], expected: Shapes, *, where: P
     named = [f"{fault}: {_shorten(names)}" for fault, names in faults.items() if names]
     if named:
         raise UserError(
-            f"{where} does not have the tensors that its configuration describes "
+            f"{where} does not have the tensors that its config.json describes "
             f"({'; '.join(named)}). Check that the weights and the configuration belong together."
         )
 

@@ -107,17 +107,15 @@ def expand(rows: Rows, config: NanoGPTConfig, *, exporting: bool = False) -> Ite
     for native, ours, *operations in rows:
         paths = [ours.replace("{qkv}", x) for x in "qkv"] if "{qkv}" in ours else [ours]
         for n in range(config.num_hidden_layers if "{n}" in native else 1):
-            for tensor in ("weight", "bias"):
-                theirs, names = (
-                    [f"{path}.{tensor}".replace("{n}", str(n)) for path in side]
-                    for side in ([native], paths)
-                )
+            for suffix in (".weight", ".bias"):
+                native_names = [native.replace("{n}", str(n)) + suffix]
+                our_names = [path.replace("{n}", str(n)) + suffix for path in paths]
                 if exporting:
                     changes = [operation.on_export for operation in reversed(operations)]
-                    yield Step(names, theirs, changes, head_dim)
+                    yield Step(our_names, native_names, changes, head_dim)
                 else:
                     changes = [operation.on_import for operation in operations]
-                    yield Step(theirs, names, changes, head_dim)
+                    yield Step(native_names, our_names, changes, head_dim)
 
 
 def translate(
