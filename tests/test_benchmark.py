@@ -127,7 +127,7 @@ def test_bad_input_is_one_sentence(tmp_path, capsys):
     cases = {
         ("trian",): "choose one of train",
         ("train", "gpt-2"): "gpt2",
-        ("train", str(tmp_path)): "no checkpoint folder",
+        ("train", str(tmp_path)): "not a checkpoint folder",
         ("train", "--rounds=0"): "rounds=0",
         ("train", "--steps=0"): "steps=0",
         ("train", "--batch_size=-1"): "batch_size=-1",

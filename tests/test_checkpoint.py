@@ -13,7 +13,7 @@ from conftest import _HUB, assert_same, tiny_model
 from safetensors.torch import load_file, save_file
 
 from hf_nanogpt import load_checkpoint, train, train_tokenizer
-from hf_nanogpt.checkpoint.folder import (
+from hf_nanogpt.checkpoint.writing import (
     check_output_dir,
     clear_output_dir,
     clear_unfinished,
@@ -64,7 +64,7 @@ def test_a_folder_loads_ready_for_use(folder):
         ("./nothing", "no checkpoint at nothing"),
         ("/nothing/here", "no checkpoint at /nothing/here"),
         ("too/many/parts", "no checkpoint at too/many/parts"),
-        ("user/model", "'user/model' is no checkpoint folder here.*HF_HUB_OFFLINE is set"),
+        ("user/model", "'user/model' is not a checkpoint folder here.*HF_HUB_OFFLINE is set"),
     ],
 )
 def test_what_is_neither_a_folder_nor_on_the_hub_is_refused(name, reason):
@@ -75,13 +75,15 @@ def test_what_is_neither_a_folder_nor_on_the_hub_is_refused(name, reason):
 
 
 def test_a_file_is_refused(folder):
-    with pytest.raises(ValueError, match=r"config.json is a file; give the folder"):
+    with pytest.raises(ValueError, match=r"config.json is a file: give the folder"):
         load_checkpoint(folder / "config.json")
 
 
 def test_a_folder_without_a_config_is_refused_with_a_hint_at_its_steps(folder):
     (folder / "config.json").unlink()
-    with pytest.raises(ValueError, match=rf"{folder} is no checkpoint folder: .*no config.json\.$"):
+    with pytest.raises(
+        ValueError, match=rf"{folder} is not a checkpoint folder: .*no config.json\.$"
+    ):
         load_checkpoint(folder)
     for step in ("checkpoint-9", "checkpoint-10"):
         fill(folder, f"{step}/")

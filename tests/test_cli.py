@@ -229,7 +229,7 @@ def test_bad_input_of_the_other_verbs_is_one_sentence(checkpoint, capsys, tmp_pa
         ("generate", checkpoint, "x", "--max_new_tokens=500"): "context of 16",
         ("generate", checkpoint, "x", "--num_samples=0"): "num_samples=0",
         ("generate", checkpoint, "x", "--topp=1"): "--top_p",
-        ("generate", tmp_path, "x"): "no checkpoint folder",
+        ("generate", tmp_path, "x"): "not a checkpoint folder",
         ("generate", tmp_path / "none", "x"): "no checkpoint",
         ("generate", tmp_path / "weights.txt", "x"): "is a file",
         ("generate", "user/model", "x"): "HF_HUB_OFFLINE",

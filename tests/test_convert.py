@@ -157,7 +157,7 @@ def test_ours_to_theirs_to_ours_is_the_same_to_the_bit(name, pairs, tmp_path):
     assert read_config(tmp_path / "back") == read_config(ours)
 
 
-def test_the_twin_of_a_converted_model_is_what_it_came_from(name, pairs, tmp_path):
+def test_the_native_equivalent_of_a_converted_model_is_what_it_came_from(name, pairs, tmp_path):
     theirs, ours = pairs(name)
     exported = export_checkpoint(ours, tmp_path / "native")
     assert exported.format == REFERENCES[name].format

@@ -14,6 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_nanogpt import train_tokenizer
 from hf_nanogpt.convert import convert_checkpoint, export_checkpoint
+from hf_nanogpt.errors import UserError
 
 
 @pytest.fixture
@@ -25,11 +26,10 @@ def source(tmp_path) -> Path:
 
 
 def refuse(source: Path, reason: str, **settings) -> None:
-    """Assert that a conversion fails with one `ValueError` and writes nothing."""
+    """Assert that a conversion fails with a `UserError` and writes nothing."""
     destination = source.parent / "ours"
-    with pytest.raises(ValueError, match=reason) as caught:
+    with pytest.raises(UserError, match=reason):
         convert_checkpoint(source, destination, **settings)
-    assert type(caught.value) is ValueError
     assert not destination.exists()
 
 
@@ -49,10 +49,10 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "config wrong": (
         "config.json",
         lambda p: edit(p, n_head="x"),
-        r"config\.json is no GPT2Config",
+        r"config\.json is not a valid GPT2Config",
     ),
-    "shard cut": (SHARD, truncate, rf"{SHARD} cannot be read, it is missing, cut off"),
-    "shard gone": (SHARD, Path.unlink, rf"{SHARD} cannot be read, it is missing"),
+    "shard cut": (SHARD, truncate, rf"{SHARD} cannot be read: it is missing, cut off"),
+    "shard gone": (SHARD, Path.unlink, rf"{SHARD} cannot be read: it is missing"),
     "shard of prose": (SHARD, lambda p: p.write_text("prose " * 99), rf"{SHARD} cannot be read"),
     "index cut": (INDEX, truncate, rf"{INDEX} cannot be read as JSON"),
     "index empty": (INDEX, lambda p: p.write_text("{}"), rf"{INDEX} has no weight_map"),
@@ -100,21 +100,21 @@ def test_a_tied_head_that_differs_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("kind", "nearest"),
+    ("model_type", "nearest"),
     [("gpt_neox", "gpt_neo"), ("llama4", "llama"), ("qwen2", "qwen3"), ("bert", None)],
 )
-def test_another_architecture_is_answered_with_the_nearest(kind, nearest, source):
-    edit(source / "config.json", model_type=kind)
-    hint = f" Nearest is '{nearest}'" if nearest else " Supported are"
-    refuse(source, f"model of type '{kind}', which cannot be converted.{hint}")
+def test_another_architecture_is_answered_with_the_nearest(model_type, nearest, source):
+    edit(source / "config.json", model_type=model_type)
+    hint = rf" Did you mean {nearest}\?" if nearest else " Supported are"
+    refuse(source, rf"model of type '{model_type}', which cannot be converted\.{hint}")
 
 
 def test_a_format_can_be_forced_and_then_its_tensors_must_be_there(source, tmp_path):
     edit(source / "config.json", model_type="gpt_something")
     assert convert_checkpoint(source, tmp_path / "a", source_format="gpt2").format == "gpt2"
     refuse(source, r"missing: 'model\.embed_tokens\.weight'", source_format="llama")
-    refuse(source, "source_format='lama' is unknown.*'llama'", source_format="lama")
-    refuse(source, "no such file as nanoGPT's ckpt.pt", source_format="nanogpt")
+    refuse(source, "source_format='lama' is unknown. Did you mean llama", source_format="lama")
+    refuse(source, "not a file like nanoGPT's ckpt.pt", source_format="nanogpt")
 
 
 def test_a_newer_nanochat_is_refused_by_the_name_of_what_is_new(tmp_path):
@@ -122,27 +122,27 @@ def test_a_newer_nanochat_is_refused_by_the_name_of_what_is_new(tmp_path):
     weights = load_file(tmp_path / "source" / "model.safetensors")
     weights |= {"model.value_embeds.1.weight": torch.ones(67, 16), "resid_lambdas": torch.ones(3)}
     save_file(weights, tmp_path / "source" / "model.safetensors", metadata={"format": "pt"})
-    refuse(tmp_path / "source", r"'model\.value_embeds\.1\.weight': this is a newer nanochat")
+    refuse(tmp_path / "source", r"'model\.value_embeds\.1\.weight' of a newer nanochat")
 
 
 def test_ours_is_not_converted_again(source, tmp_path):
     ours = convert_checkpoint(source, tmp_path / "first").folder
-    refuse(ours, "is a checkpoint of ours already")
+    refuse(ours, "is already a checkpoint of ours")
 
 
 @pytest.mark.parametrize("name", ["nothing", "user/model", "config.json"])
 def test_a_source_that_is_nowhere_is_refused(name, source):
-    with pytest.raises(ValueError, match=r"no checkpoint|is a file"):
+    with pytest.raises(UserError, match=r"no checkpoint|not a checkpoint|is a file"):
         convert_checkpoint(source / name if "." in name else name, source.parent / "ours")
 
 
 @pytest.mark.parametrize("convert", [convert_checkpoint, export_checkpoint])
 def test_a_destination_with_something_in_it_is_refused_and_not_touched(convert, source):
     before = {path.name: path.stat().st_mtime_ns for path in source.iterdir()}
-    with pytest.raises(ValueError, match=r"destination=.*source exists and is not empty"):
+    with pytest.raises(UserError, match=r"destination=.*source exists and is not empty"):
         convert(source, source)
     assert before == {path.name: path.stat().st_mtime_ns for path in source.iterdir()}
-    with pytest.raises(ValueError, match=r"cannot write to .*config\.json"):
+    with pytest.raises(UserError, match=r"cannot write to .*config\.json"):
         convert(source, source / "config.json" / "deep")
 
 
@@ -175,5 +175,5 @@ def test_a_disk_that_is_full_leaves_nothing_behind(source):
     words = [str(destination), *(str(word) for case in cases for word in case)]
     result = subprocess.run([sys.executable, "-c", FULL, *words], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("ours could not be written, and nothing was left of it") == 3
+    assert result.stdout.count("ours could not be written, and nothing was left there") == 3
     assert not destination.exists()

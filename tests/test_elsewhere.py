@@ -183,7 +183,7 @@ def test_what_cannot_be_onnx_is_refused_and_leaves_nothing(tmp_path, monkeypatch
     for checkpoint, destination, message in (
         ("dynamic", new, "rope_type='dynamic'"),
         ("ours", tmp_path / "model.bin", "ends in .onnx"),
-        ("ours", there, r"there.onnx.data exists already"),
+        ("ours", there, r"there.onnx.data already exists"),
         ("ours", tmp_path / "there.onnx.data" / "new.onnx", "cannot write to"),
         ("none", new, "no checkpoint at"),
     ):

@@ -1,4 +1,4 @@
-"""What leaves as a native checkpoint: which format, what stands in the way, and who can load it."""
+"""Exports to native checkpoints: which format, what it cannot express, and who can load it."""
 
 import subprocess
 import sys
@@ -10,11 +10,11 @@ from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig
 
 from hf_nanogpt import list_presets, load_checkpoint, load_preset, train_tokenizer
-from hf_nanogpt.convert import convert_checkpoint, export_checkpoint, find_native_twin
+from hf_nanogpt.convert import convert_checkpoint, export_checkpoint, find_native_format
 
 TEXT = "héllo wörld 日本語 12345  foo\n\n\tit's<|endoftext|>😀"
 TOKENIZER = train_tokenizer(["hello world, wörld it's 123\n foo"] * 9, kind="bpe", vocab_size=270)
-TWINS = {
+FORMATS = {
     "nano": "qwen3",
     "gpt1": "gpt1",
     "gpt2": "gpt2",
@@ -38,22 +38,22 @@ def save_checkpoint(family, folder, **overrides):
     return model
 
 
-def test_every_preset_has_the_twin_that_its_family_has():
-    assert set(TWINS) == set(FAMILIES)
+def test_every_preset_exports_as_the_format_of_its_family():
+    assert set(FORMATS) == set(FAMILIES)
     for preset in list_presets():
         family = preset.split("-")[0]
-        assert find_native_twin(load_preset(preset)) == TWINS[family], preset
+        assert find_native_format(load_preset(preset)) == FORMATS[family], preset
 
 
 def there_and_back(family, place, **overrides):
-    """Return the tensors of a checkpoint of ours, and what its twin gives back."""
+    """Return the tensors of a checkpoint of ours, and what comes back from the export."""
     save_checkpoint(family, place / "ours", **overrides)
     export_checkpoint(place / "ours", place / "native")
     convert_checkpoint(place / "native", place / "back")
     return [load_file(place / name / "model.safetensors") for name in ("ours", "back")]
 
 
-def test_what_we_train_comes_back_from_its_twin_to_the_bit(family, tmp_path):
+def test_what_we_train_comes_back_from_its_native_format_to_the_bit(family, tmp_path):
     first, last = there_and_back(family, tmp_path, n_embd=64, n_head=4, head_dim=16)
     assert first.keys() == last.keys()
     assert all(first[name].equal(last[name]) for name in first)
@@ -67,7 +67,7 @@ def test_gpt_neos_queries_are_rounded_where_the_root_of_head_dim_is_no_power_of_
         torch.testing.assert_close(last[name], first[name], rtol=2.5e-7, atol=0)
 
 
-# What stands in the way: (family, change, format, the field that the message names).
+# What a format cannot express: (family, change, format, the field that the message names).
 OBSTACLES = [
     ("nano", {"final_logit_softcapping": 15.0}, "qwen3", "final_logit_softcapping=15.0"),
     ("nano", {}, "llama", "qk_norm=True"),
@@ -91,18 +91,18 @@ OBSTACLES = [
 
 
 @pytest.mark.parametrize(("family", "change", "target", "field"), OBSTACLES)
-def test_a_field_in_the_way_is_named(family, change, target, field, tmp_path):
+def test_a_setting_that_a_format_cannot_express_is_named(family, change, target, field, tmp_path):
     save_checkpoint(family, tmp_path / "ours", **change)
-    with pytest.raises(ValueError, match=f"no twin in {target}.*{field}"):
+    with pytest.raises(ValueError, match=f"{target} cannot express this model: .*{field}"):
         export_checkpoint(tmp_path / "ours", tmp_path / "native", to=target)
     assert not (tmp_path / "native").exists()
 
 
-def test_auto_names_the_nearest_format_and_the_one_field_in_its_way(tmp_path):
+def test_auto_names_the_nearest_format_and_the_one_setting_that_it_lacks(tmp_path):
     config = tiny_config("nano", final_logit_softcapping=15.0)
-    assert find_native_twin(config) is None
+    assert find_native_format(config) is None
     save_checkpoint("nano", tmp_path / "ours", final_logit_softcapping=15.0)
-    reason = r"no twin in qwen3, in whose way stands final_logit_softcapping=15.0 \(it has None\):"
+    reason = r"qwen3 cannot express this model: final_logit_softcapping=15.0 \(only None\)\."
     with pytest.raises(ValueError, match=reason):
         export_checkpoint(tmp_path / "ours", tmp_path / "native")
 
@@ -159,12 +159,14 @@ def test_a_checkpoint_without_a_tokenizer_is_exported_without(tmp_path):
 def test_a_foreign_checkpoint_is_not_exported(tmp_path):
     save_checkpoint("nano", tmp_path / "ours")
     export_checkpoint(tmp_path / "ours", tmp_path / "native")
-    with pytest.raises(ValueError, match=r"config\.json is that of a qwen3 model, and only ours"):
+    with pytest.raises(
+        ValueError, match=r"config\.json belongs to a qwen3 model, and only our own"
+    ):
         export_checkpoint(tmp_path / "native", tmp_path / "again")
 
 
 def test_an_unknown_format_is_answered_with_the_nearest(tmp_path):
-    with pytest.raises(ValueError, match=r"to='gpt-2' is unknown\. Did you mean 'gpt2'"):
+    with pytest.raises(ValueError, match=r"to='gpt-2' is unknown\. Did you mean gpt2"):
         export_checkpoint(tmp_path / "ours", tmp_path / "native", to="gpt-2")
 
 

@@ -331,7 +331,7 @@ def test_the_start_is_never_overwritten(base, text):
 def test_an_adapter_alone_is_no_checkpoint(adapted, capsys):
     for folder in (adapted / "adapter", adapted / "checkpoint-6"):
         assert main(["generate", str(folder), "def "]) == 2
-        assert "holds an adapter and no whole model" in capsys.readouterr().err
+        assert "has an adapter, not a whole model" in capsys.readouterr().err
 
 
 def test_without_the_extra_lora_says_what_to_install(base, text, tmp_path, monkeypatch, capsys):

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from hf_nanogpt import train_tokenizer
 from hf_nanogpt.convert.gguf import export_gguf, translate_tensors
-from hf_nanogpt.convert.gguf_vocabulary import _LLAMA3
+from hf_nanogpt.convert.gguf_tokenizer import LLAMA3_SPLIT, QWEN_SPLIT
 
 pytest.importorskip("gguf", reason="the GGUF writer is missing: pip install 'hf-nanogpt[gguf]'")
 
@@ -240,8 +240,8 @@ def split_tokenizer(pattern: str | None, *, ignore_merges: bool = False, **parts
 @pytest.mark.parametrize(
     ("pattern", "more"),
     [
-        (_LLAMA3, {"ignore_merges": True}),
-        (_LLAMA3.replace("{1,3}", ""), {"normalizer": normalizers.NFC()}),
+        (LLAMA3_SPLIT, {"ignore_merges": True}),
+        (QWEN_SPLIT, {"normalizer": normalizers.NFC()}),
     ],
     ids=["llama-3", "qwen"],
 )

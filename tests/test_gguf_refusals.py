@@ -1,4 +1,4 @@
-"""What cannot become a GGUF file is refused by name, and nothing half-written is left."""
+"""What GGUF cannot express is refused by name, and nothing half written is left."""
 
 import sys
 
@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from hf_nanogpt import train_tokenizer
 from hf_nanogpt.convert.gguf import export_gguf
-from hf_nanogpt.convert.gguf_vocabulary import _LLAMA3, describe_tokenizer
+from hf_nanogpt.convert.gguf_tokenizer import LLAMA3_SPLIT, describe_tokenizer
 
 pytest.importorskip("gguf", reason="the GGUF writer is missing: pip install 'hf-nanogpt[gguf]'")
 
@@ -26,14 +26,14 @@ def _save(folder, family, **overrides):
 def test_a_tokenizer_that_llama_cpp_would_read_differently_is_refused():
     ours = train_tokenizer([TEXT], kind="char")
     describe_tokenizer(ours, vocab_size=len(ours))
-    with pytest.raises(ValueError, match=f"has {len(ours)} tokens, and vocab_size=100"):
+    with pytest.raises(ValueError, match=f"has {len(ours)} tokens, but vocab_size=100"):
         describe_tokenizer(ours, vocab_size=100)
     words = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
     cases = {
-        "no byte-level BPE": PreTrainedTokenizerFast(tokenizer_object=words, eos_token="a"),
+        "not a byte-level BPE": PreTrainedTokenizerFast(tokenizer_object=words, eos_token="a"),
         "rules that are not GPT-2's": split_tokenizer(r"\w+|\W"),
         "normalizer .*Lowercase": split_tokenizer(
-            _LLAMA3, ignore_merges=True, normalizer=normalizers.Lowercase()
+            LLAMA3_SPLIT, ignore_merges=True, normalizer=normalizers.Lowercase()
         ),
     }
     for message, tokenizer in cases.items():
@@ -71,10 +71,10 @@ def test_bad_arguments_leave_nothing_behind(tmp_path, monkeypatch):
     there, new = tmp_path / "there.gguf", tmp_path / "new.gguf"
     there.write_text("mine")
     for destination, more, message in (
-        (there, {}, "exists already"),
+        (there, {}, "already exists"),
         (tmp_path / "model.bin", {}, "ends in .gguf"),
         (new, {"dtype": "q8"}, "dtype='q8' is unknown"),
-        (there / "new.gguf", {}, "could not be written"),
+        (there / "new.gguf", {}, "cannot write to"),
     ):
         with pytest.raises(ValueError, match=message):
             export_gguf(tmp_path, destination, **more)
@@ -92,7 +92,7 @@ def test_bad_arguments_leave_nothing_behind(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"output\.weight has weights beyond"):
         export_gguf(tmp_path, new, dtype="f16")
     _save(tmp_path, "nano", n_embd=48)
-    with pytest.raises(ValueError, match="rows of 48 weights, and q8_0 takes 32 together"):
+    with pytest.raises(ValueError, match="rows of 48 weights, and q8_0 packs 32 together"):
         export_gguf(tmp_path, new, dtype="q8_0")
     assert not new.exists()
 

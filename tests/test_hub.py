@@ -327,7 +327,7 @@ def test_a_refused_pull_says_why(hub, run, capsys, monkeypatch, tmp_path):
 def test_bad_input_is_refused_in_one_sentence_before_anything_is_sent(hub, run, tmp_path, capsys):
     empty = tmp_path / "empty"
     empty.mkdir()
-    assert "is no checkpoint folder" in refuse(capsys, "push", empty, "user/gpt")
+    assert "is not a checkpoint folder" in refuse(capsys, "push", empty, "user/gpt")
     assert "pull it first" in refuse(capsys, "push", "user/other", "user/gpt")
     assert "tag='a b'" in refuse(capsys, "push", run, "user/gpt", "--tag", "a b")
     assert "did you mean --tag" in refuse(capsys, "push", run, "user/gpt", "--tags=v1")

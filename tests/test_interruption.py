@@ -533,7 +533,7 @@ def test_a_flipped_byte_in_any_file_is_found_by_name(whole, tmp_path):
         _flip(path)
         if find_last_checkpoint(step.parent):  # else a flipped brace has made it unreadable
             assert find_damage(step) == path.name
-            with pytest.raises(ValueError, match=rf"damaged are {re.escape(str(path))}\. Bring"):
+            with pytest.raises(ValueError, match=rf"{re.escape(str(path))} is damaged\. Restore"):
                 find_intact_checkpoint(step.parent)
         path.write_bytes(content)
     state = step / "trainer_state.json"

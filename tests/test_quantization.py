@@ -57,6 +57,16 @@ def test_quantized_logits_stay_near(family, tokens):
 
 
 @needs_int8
+def test_quantizing_leaves_the_settings_of_other_models_alone():
+    first = tiny_model("gpt2")
+    other = type(first)(first.config)
+    config = first.config.to_dict()
+    quantized = quantize_model(first)
+    assert other.config.to_dict() == config and not quantized.config.tie_word_embeddings
+    assert quantized.model.config is quantized.config
+
+
+@needs_int8
 def test_quantized_model_reads_and_writes_alike_with_and_without_cache(tokens):
     model, ids = quantize_model(certain_model(IDS)), IDS[:, :12]
     cache = DynamicCache(config=model.config)
@@ -71,7 +81,7 @@ def test_quantized_model_reads_and_writes_alike_with_and_without_cache(tokens):
 
 
 def test_refusals_are_one_sentence(capsys):
-    with pytest.raises(ValueError, match="GPT2LMHeadModel has Conv1D instead"):
+    with pytest.raises(ValueError, match="GPT2LMHeadModel has Conv1D layers"):
         quantize_model(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=9)))
     with pytest.raises(ValueError, match="float32 model on the CPU"):
         quantize_model(tiny_model("nano").bfloat16())
@@ -97,5 +107,5 @@ def test_a_processor_that_multiplies_8_bits_wrongly_is_found_out(monkeypatch):
         done = subprocess.run(command, env=env, capture_output=True, text=True)
         assert done.stdout.strip() in ("True", "False"), done.stderr
     monkeypatch.setattr("hf_nanogpt.quantization.multiplies_exactly", lambda: False)
-    with pytest.raises(ValueError, match=r"int8 weights are not possible .*AVX512-VNNI.*GGUF"):
+    with pytest.raises(ValueError, match=r"int8 weights do not work .*AVX512-VNNI.*GGUF"):
         quantize_model(tiny_model("nano"))

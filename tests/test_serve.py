@@ -417,7 +417,7 @@ def test_unusable_address_is_refused():
 
 def test_bad_checkpoint_is_refused(tmp_path, capsys):
     assert main(["serve", str(tmp_path)]) == 2
-    assert "no checkpoint folder" in capsys.readouterr().err
+    assert "not a checkpoint folder" in capsys.readouterr().err
 
 
 def test_without_the_extra_the_command_names_it(monkeypatch, capsys):

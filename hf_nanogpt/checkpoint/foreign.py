@@ -1,8 +1,8 @@
 """Read a checkpoint that somebody else may have written: its configuration, tokenizer and model.
 
-Nothing that the folder brings is run: transformers is always told `trust_remote_code=False`, with
-which it neither runs foreign code nor asks on the terminal whether it may. Each file is looked at
-before transformers gets it, so that an error names the file and no size in it can fill the memory.
+No code in the folder is run: with `trust_remote_code=False` transformers neither runs it nor asks
+on the terminal whether it may. Each file is checked before transformers reads it, so that an error
+names the file and no size in it can fill the memory.
 """
 
 import math
@@ -31,20 +31,19 @@ from .weights import open_weights
 CONFIG = "config.json"
 _GENERATION = "generation_config.json"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")  # one of them has the vocabulary
-_OF_TOKENIZER = (
+_TOKENIZER_JSON = (
     "added_tokens.json",
     "special_tokens_map.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "vocab.json",
 )
-# Whole numbers in a configuration, by name: models that are in use stay far below.
-_LIMITS = ((re.compile("layer|attention_types"), 1024), (re.compile("head|expert"), 2**16))
-_LARGEST = 2**31 - 1
-# A model may need so many times the values that are stored (quantized weights are packed).
-_PACKED = 8
-_SMALL = 2**24
-_MOST_SEQUENCES = 64  # that one prompt may make, as beams or answers
+# The largest whole numbers in a configuration, by name: real models stay far below.
+_LIMITS = (("layer|attention_types", 1024), ("head|expert", 2**16), ("", 2**31 - 1))
+# How many parameters may be described for each stored value (quantized weights are packed), and
+# how many always.
+_PACKED, _SMALL = 8, 2**24
+_MOST_SEQUENCES = 64  # of beams or answers for one prompt
 
 
 # The configuration
@@ -55,76 +54,78 @@ def read_config(folder: Path) -> PreTrainedConfig:
 
     Raises:
         UserError: `config.json` is missing or damaged, has a value of the wrong type or a size
-            that no model has, or needs code of its own.
+            that no real model has, or needs code.
     """
     path = folder / CONFIG
     fields = read_json(path)
     check_fields(fields, path)
-    kind = fields.get("model_type")
-    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
-        code = "Code that a checkpoint brings is never run." if "auto_map" in fields else ""
-        raise UserError(f"{path} has model_type={kind!r:.80}, which is not known here. {code}")
-    with explain_errors(f"{path} is not the configuration of a {kind} model"):
+    model_type = fields.get("model_type")
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+        code = " Code in a checkpoint is never run." if "auto_map" in fields else ""
+        raise UserError(f"{path} has the unknown model_type={model_type!r:.80}.{code}")
+    with explain_errors(f"{path} is not a valid configuration of a {model_type} model"):
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
 
 def check_fields(fields: dict[str, Any], path: Path) -> None:
-    """Refuse what no class checks: enormous sizes, and kernels to be fetched from the Hub.
+    """Refuse what transformers does not check: enormous sizes, and kernels from the Hub.
 
     Raises:
         UserError: names the field and the file.
     """
     for name, value in _flatten(fields):
-        limit = next((most for names, most in _LIMITS if names.search(name)), _LARGEST)
-        is_size = isinstance(value, int) and "theta" not in name  # of rope: a large whole number
+        limit = next(most for names, most in _LIMITS if re.search(names, name))
+        is_size = isinstance(value, int) and "theta" not in name  # RoPE's may be larger
         if is_size and abs(value) > limit:
-            raise UserError(f"{path} has {name}={value:,}, and at most {limit:,} is read.")
+            raise UserError(f"{path} has {name}={value:,}, but at most {limit:,} is allowed.")
         if isinstance(value, str) and "/" in value and re.search("implementation|kernel", name):
             raise UserError(
-                f"{path} has {name}={value!r:.80}, which is compiled code to download: it was not "
-                "followed. Remove that line."
+                f"{path} has {name}={value!r:.80}, which names compiled code to download. Nothing "
+                "was downloaded: remove that line."
             )
 
 
 def _flatten(fields: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield the values in nested objects and lists, each with the innermost name around it."""
-    left: list[tuple[str, Any]] = list(fields.items())
-    while left:
-        name, value = left.pop()
+    """Yield the values in nested objects and lists, each with the nearest name above it."""
+    stack: list[tuple[str, Any]] = list(fields.items())
+    while stack:
+        name, value = stack.pop()
         if isinstance(value, dict):
-            left += [(key or name, inner) for key, inner in value.items()]
+            stack += [(key or name, inner) for key, inner in value.items()]
         elif isinstance(value, list):
-            left += [(name, inner) for inner in value]
+            stack += [(name, inner) for inner in value]
         else:
             yield name, value
 
 
 def check_generation_config(folder: Path) -> None:
-    """Refuse a `generation_config.json` with a value of the wrong type, or with too many beams."""
+    """Refuse a `generation_config.json` with a value of the wrong type, or too many beams."""
     path = folder / _GENERATION
     if not path.is_file():
         return
-    fields, usual = read_json(path), GenerationConfig._get_default_generation_params()
+    fields, defaults = read_json(path), GenerationConfig._get_default_generation_params()
     for name, value in fields.items():
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        wanted = usual.get(name)
-        if value is None or name not in usual:
-            fine = value is None or not name.endswith("_token_id") or _are_ids(value)
-        elif isinstance(wanted, bool):
-            fine = isinstance(value, bool) or (name, value) == ("early_stopping", "never")
-        else:
-            fine = not isinstance(wanted, int | float) or (number and math.isfinite(value))
-        if not fine:
-            raise UserError(f"{path} has {name}={value!r:.80}, which is not of the right type.")
-        if re.search("num_beam|num_return", name) and number and value > _MOST_SEQUENCES:
-            raise UserError(f"{path} has {name}={value:,}: at most {_MOST_SEQUENCES} are made.")
+        if value is not None and not _has_right_type(name, value, defaults.get(name)):
+            raise UserError(f"{path} has {name}={value!r:.80}, which has the wrong type.")
+        if re.search("num_beam|num_return", name) and _is_number(value) and value > _MOST_SEQUENCES:
+            raise UserError(f"{path} has {name}={value:,}: at most {_MOST_SEQUENCES} are allowed.")
     with explain_errors(f"{path} is not valid"):
         GenerationConfig.from_dict(fields)
 
 
-def _are_ids(value: object) -> bool:
-    ids = value if isinstance(value, list) else [value]
-    return all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < 2**31 for i in ids)
+def _has_right_type(name: str, value: Any, default: object) -> bool:
+    if isinstance(default, bool):
+        return isinstance(value, bool) or (name, value) == ("early_stopping", "never")
+    if isinstance(default, int | float):
+        return _is_number(value) and math.isfinite(value)
+    if name.endswith("_token_id"):
+        ids = value if isinstance(value, list) else [value]
+        return all(isinstance(i, int) and _is_number(i) and 0 <= i < 2**31 for i in ids)
+    return True
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 # The tokenizer
@@ -134,22 +135,22 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Return the tokenizer in a folder.
 
     Raises:
-        UserError: one of its files is missing or damaged, or it needs code of its own.
+        UserError: one of its files is missing or damaged, or it needs code.
     """
     check_links(folder)
-    for name in _OF_TOKENIZER:
+    for name in _TOKENIZER_JSON:
         if (folder / name).is_file():
             read_json(folder / name)
-    if (folder / CONFIG).is_file():  # names the class where tokenizer_config.json does not
+    if (folder / CONFIG).is_file():  # it names the class if tokenizer_config.json does not
         check_fields(read_json(folder / CONFIG), folder / CONFIG)
-    files = [name for name in (*_OF_TOKENIZER, "tokenizer.model") if (folder / name).is_file()]
+    files = [name for name in (*_TOKENIZER_JSON, "tokenizer.model") if (folder / name).is_file()]
     with explain_errors(f"The tokenizer in {folder} ({', '.join(files)}) cannot be loaded"):
         try:
             return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
         except ValueError as error:
-            if "trust_remote_code" not in str(error):  # which transformers advises to set
+            if "trust_remote_code" not in str(error):  # transformers would advise to set it
                 raise
-            raise UserError("it needs code that it brings, which is never run") from error
+            raise UserError("it needs code from the checkpoint, which is never run") from error
 
 
 # The model
@@ -159,15 +160,15 @@ def read_model(folder: Path) -> PreTrainedModel:
     """Return the model in a folder, from safetensors only.
 
     Raises:
-        UserError: a file is missing or damaged, the weights are not those that the configuration
-            describes, or they hold NaN or infinity.
+        UserError: a file is missing or damaged, the weights do not match the configuration, or
+            they have NaN or infinity.
     """
     config = read_config(folder)
     check_generation_config(folder)
     if (folder / "adapter_config.json").is_file():  # transformers would load it, with PEFT
         raise UserError(
-            f"{folder} holds a model and an adapter_config.json: move the adapter elsewhere, or "
-            "load both with PEFT."
+            f"{folder} has a model and an adapter_config.json: move the adapter elsewhere, or load "
+            "both with PEFT."
         )
     _check_shapes(folder, config)
     with explain_errors(f"{folder} cannot be loaded"):
@@ -179,25 +180,24 @@ def read_model(folder: Path) -> PreTrainedModel:
             trust_remote_code=False,
         )
     if missing := sorted(report["missing_keys"]):
-        raise UserError(f"{folder} has no weights for {', '.join(missing[:3])}: it is not whole.")
+        raise UserError(f"{folder} is not complete: it has no {', '.join(missing[:3])}.")
     check_finite(model.named_parameters(), folder)
     return model
 
 
-def make_skeleton(config: PreTrainedConfig, folder: Path) -> PreTrainedModel:
-    """Build the model that a configuration describes, of tensors that take no memory."""
-    what = f"{folder / CONFIG} describes a model that cannot be built"
-    with explain_errors(what), torch.device("meta"):
+def make_skeleton(config: PreTrainedConfig, where: Path) -> PreTrainedModel:
+    """Build the model that a configuration describes, with tensors that take no memory."""
+    with explain_errors(f"{where} describes a model that cannot be built"), torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
 def _check_shapes(folder: Path, config: PreTrainedConfig) -> None:
-    """Compare configuration and weights before either takes memory."""
-    found, model = open_weights(folder), make_skeleton(config, folder)
+    """Compare the configuration with the weights before either takes memory."""
+    found, model = open_weights(folder), make_skeleton(config, folder / CONFIG)
     stored = sum(math.prod(tensor.shape) for tensor in found.values())
     if (needed := model.num_parameters()) > _PACKED * stored + _SMALL:
         raise UserError(
-            f"{folder / CONFIG} describes {needed:,} parameters, but the weights beside it have "
+            f"{folder / CONFIG} describes {needed:,} parameters, but the weights there have "
             f"{stored:,}: they do not belong together."
         )
     if getattr(config, "quantization_config", None) is not None:
@@ -205,7 +205,7 @@ def _check_shapes(folder: Path, config: PreTrainedConfig) -> None:
     for name, tensor in model.state_dict().items():
         if name in found and found[name].shape != tuple(tensor.shape):
             raise UserError(
-                f"{folder} has the weight {name!r} of shape {found[name].shape}, and its "
+                f"{folder} has the weight {name!r} of shape {found[name].shape}, but its "
                 f"{CONFIG} describes {tuple(tensor.shape)}: they do not belong together."
             )
 
@@ -213,9 +213,9 @@ def _check_shapes(folder: Path, config: PreTrainedConfig) -> None:
 def check_finite(tensors: Iterable[tuple[str, torch.Tensor]], where: Path) -> None:
     """Raise a `UserError` for the first tensor with NaN or infinity in it."""
     for name, tensor in tensors:
-        # A sum is ten times as fast as looking at each value, and not finite where one is not.
+        # A bad value makes the sum bad: ten times as fast as a look at each value.
         if tensor.is_floating_point() and not tensor.sum(dtype=torch.float32).isfinite():
             raise UserError(
-                f"The weights in {where} cannot be used: {name!r} holds NaN or infinity. Its "
-                "training has diverged, or the file is damaged."
+                f"The weights in {where} cannot be used: {name!r} has NaN or infinity. Either "
+                "the training diverged, or the file is damaged."
             )

@@ -1,4 +1,4 @@
-"""What is read of a foreign checkpoint: tensors, one at a time, with every fault named."""
+"""Read the tensors of a checkpoint one at a time, and name every fault in its files."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -22,16 +22,11 @@ class LazyTensor:
     read: Callable[[], Tensor]
 
 
-def in_memory(tensors: Mapping[str, Tensor]) -> dict[str, LazyTensor]:
-    """Give tensors that are there already the same face as those in files."""
-    return {name: LazyTensor(tuple(t.shape), t.detach) for name, t in tensors.items()}
-
-
 def open_weights(folder: Path) -> dict[str, LazyTensor]:
     """Return the tensors of a folder's safetensors file or shards; only the headers are read.
 
     Raises:
-        UserError: there are no such files, a shard is missing, or one is cut off or damaged.
+        UserError: a file or shard is missing, cut off or damaged.
     """
     return {name: t for path in _weight_files(folder) for name, t in _open_file(path).items()}
 
@@ -43,7 +38,7 @@ def _weight_files(folder: Path) -> Iterable[Path]:
     if not index.is_file():
         raise UserError(
             f"{folder} has neither {single.name} nor {index.name}: load the model with "
-            "transformers and write it again with save_pretrained, which makes them."
+            "transformers and save it again with save_pretrained."
         )
     shards = read_json(index).get("weight_map")
     if not isinstance(shards, dict) or not all(isinstance(n, str) for n in shards.values()):
@@ -59,32 +54,30 @@ def _open_file(path: Path) -> dict[str, LazyTensor]:
             name: LazyTensor(
                 tuple(file.get_slice(name).get_shape()), partial(file.get_tensor, name)
             )
-            for name in file.keys()  # noqa: SIM118 (it is no dict)
+            for name in file.keys()  # noqa: SIM118 (not a dict)
         }
     except (OSError, SafetensorError) as error:
         raise UserError(
-            f"{path} cannot be read, it is missing, cut off or damaged: {error}"
+            f"{path} cannot be read: it is missing, cut off or damaged ({error})."
         ) from error
 
 
 def check_tensors(found: Mapping[str, LazyTensor], expected: Shapes, *, where: Path) -> None:
-    """Raise a `UserError` that names the tensors missing, unknown or of another shape."""
-    common = [name for name in expected if name in found]
+    """Raise a `UserError` that names tensors that are missing, unknown or of another shape."""
     faults = {
         "missing": [repr(name) for name in expected if name not in found],
         "unknown": [repr(name) for name in found if name not in expected],
         "of another shape": [
-            f"{name!r} is {found[name].shape} and should be {expected[name]}"
-            for name in common
-            if found[name].shape != expected[name]
+            f"{name!r} is {found[name].shape} and should be {shape}"
+            for name, shape in expected.items()
+            if name in found and found[name].shape != shape
         ],
     }
-    named = [f"{kind}: {_shorten(names)}" for kind, names in faults.items() if names]
+    named = [f"{fault}: {_shorten(names)}" for fault, names in faults.items() if names]
     if named:
         raise UserError(
-            f"{where} does not hold the tensors that its config.json describes ("
-            + "; ".join(named)
-            + "). Check that the weights and the configuration belong together."
+            f"{where} does not have the tensors that its config.json describes "
+            f"({'; '.join(named)}). Check that the weights and the configuration belong together."
         )
 
 

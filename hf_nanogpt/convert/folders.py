@@ -1,4 +1,4 @@
-"""The folders at both ends of a conversion: found, loaded from, and written whole or not at all."""
+"""Both ends of a conversion: what is loaded, and what is written whole or not at all."""
 
 import shutil
 from collections.abc import Iterator
@@ -8,31 +8,38 @@ from pathlib import Path
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..checkpoint.folder import (
-    TOKENIZER_FILES,
-    check_writable,
-    clear_abandoned,
-    download,
-    split_revision,
-    staged_folder,
-)
 from ..checkpoint.foreign import TOKENIZERS, check_generation_config, read_tokenizer
+from ..checkpoint.loading import TOKENIZER_FILES, download, load_checkpoint, split_revision
+from ..checkpoint.writing import check_writable, clear_abandoned, staged_folder
 from ..errors import UserError
+from ..modeling_nanogpt import NanoGPTForCausalLM
 
-_ONE_OF = (*TOKENIZERS, "tokenizer_config.json")
-_SETTINGS = "generation_config.json"
+_GENERATION = "generation_config.json"
 
 
 def load_tokenizer(place: str | Path) -> PreTrainedTokenizerBase | None:
-    """Load the tokenizer of a folder or Hub id; `None` for a folder that has none."""
+    """Load the tokenizer of a folder or Hub id; `None` for a folder without one."""
     name, revision = split_revision(place)
     folder = Path(name) if Path(name).is_dir() else download(name, revision, TOKENIZER_FILES)
-    if not any((folder / file).is_file() for file in _ONE_OF):
+    if not any((folder / file).is_file() for file in (*TOKENIZERS, "tokenizer_config.json")):
         return None
     tokenizer = read_tokenizer(folder)
-    for key in ("is_local", "local_files_only"):  # of this loading, not of the tokenizer
+    for key in ("is_local", "local_files_only"):  # they describe this call, not the tokenizer
         tokenizer.init_kwargs.pop(key, None)
     return tokenizer
+
+
+def load_our_model(
+    checkpoint: str | Path,
+) -> tuple[NanoGPTForCausalLM, PreTrainedTokenizerBase]:
+    """Load one of our checkpoints; raise a `UserError` for a model of another class."""
+    model, tokenizer = load_checkpoint(checkpoint)
+    if not isinstance(model, NanoGPTForCausalLM):
+        raise UserError(
+            f"{checkpoint} is a {type(model).__name__}, not a {NanoGPTForCausalLM.__name__}: run "
+            "hf-nanogpt convert first."
+        )
+    return model, tokenizer
 
 
 def check_destination(destination: str | Path) -> Path:
@@ -42,11 +49,26 @@ def check_destination(destination: str | Path) -> Path:
     content = [p.name for p in path.iterdir()] if path.is_dir() else []
     if content and all(name.startswith(".staged-") for name in content):
         raise UserError(
-            f"destination={path} is being written by another process ({content[0]}): wait for its "
-            "end, or choose another folder."
+            f"destination={path} is being written by another process ({content[0]}): wait until it "
+            "has finished, or choose another folder."
         )
     if content:
         raise UserError(f"destination={path} exists and is not empty: choose another folder.")
+    check_writable(path, name="destination")
+    return path
+
+
+def check_new_file(destination: str | Path, suffix: str, *extra: str) -> Path:
+    """Return the path if it ends in `suffix` and a new file can be written there.
+
+    `extra` are endings of files that may be written next to it.
+    """
+    path = Path(destination)
+    if path.suffix != suffix:
+        raise UserError(f"destination={path} must be a path that ends in {suffix}.")
+    for taken in (path, *(path.with_name(path.name + ending) for ending in extra)):
+        if taken.exists():
+            raise UserError(f"destination={taken} already exists: choose another name.")
     check_writable(path, name="destination")
     return path
 
@@ -59,30 +81,33 @@ def write_folder(
     settings_from: Path | None = None,
 ) -> None:
     """Write a whole checkpoint, with the generation settings of another folder, or nothing."""
-    settings = settings_from and settings_from / _SETTINGS
+    settings = settings_from and settings_from / _GENERATION
     with written_folder(destination) as staged:
         model.save_pretrained(staged)
         if tokenizer is not None:
             tokenizer.save_pretrained(staged)
         if settings and settings.is_file():
-            check_generation_config(settings.parent)  # a damaged one must not pass on
-            shutil.copyfile(settings, staged / _SETTINGS)
+            check_generation_config(settings.parent)  # do not copy a damaged one
+            shutil.copyfile(settings, staged / _GENERATION)
 
 
 @contextmanager
-def written_folder(destination: Path) -> Iterator[Path]:
-    """Stage a folder; after a failure, say so in a `UserError` and leave no trace of it."""
-    existed = destination.exists()
+def written_folder(folder: Path, *, file: Path | None = None) -> Iterator[Path]:
+    """Stage files for a folder; if that fails, explain it in a `UserError` and leave nothing.
+
+    `file` is the destination to name in the message, where it is one file in the folder.
+    """
+    existed = folder.exists()
     try:
-        with staged_folder(destination) as staged:
+        with staged_folder(folder) as staged:
             yield staged
     except BaseException as error:
-        if not existed and destination.is_dir() and not any(destination.iterdir()):
-            destination.rmdir()
+        if not existed and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
         # tokenizers, which is written in Rust, raises a bare Exception when the disk is full.
         if isinstance(error, OSError | SafetensorError) or type(error) is Exception:
             raise UserError(
-                f"destination={destination} could not be written, and nothing was left of it: "
-                f"{error}. Make room there, or choose another folder."
+                f"destination={file or folder} could not be written, and nothing was left there: "
+                f"{error}. Free some space, or choose another place."
             ) from error
         raise

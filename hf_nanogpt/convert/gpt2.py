@@ -1,24 +1,36 @@
-"""GPT-2 (Radford et al. 2019), as transformers' `GPT2LMHeadModel` keeps it."""
+"""GPT-2 (Radford et al. 2019), as transformers' `GPT2LMHeadModel` stores it."""
 
 from typing import Any
 
 from ..configuration_nanogpt import NanoGPTConfig
-from .rules import SPLIT, TRANSPOSE, Format, expect, one_dropout, plain_heads, rename, rename_back
+from .rules import (
+    SHARED_FIELDS,
+    SPLIT,
+    TRANSPOSE,
+    Format,
+    export_fields,
+    import_fields,
+    merge_dropouts,
+    plain_heads,
+    require,
+)
 
-ROWS = (
-    ("transformer.wte", "model.embed_tokens"),
-    ("transformer.wpe", "model.embed_positions"),
+BLOCK_ROWS = (
     ("transformer.h.{n}.ln_1", "model.layers.{n}.input_layernorm"),
     ("transformer.h.{n}.attn.c_attn", "model.layers.{n}.self_attn.{qkv}_proj", TRANSPOSE, SPLIT),
     ("transformer.h.{n}.attn.c_proj", "model.layers.{n}.self_attn.o_proj", TRANSPOSE),
     ("transformer.h.{n}.ln_2", "model.layers.{n}.post_attention_layernorm"),
     ("transformer.h.{n}.mlp.c_fc", "model.layers.{n}.mlp.up_proj", TRANSPOSE),
     ("transformer.h.{n}.mlp.c_proj", "model.layers.{n}.mlp.down_proj", TRANSPOSE),
+)
+ROWS = (
+    ("transformer.wte", "model.embed_tokens"),
+    ("transformer.wpe", "model.embed_positions"),
+    *BLOCK_ROWS,
     ("transformer.ln_f", "model.norm"),
     ("lm_head", "lm_head"),
 )
-FIELDS = {
-    "vocab_size": "vocab_size",
+FIELDS = SHARED_FIELDS | {
     "n_positions": "max_position_embeddings",
     "n_embd": "hidden_size",
     "n_layer": "num_hidden_layers",
@@ -26,12 +38,6 @@ FIELDS = {
     "n_inner": "intermediate_size",
     "activation_function": "hidden_act",
     "layer_norm_epsilon": "norm_eps",
-    "initializer_range": "initializer_range",
-    "tie_word_embeddings": "tie_word_embeddings",
-    "use_cache": "use_cache",
-    "bos_token_id": "bos_token_id",
-    "eos_token_id": "eos_token_id",
-    "pad_token_id": "pad_token_id",
 }
 FIXED = {
     "position_embedding_type": "learned",
@@ -47,30 +53,30 @@ FIXED = {
 DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
 
 
-def read_config(theirs: dict[str, Any]) -> dict[str, Any]:
-    """Return our fields (`reorder_and_upcast_attn` only changes the rounding, and is left out)."""
-    expect(
-        theirs,
+def import_config(native: dict[str, Any]) -> dict[str, Any]:
+    """Return our fields. `reorder_and_upcast_attn` is left out: it only changes the rounding."""
+    require(
+        native,
         scale_attn_weights=True,
         scale_attn_by_inverse_layer_idx=False,
         add_cross_attention=False,
     )
-    fields = FIXED | rename(theirs, FIELDS)
-    fields["layer_types"] = ["full_attention"] * theirs["n_layer"]
-    fields["dropout"] = one_dropout(theirs, *DROPOUTS)
+    fields = FIXED | import_fields(native, FIELDS)
+    fields["layer_types"] = ["full_attention"] * native["n_layer"]
+    fields["dropout"] = merge_dropouts(native, *DROPOUTS)
     return fields | plain_heads(fields)
 
 
-def write_config(config: NanoGPTConfig) -> dict[str, Any]:
+def export_config(config: NanoGPTConfig) -> dict[str, Any]:
     """Return the fields of `GPT2Config`."""
-    return rename_back(config, FIELDS) | dict.fromkeys(DROPOUTS, config.dropout)
+    return export_fields(config, FIELDS) | dict.fromkeys(DROPOUTS, config.dropout)
 
 
 FORMAT = Format(
     model_type="gpt2",
     architecture="GPT2LMHeadModel",
     rows=ROWS,
-    read_config=read_config,
-    write_config=write_config,
+    import_config=import_config,
+    export_config=export_config,
     ignored=r"transformer\.h\.\d+\.attn\.(bias|masked_bias)",
 )

@@ -1,4 +1,4 @@
-"""GPT-Neo (EleutherAI 2021), as transformers' `GPTNeoForCausalLM` keeps it: GPT-3's banded layers.
+"""GPT-Neo (EleutherAI 2021), as transformers' `GPTNeoForCausalLM` stores it: GPT-3's banded layers.
 
 Its scores are not divided by sqrt(head_dim), and its queries, keys and values have no biases.
 """
@@ -7,7 +7,15 @@ from typing import Any
 
 from ..configuration_nanogpt import NanoGPTConfig
 from . import gpt2
-from .rules import SCALE, Format, one_dropout, plain_heads, rename, rename_back
+from .rules import (
+    SCALE,
+    SHARED_FIELDS,
+    Format,
+    export_fields,
+    import_fields,
+    merge_dropouts,
+    plain_heads,
+)
 
 ROWS = (
     ("transformer.wte", "model.embed_tokens"),
@@ -23,8 +31,7 @@ ROWS = (
     ("transformer.ln_f", "model.norm"),
     ("lm_head", "lm_head"),
 )
-FIELDS = {
-    "vocab_size": "vocab_size",
+FIELDS = SHARED_FIELDS | {
     "max_position_embeddings": "max_position_embeddings",
     "hidden_size": "hidden_size",
     "num_layers": "num_hidden_layers",
@@ -32,33 +39,27 @@ FIELDS = {
     "intermediate_size": "intermediate_size",
     "activation_function": "hidden_act",
     "layer_norm_epsilon": "norm_eps",
-    "initializer_range": "initializer_range",
-    "tie_word_embeddings": "tie_word_embeddings",
-    "use_cache": "use_cache",
-    "bos_token_id": "bos_token_id",
-    "eos_token_id": "eos_token_id",
-    "pad_token_id": "pad_token_id",
 }
 DROPOUTS = ("resid_dropout", "embed_dropout", "attention_dropout")
-KINDS = {"global": "full_attention", "local": "sliding_attention"}
+LAYER_TYPES = {"global": "full_attention", "local": "sliding_attention"}
 
 
-def read_config(theirs: dict[str, Any]) -> dict[str, Any]:
+def import_config(native: dict[str, Any]) -> dict[str, Any]:
     """Return our fields; `attention_types` is a list of (pattern, how many times)."""
-    pattern = [kind for kinds, times in theirs["attention_types"] for kind in kinds * times]
-    fields = gpt2.FIXED | rename(theirs, FIELDS)
-    fields["layer_types"] = [KINDS[kind] for kind in pattern]
+    pattern = [name for names, times in native["attention_types"] for name in names * times]
+    fields = gpt2.FIXED | import_fields(native, FIELDS)
+    fields["layer_types"] = [LAYER_TYPES[name] for name in pattern]
     if "local" in pattern:
-        fields["sliding_window"] = theirs["window_size"]
-    fields["dropout"] = one_dropout(theirs, *DROPOUTS)
+        fields["sliding_window"] = native["window_size"]
+    fields["dropout"] = merge_dropouts(native, *DROPOUTS)
     return fields | plain_heads(fields)
 
 
-def write_config(config: NanoGPTConfig) -> dict[str, Any]:
+def export_config(config: NanoGPTConfig) -> dict[str, Any]:
     """Return the fields of `GPTNeoConfig`."""
-    names = {ours: theirs for theirs, ours in KINDS.items()}
-    pattern = [names[kind] for kind in config.layer_types or []]
-    fields = rename_back(config, FIELDS) | dict.fromkeys(DROPOUTS, config.dropout)
+    names = {ours: name for name, ours in LAYER_TYPES.items()}
+    pattern = [names[layer_type] for layer_type in config.layer_types or []]
+    fields = export_fields(config, FIELDS) | dict.fromkeys(DROPOUTS, config.dropout)
     window = {"window_size": config.sliding_window} if "local" in pattern else {}
     return fields | window | {"attention_types": [[pattern, 1]]}
 
@@ -67,7 +68,7 @@ FORMAT = Format(
     model_type="gpt_neo",
     architecture="GPTNeoForCausalLM",
     rows=ROWS,
-    read_config=read_config,
-    write_config=write_config,
+    import_config=import_config,
+    export_config=export_config,
     ignored=r"transformer\.h\.\d+\.attn\.attention\.(bias|masked_bias)",
 )

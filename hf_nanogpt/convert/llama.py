@@ -1,10 +1,10 @@
-"""LLaMA (Touvron et al. 2023, arXiv:2302.13971), as transformers' `LlamaForCausalLM` keeps it."""
+"""LLaMA (Touvron et al. 2023, arXiv:2302.13971), as transformers' `LlamaForCausalLM` stores it."""
 
 from copy import deepcopy
 from typing import Any
 
 from ..configuration_nanogpt import NanoGPTConfig
-from .rules import Format, one_dropout, rename, rename_back
+from .rules import SHARED_FIELDS, Format, export_fields, import_fields, merge_dropouts
 
 LAYER = "model.layers.{n}"
 MODULES = (
@@ -22,8 +22,7 @@ MODULES = (
     "lm_head",
 )
 ROWS = tuple((name, name) for name in MODULES)  # our names are Llama's
-FIELDS = {
-    "vocab_size": "vocab_size",
+FIELDS = SHARED_FIELDS | {
     "hidden_size": "hidden_size",
     "intermediate_size": "intermediate_size",
     "num_hidden_layers": "num_hidden_layers",
@@ -35,12 +34,6 @@ FIELDS = {
     "rms_norm_eps": "norm_eps",
     "attention_bias": "attention_bias",
     "mlp_bias": "mlp_bias",
-    "initializer_range": "initializer_range",
-    "tie_word_embeddings": "tie_word_embeddings",
-    "use_cache": "use_cache",
-    "bos_token_id": "bos_token_id",
-    "eos_token_id": "eos_token_id",
-    "pad_token_id": "pad_token_id",
 }
 FIXED = {
     "position_embedding_type": "rope",
@@ -53,26 +46,26 @@ FIXED = {
 }
 
 
-def read_config(theirs: dict[str, Any]) -> dict[str, Any]:
-    """Return our fields; `rope_parameters` mean the same, whatever their type."""
-    fields = FIXED | rename(theirs, FIELDS)
-    fields["rope_parameters"] = deepcopy(theirs["rope_parameters"])
-    fields["layer_types"] = ["full_attention"] * theirs["num_hidden_layers"]
-    fields["dropout"] = one_dropout(theirs, "attention_dropout", everywhere=False)
+def import_config(native: dict[str, Any]) -> dict[str, Any]:
+    """Return our fields; `rope_parameters` of any type mean the same in both."""
+    fields = FIXED | import_fields(native, FIELDS)
+    fields["rope_parameters"] = deepcopy(native["rope_parameters"])
+    fields["layer_types"] = ["full_attention"] * native["num_hidden_layers"]
+    fields["dropout"] = merge_dropouts(native, "attention_dropout", everywhere=False)
     return fields
 
 
-def write_config(config: NanoGPTConfig) -> dict[str, Any]:
+def export_config(config: NanoGPTConfig) -> dict[str, Any]:
     """Return the fields of `LlamaConfig`."""
     more = {"rope_parameters": deepcopy(config.rope_parameters), "attention_dropout": 0.0}
-    return rename_back(config, FIELDS) | more
+    return export_fields(config, FIELDS) | more
 
 
 FORMAT = Format(
     model_type="llama",
     architecture="LlamaForCausalLM",
     rows=ROWS,
-    read_config=read_config,
-    write_config=write_config,
+    import_config=import_config,
+    export_config=export_config,
     ignored=r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",
 )

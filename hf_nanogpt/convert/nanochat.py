@@ -1,7 +1,7 @@
-"""nanochat, as transformers' `NanoChatForCausalLM` keeps it.
+"""nanochat, as transformers' `NanoChatForCausalLM` stores it.
 
-Norms have no weights, and RoPE turns the other way round. It normalises queries and keys after the
-rotation, ours before, which is the same, since a rotation changes no lengths.
+Its norms have no weights, and its RoPE rotates in the other direction. It normalises queries and
+keys after the rotation, we do so before; both are the same, since a rotation changes no lengths.
 """
 
 from typing import Any
@@ -10,14 +10,15 @@ from ..configuration_nanogpt import NanoGPTConfig
 from . import llama
 from .rules import SWAP_HALVES, Format
 
+ATTENTION = f"{llama.LAYER}.self_attn"
 ROWS = (
     ("model.embed_tokens", "model.embed_tokens"),
-    ("model.layers.{n}.self_attn.q_proj", "model.layers.{n}.self_attn.q_proj", SWAP_HALVES),
-    ("model.layers.{n}.self_attn.k_proj", "model.layers.{n}.self_attn.k_proj", SWAP_HALVES),
-    ("model.layers.{n}.self_attn.v_proj", "model.layers.{n}.self_attn.v_proj"),
-    ("model.layers.{n}.self_attn.o_proj", "model.layers.{n}.self_attn.o_proj"),
-    ("model.layers.{n}.mlp.fc1", "model.layers.{n}.mlp.up_proj"),
-    ("model.layers.{n}.mlp.fc2", "model.layers.{n}.mlp.down_proj"),
+    (f"{ATTENTION}.q_proj", f"{ATTENTION}.q_proj", SWAP_HALVES),
+    (f"{ATTENTION}.k_proj", f"{ATTENTION}.k_proj", SWAP_HALVES),
+    (f"{ATTENTION}.v_proj", f"{ATTENTION}.v_proj"),
+    (f"{ATTENTION}.o_proj", f"{ATTENTION}.o_proj"),
+    (f"{llama.LAYER}.mlp.fc1", f"{llama.LAYER}.mlp.up_proj"),
+    (f"{llama.LAYER}.mlp.fc2", f"{llama.LAYER}.mlp.down_proj"),
     ("lm_head", "lm_head"),
 )
 FIXED = {
@@ -28,24 +29,24 @@ FIXED = {
 }
 
 
-def read_config(theirs: dict[str, Any]) -> dict[str, Any]:
+def import_config(native: dict[str, Any]) -> dict[str, Any]:
     """Return our fields.
 
-    The factor that YaRN and LongRoPE put on cos and sin is lost in their norm after the rotation,
-    so ours must be 1.
+    YaRN and LongRoPE multiply cos and sin by a factor. nanochat's norm after the rotation removes
+    it, so in our model it must be 1.
     """
-    head_dim = theirs.get("head_dim") or theirs["hidden_size"] // theirs["num_attention_heads"]
-    fields = llama.read_config(theirs | {"mlp_bias": False, "head_dim": head_dim}) | FIXED
-    fields["final_logit_softcapping"] = theirs["final_logit_softcapping"]
+    head_dim = native.get("head_dim") or native["hidden_size"] // native["num_attention_heads"]
+    fields = llama.import_config(native | {"mlp_bias": False, "head_dim": head_dim}) | FIXED
+    fields["final_logit_softcapping"] = native["final_logit_softcapping"]
     rope = fields["rope_parameters"]
     if rope and rope["rope_type"] in ("yarn", "longrope"):
         rope["attention_factor"] = 1.0
     return fields
 
 
-def write_config(config: NanoGPTConfig) -> dict[str, Any]:
-    """Return the fields of `NanoChatConfig`; `head_dim` is none, but its model looks for it."""
-    fields = llama.write_config(config)
+def export_config(config: NanoGPTConfig) -> dict[str, Any]:
+    """Return the fields of `NanoChatConfig`, which has no `head_dim`, though its model reads it."""
+    fields = llama.export_config(config)
     del fields["mlp_bias"]
     if config.head_dim == config.hidden_size / config.num_attention_heads:
         del fields["head_dim"]
@@ -57,7 +58,7 @@ FORMAT = Format(
     model_type="nanochat",
     architecture="NanoChatForCausalLM",
     rows=ROWS,
-    read_config=read_config,
-    write_config=write_config,
+    import_config=import_config,
+    export_config=export_config,
     newer=r"value_embeds|ve_gate|resid_lambdas|x0_lambdas|smear_|backout_lambda",
 )

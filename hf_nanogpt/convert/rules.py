@@ -1,14 +1,13 @@
-"""The engine of all conversions: one table per format, read from left to right and back.
+"""The engine of all conversions: a format is one table of weights, and it works in both directions.
 
-A row of a table names a module of the foreign model, the module of ours that it is, and the
-operations that its weight and bias go through on the way; `{n}` stands for each layer, `{qkv}` for
-our three projections. Where one side has a bias and the other has no place for it, the bias is
-zero: it is filled in on the way to a side that has it, and must be zero on the way to one that has
-not.
+Each row names a module of the other format, our module that holds the same weights, and the
+operations that turn one into the other. `{n}` stands for each layer, `{qkv}` for our three
+projections. Where only one of two modules has a bias, the other counts as zero: import and export
+fill in zeros where a bias is missing, and refuse to drop one that is not zero.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,174 +26,190 @@ _Change = Callable[[list[Tensor], int], list[Tensor]]  # (tensors, head_dim) -> 
 
 @dataclass(frozen=True)
 class Operation:
-    """What turns the foreign tensors of a row into ours, and the inverse."""
+    """What happens to the tensors of a row on import, and the inverse for export."""
 
-    to_ours: _Change
-    to_theirs: _Change
+    on_import: _Change
+    on_export: _Change
 
 
 def _each(function: Callable[[Tensor, int], Tensor]) -> _Change:
-    return lambda parts, head_dim: [function(part, head_dim) for part in parts]
+    return lambda tensors, head_dim: [function(tensor, head_dim) for tensor in tensors]
 
 
-def _split(parts: list[Tensor], head_dim: int) -> list[Tensor]:
-    [fused] = parts
+def _split(tensors: list[Tensor], head_dim: int) -> list[Tensor]:
+    [fused] = tensors
     return [part.clone(memory_format=torch.contiguous_format) for part in fused.chunk(3)]
-
-
-def _transpose(x: Tensor, head_dim: int) -> Tensor:
-    return x.t()  # of a bias: the bias
 
 
 def _swap_halves(x: Tensor, head_dim: int) -> Tensor:
     return x.unflatten(0, (-1, 2, head_dim // 2)).flip(1).flatten(0, 2)
 
 
-# GPT-2's Conv1D keeps its weight as (inputs, outputs).
-TRANSPOSE = Operation(_each(_transpose), _each(_transpose))
+_transpose = _each(lambda x, head_dim: x.t())  # leaves a bias as it is
+
+# GPT-2's Conv1D stores its weight as (inputs, outputs).
+TRANSPOSE = Operation(_transpose, _transpose)
 # One matrix for queries, keys and values, one below the other.
-SPLIT = Operation(_split, lambda parts, head_dim: [torch.cat(parts)])
-# Scores that are not divided by sqrt(head_dim): the queries carry the factor (exact to the bit
-# where it is a power of two, as for head_dim 16, 64 and 256).
+SPLIT = Operation(_split, lambda tensors, head_dim: [torch.cat(tensors)])
+# Scores that are not divided by sqrt(head_dim): the queries carry the factor. This is exact to the
+# bit where the factor is a power of two, as for head_dim 16, 64 and 256.
 SCALE = Operation(
     _each(lambda x, head_dim: x * math.sqrt(head_dim)),
     _each(lambda x, head_dim: x / math.sqrt(head_dim)),
 )
-# RoPE that turns the other way round: the halves of each head change places.
+# RoPE that rotates in the other direction: the halves of each head change places.
 SWAP_HALVES = Operation(_each(_swap_halves), _each(_swap_halves))
 
-Rows = Sequence[tuple[Any, ...]]  # (their module, our module, *operations)
+Rows = Sequence[tuple[Any, ...]]  # (module of the other format, our module, *operations)
 
 
 @dataclass(frozen=True)
 class Format:
-    """A foreign format: its class in transformers, its table, and its configuration, both ways."""
+    """Another format: its class in transformers, its table, and how its configuration converts."""
 
     model_type: str
     architecture: str
     rows: Rows
-    read_config: Callable[[dict[str, Any]], dict[str, Any]]  # theirs -> fields of ours
-    write_config: Callable[[NanoGPTConfig], dict[str, Any]]
-    ignored: str = r"$^"  # what a file may hold beside weights, as a regular expression
-    newer: str = r"$^"  # tensors of later versions of the format, which ours has no place for
+    import_config: Callable[[dict[str, Any]], dict[str, Any]]  # its fields -> NanoGPTConfig's
+    export_config: Callable[[NanoGPTConfig], dict[str, Any]]  # the inverse
+    ignored: str = r"$^"  # tensors that are not weights, as a regular expression
+    newer: str = r"$^"  # tensors of later versions of the format, which we cannot express
 
     @property
     def embedding(self) -> str:
-        """Return the name of the foreign token embeddings."""
-        [name] = [theirs for theirs, ours, *_ in self.rows if ours == "model.embed_tokens"]
+        """Return the name of the other format's token embeddings."""
+        [name] = [native for native, ours, *_ in self.rows if ours == "model.embed_tokens"]
         return f"{name}.weight"
 
 
+# Weights
+
+
+@dataclass(frozen=True)
+class Step:
+    """A row of a table, spelled out for one layer and one direction."""
+
+    sources: list[str]
+    targets: list[str]
+    changes: list[_Change]
+    head_dim: int
+
+    def apply(self, tensors: list[Tensor]) -> list[Tensor]:
+        for change in self.changes:
+            tensors = change(tensors, self.head_dim)
+        return [tensor.contiguous() for tensor in tensors]
+
+
+def expand(rows: Rows, config: NanoGPTConfig, *, exporting: bool = False) -> Iterator[Step]:
+    """Spell out a table layer by layer, weights before biases."""
+    head_dim = config.head_dim
+    assert head_dim is not None  # it was derived
+    for native, ours, *operations in rows:
+        paths = [ours.replace("{qkv}", x) for x in "qkv"] if "{qkv}" in ours else [ours]
+        for n in range(config.num_hidden_layers if "{n}" in native else 1):
+            for suffix in (".weight", ".bias"):
+                native_names = [native.replace("{n}", str(n)) + suffix]
+                our_names = [path.replace("{n}", str(n)) + suffix for path in paths]
+                if exporting:
+                    changes = [operation.on_export for operation in reversed(operations)]
+                    yield Step(our_names, native_names, changes, head_dim)
+                else:
+                    changes = [operation.on_import for operation in operations]
+                    yield Step(native_names, our_names, changes, head_dim)
+
+
 def translate(
-    rows: Rows,
-    source: Mapping[str, LazyTensor],
-    target: Shapes,
-    *,
-    config: NanoGPTConfig,
-    to_ours: bool,
+    steps: Iterable[Step], source: Mapping[str, LazyTensor], target: Shapes
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors of `target` by name, made one after the other from those of `source`.
 
     Both must have been checked: each tensor that the table leads to is there.
 
     Raises:
-        UserError: a bias is not zero that the target has no place for.
+        UserError: a bias that the target cannot hold is not zero.
     """
     dtype = torch.float32
-    for theirs, ours, operations in _expand(rows, config.num_hidden_layers):
-        here, there = ([theirs], ours) if to_ours else (ours, [theirs])
-        if here[0] not in source:
-            filled = [name for name in there if name in target]
-            assert all(name.endswith(".bias") for name in filled), filled
-            yield from ((name, torch.zeros(target[name], dtype=dtype)) for name in filled)
+    for step in steps:
+        if step.sources[0] not in source:  # a bias that only the target has
+            missing = [name for name in step.targets if name in target]
+            assert all(name.endswith(".bias") for name in missing), missing
+            yield from ((name, torch.zeros(target[name], dtype=dtype)) for name in missing)
             continue
-        parts = [source[name].read() for name in here]
-        dtype = parts[0].dtype
-        if there[0] not in target:
-            _check_zero(here, parts)
+        tensors = [source[name].read() for name in step.sources]
+        dtype = tensors[0].dtype
+        if step.targets[0] in target:
+            yield from zip(step.targets, step.apply(tensors), strict=True)
             continue
-        parts = _apply(operations, parts, config, to_ours=to_ours)
-        yield from ((name, part.contiguous()) for name, part in zip(there, parts, strict=True))
+        for name, tensor in zip(step.sources, tensors, strict=True):
+            if tensor.count_nonzero():
+                raise UserError(
+                    f"{name!r} is not zero, but this format does not have that bias: choose "
+                    "another format, or train with attention_bias=False."
+                )
 
 
-def _apply(
-    operations: list[Operation], parts: list[Tensor], config: NanoGPTConfig, *, to_ours: bool
-) -> list[Tensor]:
-    assert config.head_dim is not None  # derived
-    for operation in operations if to_ours else reversed(operations):
-        change = operation.to_ours if to_ours else operation.to_theirs
-        parts = change(parts, config.head_dim)
-    return parts
-
-
-def _expand(rows: Rows, layers: int) -> Iterator[tuple[str, list[str], list[Operation]]]:
-    """Spell out the rows: (their tensor, our tensors, operations), weights before biases."""
-    for theirs, ours, *operations in rows:
-        for n in range(layers if "{n}" in theirs else 1):
-            paths = [ours.replace("{qkv}", x) for x in ("qkv" if "{qkv}" in ours else "q")]
-            for kind in ("weight", "bias"):
-                names = [f"{path}.{kind}".replace("{n}", str(n)) for path in paths]
-                yield f"{theirs}.{kind}".replace("{n}", str(n)), names, operations
-
-
-def _check_zero(names: Sequence[str], tensors: list[Tensor]) -> None:
-    for name, tensor in zip(names, tensors, strict=True):
-        if tensor.count_nonzero():
-            raise UserError(
-                f"{name!r} is not zero, and this format has no such bias: choose another one, or "
-                "train with attention_bias=False."
-            )
-
-
-def their_shapes(rows: Rows, ours: Shapes, *, config: NanoGPTConfig) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the foreign tensors that all of ours would become."""
+def native_shapes(rows: Rows, ours: Shapes, config: NanoGPTConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shapes that all of our tensors would have in the other format."""
     shapes = {}
-    for theirs, names, operations in _expand(rows, config.num_hidden_layers):
-        if names[0] in ours:
-            parts = [torch.empty(ours[name], device="meta") for name in names]
-            [made] = _apply(operations, parts, config, to_ours=False)
-            shapes[theirs] = tuple(made.shape)
+    for step in expand(rows, config, exporting=True):
+        if step.sources[0] in ours:
+            [made] = step.apply([torch.empty(ours[name], device="meta") for name in step.sources])
+            shapes[step.targets[0]] = tuple(made.shape)
     return shapes
 
 
 # Configurations
 
+# Fields with the same name in all the formats that have them.
+SHARED_FIELDS = {
+    name: name
+    for name in (
+        "vocab_size",
+        "initializer_range",
+        "tie_word_embeddings",
+        "use_cache",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+    )
+}
 
-def rename(theirs: Mapping[str, Any], fields: Mapping[str, str]) -> dict[str, Any]:
-    """Return the fields of ours that go by another name in `theirs`."""
-    return {ours: theirs[name] for name, ours in fields.items()}
+
+def import_fields(native: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """Return fields of another configuration by our names; `names` maps its names to ours."""
+    return {ours: native[name] for name, ours in names.items()}
 
 
-def rename_back(config: NanoGPTConfig, fields: Mapping[str, str]) -> dict[str, Any]:
-    """Return the foreign fields that go by another name in ours."""
-    return {name: getattr(config, ours) for name, ours in fields.items()}
+def export_fields(config: NanoGPTConfig, names: Mapping[str, str]) -> dict[str, Any]:
+    """Return fields of ours by the names of another configuration."""
+    return {name: getattr(config, ours) for name, ours in names.items()}
 
 
 def plain_heads(fields: Mapping[str, Any]) -> dict[str, int | None]:
-    """Return the fields of attention that shares no keys and whose heads make up the width."""
+    """Return the fields of heads that share no keys and together are as wide as the model."""
     width, heads = fields["hidden_size"], fields["num_attention_heads"]
-    head_dim = None if width % heads else width // heads
-    return {"num_key_value_heads": heads, "head_dim": head_dim}
+    return {"num_key_value_heads": heads, "head_dim": None if width % heads else width // heads}
 
 
-def expect(theirs: Mapping[str, Any], **values: Any) -> None:
-    """Raise a `UserError` that names the first foreign setting that ours has no counterpart of."""
+def require(native: Mapping[str, Any], **values: Any) -> None:
+    """Raise a `UserError` that names the first setting that differs from what we can express."""
     for name, value in values.items():
-        if theirs.get(name, value) != value:
+        if native.get(name, value) != value:
             raise UserError(
-                f"{name}={theirs[name]!r} has no counterpart in NanoGPTConfig: only models with "
+                f"{name}={native[name]!r} has no counterpart in NanoGPTConfig: only models with "
                 f"{name}={value!r} can be converted."
             )
 
 
-def one_dropout(theirs: Mapping[str, Any], *names: str, everywhere: bool = True) -> float:
-    """Return the dropout of embeddings, attention and sublayers, which are one field in ours.
+def merge_dropouts(native: Mapping[str, Any], *names: str, everywhere: bool = True) -> float:
+    """Return the dropout of embeddings, attention and sublayers, which we keep in one field.
 
-    Where they differ, or a format has only one of them, and it is not 0, nothing is taken over.
+    It is 0 where they differ. With `everywhere=False` the format has dropout in some places only,
+    so that any value but 0 differs from that of the others.
     """
-    values = {name: theirs[name] for name in names}
-    shared = set(values.values()) if everywhere else {0.0, *values.values()}
-    if len(shared) == 1:
-        return shared.pop()
-    logger.warning(f"{values} is not taken over: dropout=0.0, set it before training further.")
+    values = {name: native[name] for name in names}
+    distinct = set(values.values()) if everywhere else {0.0, *values.values()}
+    if len(distinct) == 1:
+        return distinct.pop()
+    logger.warning(f"{values} is not converted: dropout is 0.0, set it before you train further.")
     return 0.0

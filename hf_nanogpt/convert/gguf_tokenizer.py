@@ -8,47 +8,46 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ..errors import UserError
 
-# How text is split before the merges: what llama.cpp calls it. Its "gpt-2" is the expression that
-# is built into ByteLevel; the others are a Split before it, by expression and `ignore_merges`.
-_LLAMA3 = (
+# llama.cpp's names for how text is split before the merges, by regular expression and
+# `ignore_merges`. ByteLevel has GPT-2's expression built in; the others stand in a Split before it.
+LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_SPLITS = {
-    (None, False): "gpt-2",
-    (_LLAMA3.replace("{1,3}", ""), False): "qwen2",
-    (_LLAMA3, True): "llama-bpe",
-}
-# llama.cpp wants at least one merge; byte 255, twice, is in no UTF-8 text.
-_NO_MERGES = ["ÿ ÿ"]
+QWEN_SPLIT = LLAMA3_SPLIT.replace("{1,3}", "")
+_SPLITS = {(None, False): "gpt-2", (QWEN_SPLIT, False): "qwen2", (LLAMA3_SPLIT, True): "llama-bpe"}
+_NO_MERGES = ["ÿ ÿ"]  # llama.cpp wants at least one; byte 255, twice, is in no UTF-8 text
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
 
 
 def describe_tokenizer(tokenizer: PreTrainedTokenizerBase, *, vocab_size: int) -> dict[str, Any]:
     """Return the keys of a GGUF file that make llama.cpp encode and decode as the tokenizer does.
 
-    Ids beyond the tokenizer's, up to the model's `vocab_size`, are marked as unused. Qwen's
-    normalisation to composed characters (NFC) does not exist in llama.cpp: there the prompt must
-    come composed.
+    Ids from the tokenizer's end to the model's `vocab_size` are marked as unused. llama.cpp cannot
+    normalise text to composed characters (NFC) as Qwen's tokenizer does: there the prompt must be
+    composed already.
 
     Raises:
-        UserError: the tokenizer is no byte-level BPE, or one that llama.cpp would not repeat.
+        UserError: the tokenizer is not a byte-level BPE, or llama.cpp would encode differently.
     """
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise UserError(f"GGUF: {type(tokenizer).__name__} has no tokenizer.json to be written.")
+        raise UserError(f"GGUF: {type(tokenizer).__name__} has no tokenizer.json to write.")
     parts = json.loads(tokenizer.backend_tokenizer.to_str())
     split = _name_split(parts)
+
+    # A row for each id: the token and its type.
     vocabulary = parts["model"]["vocab"] | {t["content"]: t["id"] for t in parts["added_tokens"]}
     if (size := max(vocabulary.values()) + 1) > vocab_size:
-        raise UserError(f"GGUF: the tokenizer has {size} tokens, and vocab_size={vocab_size}.")
+        raise UserError(f"GGUF: the tokenizer has {size} tokens, but vocab_size={vocab_size}.")
     tokens = [f"[PAD{i}]" for i in range(vocab_size)]
     types = [_UNUSED] * vocab_size
     for token, i in vocabulary.items():
         tokens[i], types[i] = token, _NORMAL
     for added in parts["added_tokens"]:
         types[added["id"]] = _CONTROL if added["special"] else _USER_DEFINED
+
     keys = {
-        "model": "gpt2",  # llama.cpp's word for byte-level BPE
+        "model": "gpt2",  # llama.cpp's name for byte-level BPE
         "pre": split,
         "tokens": tokens,
         "token_type": types,
@@ -60,26 +59,28 @@ def describe_tokenizer(tokenizer: PreTrainedTokenizerBase, *, vocab_size: int) -
 
 
 def _name_split(parts: dict[str, Any]) -> str:
-    """Return llama.cpp's name for the way the tokenizer splits text, or say why it has none."""
+    """Return llama.cpp's name for how the tokenizer splits text; refuse what it cannot repeat."""
     model, splitter = parts["model"], parts["pre_tokenizer"] or {}
-    steps = splitter.get("pretokenizers", [splitter])
-    last, before = steps[-1], steps[:-1]
-    odd = [
-        key
-        for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
-        if model.get(key)
-    ]
+    *before, last = splitter.get("pretokenizers", [splitter])
+    options = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
     bytes_missing = set(pre_tokenizers.ByteLevel.alphabet()) - set(model["vocab"])
-    if model["type"] != "BPE" or last.get("type") != "ByteLevel" or odd or bytes_missing:
+    if (
+        model["type"] != "BPE"
+        or last.get("type") != "ByteLevel"
+        or any(model.get(option) for option in options)
+        or bytes_missing
+    ):
         raise UserError(
-            f"GGUF: the tokenizer ({model['type']}, {last.get('type')}) is no byte-level BPE, the "
-            "only kind that can be written."
+            f"GGUF: the tokenizer ({model['type']}, {last.get('type')}) is not a byte-level BPE, "
+            "and only those can be written."
         )
+
+    # At most one Split before ByteLevel, with an expression that llama.cpp knows.
     expressions = [step.get("pattern", {}).get("Regex") for step in before] or [None]
     name = _SPLITS.get((expressions[0], bool(model.get("ignore_merges"))))
-    plain = all(s.get("behavior") == "Isolated" and not s["invert"] for s in before)
-    whole = len(before) < 2 and plain and last["use_regex"] == (not before)
-    if name is None or not whole or last["add_prefix_space"]:
+    isolated = all(s.get("behavior") == "Isolated" and not s["invert"] for s in before)
+    known = len(before) < 2 and isolated and last["use_regex"] == (not before)
+    if name is None or not known or last["add_prefix_space"]:
         raise UserError(
             "GGUF: the tokenizer splits text by rules that are not GPT-2's, Qwen's or Llama 3's, "
             f"and llama.cpp could not repeat them: {json.dumps(splitter)}."
@@ -95,13 +96,11 @@ def _name_split(parts: dict[str, Any]) -> str:
 def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Return the ids of special tokens, and whether a prompt begins with one."""
     if tokenizer.eos_token_id is None:
-        raise UserError(
-            "GGUF: the tokenizer has no eos_token, and llama.cpp would take token 11 for it."
-        )
+        raise UserError("GGUF: the tokenizer has no eos_token, and llama.cpp would use token 11.")
     bare = tokenizer("a", add_special_tokens=False).input_ids
     whole, bos = tokenizer("a").input_ids, tokenizer.bos_token_id
     if whole not in (bare, [bos, *bare]):
-        raise UserError(f"GGUF: the tokenizer puts {whole} around {bare}: only BOS can be told.")
+        raise UserError(f"GGUF: the tokenizer turns {bare} into {whole}: only BOS can be added.")
     keys = {
         "eos_token_id": tokenizer.eos_token_id,
         "bos_token_id": tokenizer.eos_token_id if bos is None else bos,
