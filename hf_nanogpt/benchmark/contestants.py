@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from transformers.modeling_outputs import CausalLMOutput
 
 from ..configuration_nanogpt import NanoGPTConfig
-from ..convert.twins import make_native_config
+from ..convert.native import make_native_config
 from ..modeling_nanogpt import NanoGPTForCausalLM
 from ..presets import load_preset
 
