@@ -18,7 +18,8 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from ..errors import UserError, explain_hub_error
+from ..errors import UserError
+from ..hub_errors import explain_hub_error
 from ..untrusted import check_links, path_inside
 from .checksums import find_damage, read_record
 from .foreign import TOKENIZERS, read_model, read_tokenizer

@@ -8,10 +8,11 @@ from huggingface_hub.errors import HTTPError
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 
-from ..errors import UserError, explain_hub_error, retry
+from ..errors import UserError
 from ..hub.card import render_model_card
 from ..hub.release import push_to_hub
 from ..hub.staging import Release, check_ref_names, write_card
+from ..hub_errors import explain_hub_error, retry
 from .push_queue import PushQueue
 from .stopping import InterruptibleTrainer
 
