@@ -11,16 +11,12 @@ from ..errors import UserError, one_line, printable
 from . import VERBS
 from .parser import SAMPLING, Flags, load_libraries, parse_flags
 
-_CHAT: Flags = {
-    "checkpoint": {"help": "folder or Hub id of a model with a chat template"},
-    "--system": {"default": "", "metavar": "TEXT", "help": "tell the model what to be"},
-    "--max_new_tokens": {
-        "type": int,
-        "default": 256,
-        "help": "longest answer, in tokens (default 256)",
-    },
-    **SAMPLING,
-}
+_CHAT: Flags = [
+    ("checkpoint", str, None, "folder or Hub id of a model with a chat template"),
+    ("--system TEXT", str, "", "tell the model what to be"),
+    ("--max_new_tokens", int, 256, "longest answer, in tokens"),
+    *SAMPLING,
+]
 
 
 def run_chat(argv: list[str]) -> None:
@@ -81,17 +77,17 @@ def _answer(chat, line: str) -> None:
         print()
 
 
-_HOST = {"default": "127.0.0.1", "help": "address to listen on (default: this machine only)"}
-_SERVE: Flags = {
-    "checkpoint": {"help": "folder or Hub id"},
-    "--host": _HOST,
-    "--port": {"type": int, "default": 8000, "help": "0 takes a free one (default 8000)"},
-    "--api_key": {
-        "help": "what clients must send as a bearer token; required when other machines can reach "
-        "the server. The environment variable HF_NANOGPT_API_KEY keeps it out of the list of "
-        "processes",
-    },
-}
+_HOST = ("--host", str, "127.0.0.1", "address to listen on; by default this machine only")
+_API_KEY = (
+    "what clients must send as a bearer token; required when other machines can reach the server. "
+    "The environment variable HF_NANOGPT_API_KEY keeps it out of the list of processes"
+)
+_SERVE: Flags = [
+    ("checkpoint", str, None, "folder or Hub id"),
+    _HOST,
+    ("--port", int, 8000, "0 takes a free one"),
+    ("--api_key", str, None, _API_KEY),
+]
 
 
 def run_serve(argv: list[str]) -> None:
@@ -135,12 +131,12 @@ def run_serve(argv: list[str]) -> None:
     print("Ended.")
 
 
-_PLAYGROUND: Flags = {
-    "checkpoint": {"help": "folder or Hub id"},
-    "second": {"nargs": "?", "help": "another one, to compare side by side"},
-    "--host": _HOST,
-    "--port": {"type": int, "help": "default 7860, or the next free one"},
-}
+_PLAYGROUND: Flags = [
+    ("checkpoint", str, None, "folder or Hub id"),
+    ("second", str, None, "another one, to compare side by side", {"nargs": "?"}),
+    _HOST,
+    ("--port", int, None, "default 7860, or the next free one"),
+]
 
 
 def run_playground(argv: list[str]) -> None:

@@ -7,29 +7,18 @@ from ..errors import UserError
 from . import VERBS
 from .parser import Flags, load_libraries, parse_flags, sigterm_like_ctrl_c
 
-_CONVERT: Flags = {
-    "source": {"help": "folder or Hub id, or nanoGPT's ckpt.pt"},
-    "destination": {"help": "folder to create"},
-    "--from": {
-        "dest": "source_format",
-        "metavar": "FORMAT",
-        "help": "gpt1, gpt2, gpt_neo, llama, qwen3, nanochat or nanogpt (default: detected)",
-    },
-    "--tokenizer": {"help": "folder or Hub id, or nanoGPT's meta.pkl (default: the source's)"},
-}
-_EXPORT: Flags = {
-    "checkpoint": {"help": "folder or Hub id"},
-    "destination": {"help": "folder to create; for gguf and onnx, the file"},
-    "--to": {
-        "default": "auto",
-        "metavar": "FORMAT",
-        "help": "qwen3, llama, gpt2, gpt_neo, gpt1, nanochat, gguf or onnx (default auto)",
-    },
-    "--dtype": {
-        "choices": ["f32", "f16", "q8_0"],
-        "help": "dtype of the weights, for --to gguf (default f32)",
-    },
-}
+_CONVERT: Flags = [
+    ("source", str, None, "folder or Hub id, or nanoGPT's ckpt.pt"),
+    ("destination", str, None, "folder to create"),
+    ("--from FORMAT", str, None, "gpt1, gpt2, gpt_neo, llama, qwen3, nanochat or nanogpt"),
+    ("--tokenizer", str, None, "folder or Hub id, or nanoGPT's meta.pkl (default: the source's)"),
+]
+_EXPORT: Flags = [
+    ("checkpoint", str, None, "folder or Hub id"),
+    ("destination", str, None, "folder to create; for gguf and onnx, the file"),
+    ("--to FORMAT", str, "auto", "qwen3, llama, gpt2, gpt_neo, gpt1, nanochat, gguf or onnx"),
+    ("--dtype", ["f32", "f16", "q8_0"], None, "dtype of the weights, for --to gguf (default f32)"),
+]
 
 
 @sigterm_like_ctrl_c()
@@ -42,7 +31,7 @@ def run_convert(argv: list[str]) -> None:
     result = convert_checkpoint(
         args.source,
         args.destination,
-        source_format=args.source_format,
+        source_format=getattr(args, "from"),
         tokenizer=args.tokenizer,
     )
     _print_conversion(result, f"from {result.format}")

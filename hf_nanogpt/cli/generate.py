@@ -8,25 +8,22 @@ from ..errors import UserError, printable
 from . import VERBS
 from .parser import SAMPLING, Flags, load_libraries, parse_flags
 
-_GENERATE: Flags = {
-    "checkpoint": {"help": "folder or Hub id"},
-    "prompt": {"nargs": "?", "default": "", "help": "text to continue; '-' reads stdin"},
-    "--max_new_tokens": {"type": int, "help": "default 100, or what the context has room for"},
-    **SAMPLING,
-    "--greedy": {"action": "store_true", "help": "same as --temperature 0"},
-    "--stop": {"action": "append", "metavar": "TEXT", "help": "end after this text; repeatable"},
-    "--num_samples": {"type": int, "default": 1, "help": "texts to generate (default 1)"},
-    "--ignore_eos": {"action": "store_true", "help": "continue after the end of a document"},
-    "--quantize": {
-        "choices": ["int8"],
-        "help": "8-bit weights: often faster on a CPU, less exact (a trained model of 135 million "
-        "parameters changed its most likely token at 14 %% of the positions; see eval --quantize)",
-    },
-    "--compile": {
-        "action": "store_true",
-        "help": "use torch.compile: slow to start, then faster",
-    },
-}
+_QUANTIZE = (
+    "8-bit weights: often faster on a CPU, less exact (a trained model of 135 million parameters "
+    "changed its most likely token at 14 %% of the positions; see eval --quantize)"
+)
+_GENERATE: Flags = [
+    ("checkpoint", str, None, "folder or Hub id"),
+    ("prompt", str, "", "text to continue; '-' reads stdin", {"nargs": "?"}),
+    ("--max_new_tokens", int, None, "default 100, or what the context has room for"),
+    *SAMPLING,
+    ("--greedy", bool, False, "same as --temperature 0"),
+    ("--stop TEXT", str, None, "end after this text; repeatable", {"action": "append"}),
+    ("--num_samples", int, 1, "texts to generate"),
+    ("--ignore_eos", bool, False, "continue after the end of a document"),
+    ("--quantize", ["int8"], None, _QUANTIZE),
+    ("--compile", bool, False, "use torch.compile: slow to start, then faster"),
+]
 
 
 def run_generate(argv: list[str]) -> None:
@@ -72,11 +69,11 @@ def _read_text(text: str) -> str:
     return sys.stdin.read() if text == "-" else text
 
 
-_EXPLAIN: Flags = {
-    "checkpoint": {"help": "folder or Hub id"},
-    "text": {"help": "text for the model to read; '-' reads stdin"},
-    "--html": {"metavar": "FILE", "help": "also write a page with each head's attention map"},
-}
+_EXPLAIN: Flags = [
+    ("checkpoint", str, None, "folder or Hub id"),
+    ("text", str, None, "text for the model to read; '-' reads stdin"),
+    ("--html FILE", str, None, "also write a page with each head's attention map"),
+]
 
 
 def run_explain(argv: list[str]) -> None:

@@ -8,29 +8,23 @@ import tempfile
 from . import VERBS
 from .parser import Flags, load_libraries, parse_flags, sigterm_like_ctrl_c
 
-_PUSH: Flags = {
-    "checkpoint": {"help": "folder"},
-    "repo_id": {"metavar": "USER/NAME", "help": "Hub id; the repository is created if needed"},
-    "--private": {"action": "store_true", "help": "make a repository that is created private"},
-    "--tag": {"help": "tag of this release (default on main: a checksum of its files)"},
-    "--branch": {"help": "branch instead of main; includes the training state"},
-    "--native": {
-        "action": "store_true",
-        "help": "push a native transformers model, which needs no code of its own",
-    },
-    "--license": {"help": "for the card, such as apache-2.0"},
-    "--language": {"nargs": "+", "metavar": "CODE", "help": "for the card, such as en or code"},
-    "--dry_run": {"action": "store_true", "help": "write the folder, send nothing"},
-}
-_PULL: Flags = {
-    "checkpoint": {"metavar": "USER/NAME[@REVISION]", "help": "Hub id"},
-    "destination": {"nargs": "?", "help": "folder to create (default: NAME)"},
-    "--verify": {
-        "action": argparse.BooleanOptionalAction,
-        "default": True,
-        "help": "compare each file's checksum with the Hub's (default: yes)",
-    },
-}
+_YES_OR_NO = {"action": argparse.BooleanOptionalAction}
+_PUSH: Flags = [
+    ("checkpoint", str, None, "folder"),
+    ("repo_id USER/NAME", str, None, "Hub id; the repository is created if needed"),
+    ("--private", bool, False, "make a repository that is created private"),
+    ("--tag", str, None, "tag of this release (default on main: a checksum of its files)"),
+    ("--branch", str, None, "branch instead of main; includes the training state"),
+    ("--native", bool, False, "push a native transformers model, which needs no code of its own"),
+    ("--license", str, None, "for the card, such as apache-2.0"),
+    ("--language CODE", str, None, "for the card, such as en or code", {"nargs": "+"}),
+    ("--dry_run", bool, False, "write the folder, send nothing"),
+]
+_PULL: Flags = [
+    ("checkpoint USER/NAME[@REVISION]", str, None, "Hub id"),
+    ("destination", str, None, "folder to create (default: NAME)", {"nargs": "?"}),
+    ("--verify", str, True, "compare each file's checksum with the Hub's", _YES_OR_NO),
+]
 
 
 @sigterm_like_ctrl_c()

@@ -8,37 +8,31 @@ from ..errors import UserError
 from . import VERBS
 from .parser import Flags, Parser, add_flags, load_libraries, parse_flags
 
-_EVAL: Flags = {
-    "checkpoints": {
-        "nargs": "+",
-        "metavar": "checkpoint",
-        "help": "folder or Hub id; several are compared",
-    },
-    "--batch_size": {"type": int, "default": 16, "help": "blocks in a batch (default 16)"},
-    "--plot": {"metavar": "FILE", "help": "draw the comparison: .png, .svg or .pdf"},
-    "--quantize": {"choices": ["int8"], "help": "measure the model with 8-bit weights"},
-}
-_EVAL_ON: Flags = {
-    "--data": {"help": "text: file, folder, glob, table or Hub dataset id"},
-    "--tasks": {"help": "tasks of lm-eval: names or YAML files, separated by commas"},
-}
-_EVAL_ON_DATA: Flags = {
-    "--text_column": {"help": "column of a table that holds the text"},
-    "--context_length": {"type": int, "help": "tokens in a block (default: the model's)"},
-    "--stride": {
-        "type": int,
-        "help": "predict this many tokens at a time, each with a full context before it",
-    },
-    "--held_out": {
-        "type": float,
-        "metavar": "SHARE",
-        "help": "only the part that training with validation_fraction=SHARE holds out",
-    },
-}
-_EVAL_ON_TASKS: Flags = {
-    "--num_fewshot": {"type": int, "help": "solved examples before each question"},
-    "--limit": {"type": int, "help": "use only this many questions of each task"},
-}
+_EVAL: Flags = [
+    ("checkpoints CHECKPOINT", str, None, "folder or Hub id; several are compared", {"nargs": "+"}),
+    ("--batch_size", int, 16, "blocks in a batch"),
+    ("--plot FILE", str, None, "draw the comparison: .png, .svg or .pdf"),
+    ("--quantize", ["int8"], None, "measure the model with 8-bit weights"),
+]
+_EVAL_ON: Flags = [
+    ("--data", str, None, "text: file, folder, glob, table or Hub dataset id"),
+    ("--tasks", str, None, "tasks of lm-eval: names or YAML files, separated by commas"),
+]
+_EVAL_ON_DATA: Flags = [
+    ("--text_column", str, None, "column of a table that holds the text"),
+    ("--context_length", int, None, "tokens in a block (default: the model's)"),
+    ("--stride", int, None, "predict so many tokens at a time, each after a full context"),
+    (
+        "--held_out SHARE",
+        float,
+        None,
+        "only what training with validation_fraction=SHARE holds out",
+    ),
+]
+_EVAL_ON_TASKS: Flags = [
+    ("--num_fewshot", int, None, "solved examples before each question"),
+    ("--limit", int, None, "use only this many questions of each task"),
+]
 
 
 def run_eval(argv: list[str]) -> None:
@@ -93,7 +87,7 @@ def _parse_eval(argv: list[str]) -> dict[str, Any]:
     return args
 
 
-_INFO: Flags = {"model": {"help": "folder or Hub id of a checkpoint, or the name of a preset"}}
+_INFO: Flags = [("model", str, None, "folder or Hub id of a checkpoint, or the name of a preset")]
 
 
 def run_info(argv: list[str]) -> None:
@@ -106,9 +100,9 @@ def run_info(argv: list[str]) -> None:
         print(f"{name:<28} {value}")
 
 
-_DOCTOR: Flags = {
-    "checkpoint": {"nargs": "?", "help": "folder or Hub id to check (default: three tiny models)"}
-}
+_DOCTOR: Flags = [
+    ("checkpoint", str, None, "what to check (default: three tiny models)", {"nargs": "?"})
+]
 
 
 def run_doctor(argv: list[str]) -> None:
@@ -134,26 +128,24 @@ def run_doctor(argv: list[str]) -> None:
     print("\nAll checks passed.")
 
 
-_BENCH: Flags = {
-    "model": {"nargs": "?", "help": "preset, folder or Hub id to measure instead"},
-    **{
-        f"--{size}": {"type": int}
-        for size in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
-    },
-    "--rounds": {"type": int, "default": 5, "help": "turns of each (default 5)"},
-    "--num_threads": {"type": int, "help": "CPU threads (default: cores)"},
-    "--compile": {"action": "store_true", "help": "also with torch.compile; takes minutes more"},
-    "--output": {"help": "folder for the figures (.json) and the plot (.png)"},
-}
-_BENCH_TRAIN: Flags = {
-    "--batch_size": {"type": int, "default": 8, "help": "blocks in a step (default 8)"},
-    "--steps": {"type": int, "default": 4, "help": "steps in a turn (default 4)"},
-    "--bf16": {"action": "store_true", "help": "compute in bfloat16"},
-}
-_BENCH_GENERATE: Flags = {
-    "--batch_size": {"type": int, "default": 1, "help": "prompts in a batch (default 1)"},
-    "--tokens": {"type": int, "default": 16, "help": "tokens timed in a turn (default 16)"},
-}
+_SIZES = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
+_BENCH: Flags = [
+    ("model", str, None, "preset, folder or Hub id to measure instead", {"nargs": "?"}),
+    *((f"--{size}", int, None, "of the models") for size in _SIZES),
+    ("--rounds", int, 5, "turns of each"),
+    ("--num_threads", int, None, "CPU threads (default: cores)"),
+    ("--compile", bool, False, "also with torch.compile; takes minutes more"),
+    ("--output", str, None, "folder for the figures (.json) and the plot (.png)"),
+]
+_BENCH_TRAIN: Flags = [
+    ("--batch_size", int, 8, "blocks in a step"),
+    ("--steps", int, 4, "steps in a turn"),
+    ("--bf16", bool, False, "compute in bfloat16"),
+]
+_BENCH_GENERATE: Flags = [
+    ("--batch_size", int, 1, "prompts in a batch"),
+    ("--tokens", int, 16, "tokens timed in a turn"),
+]
 
 
 def run_bench(argv: list[str]) -> None:
@@ -200,7 +192,7 @@ def _parse_bench(
     name: str, description: str, flags: Flags, argv: list[str]
 ) -> tuple[dict[str, Any], str | None]:
     """Return the settings of a benchmark that were given, and the folder to write to."""
-    args = vars(parse_flags(f"bench {name}", description, _BENCH | flags, argv))
+    args = vars(parse_flags(f"bench {name}", description, _BENCH + flags, argv))
     load_libraries()
     from ..benchmark import prepare_output
 

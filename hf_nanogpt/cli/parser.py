@@ -1,38 +1,31 @@
-"""What every verb needs: its flags read from a table, quiet libraries, and a clean end at SIGTERM.
-
-A table of flags maps each flag to what `argparse` wants to know about it.
-"""
+"""What every verb needs: flags read from a table, libraries without noise, an end at SIGTERM."""
 
 import argparse
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn, Protocol
 
 from ..errors import UserError, did_you_mean
 
-Flags = dict[str, dict[str, Any]]
+# A flag in each row: its name (and a name for its value), its type, its default, its help, and, if
+# needed, further arguments of `add_argument`. `bool` makes a switch; a list holds the choices.
+Flags = list[tuple[Any, ...]]
 
-SAMPLING: Flags = {
-    "--temperature": {"type": float, "default": 0.8, "help": "0 is greedy (default 0.8)"},
-    "--top_k": {"type": int, "help": "sample from the TOP_K most likely tokens only"},
-    "--top_p": {
-        "type": float,
-        "help": "sample from the most likely tokens that together have this probability",
-    },
-    "--min_p": {
-        "type": float,
-        "help": "least probability, as a share of the most likely token's",
-    },
-    "--repetition_penalty": {"type": float, "help": "above 1 discourages repeats"},
-    "--seed": {"type": int, "help": "make sampling repeatable"},
-}
+SAMPLING: Flags = [
+    ("--temperature", float, 0.8, "0 is greedy"),
+    ("--top_k", int, None, "sample from the TOP_K most likely tokens only"),
+    ("--top_p", float, None, "sample from the most likely tokens that reach this probability"),
+    ("--min_p", float, None, "least probability, as a share of the most likely token's"),
+    ("--repetition_penalty", float, None, "above 1 discourages repeats"),
+    ("--seed", int, None, "make sampling repeatable"),
+]
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that raises a `UserError` of one sentence."""
+    """An argument parser that raises a `UserError` instead of ending the program."""
 
     def __init__(self, verb: str, description: str | None = None, **kwargs: Any):
         prog = f"hf-nanogpt {verb}"
@@ -47,7 +40,7 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             options = [option for action in self._actions for option in action.option_strings]
             hint = did_you_mean(unknown[0], options) or f" See {self.prog} --help."
-            raise UserError(f"{self.prog} does not know {unknown[0]!r}.{hint}")
+            raise UserError(f"Unknown argument {unknown[0]!r}.{hint}")
         return args
 
 
@@ -57,16 +50,26 @@ class _TakesFlags(Protocol):
     def add_argument(self, *names: str, **settings: Any) -> Any: ...
 
 
-def add_flags(parser: _TakesFlags, flags: Mapping[str, dict[str, Any]]) -> None:
-    for name, settings in flags.items():
-        parser.add_argument(name, **settings)
+def add_flags(parser: _TakesFlags, flags: Flags) -> None:
+    for names, value_type, default, text, *more in flags:
+        name, _, metavar = names.partition(" ")
+        settings: dict[str, Any] = {"default": default, "help": text}
+        if value_type is bool:
+            settings["action"] = "store_true"
+        elif isinstance(value_type, list):
+            settings["choices"] = value_type
+        elif value_type is not str:
+            settings["type"] = value_type
+        if metavar:
+            settings["metavar"] = metavar
+        if default and default is not True:
+            settings["help"] += f" (default {default})"
+        parser.add_argument(name, **settings, **(more[0] if more else {}))
 
 
-def parse_flags(
-    verb: str, description: str, flags: Flags, argv: Sequence[str]
-) -> argparse.Namespace:
-    """Return what `argv` says about the flags in a table."""
-    parser = Parser(verb, description)
+def parse_flags(verb: str, what: str, flags: Flags, argv: Sequence[str]) -> argparse.Namespace:
+    """Return what `argv` says about the flags of a verb that does `what`."""
+    parser = Parser(verb, what)
     add_flags(parser, flags)
     return parser.parse(argv)
 
