@@ -52,13 +52,18 @@ def explain_errors(what: str) -> Iterator[None]:
 
 @contextmanager
 def settings_errors() -> Iterator[None]:
-    """Raise what a library's configuration says about a bad value as a `UserError`."""
+    """Raise what a library's configuration says about a bad value as a `UserError`.
+
+    transformers raises a `KeyError` for rope parameters that lack a key.
+    """
     from huggingface_hub.errors import StrictDataclassError  # slow to import
 
     try:
         yield
     except UserError:
         raise
+    except KeyError as error:
+        raise UserError(one_line(error.args[0])) from error
     except (ValueError, StrictDataclassError) as error:
         raise UserError(one_line(error)) from error
 

@@ -81,7 +81,8 @@ def _parse_eval(argv: list[str]) -> dict[str, Any]:
     if args["batch_size"] < 1:
         raise UserError(f"batch_size={args['batch_size']} must be at least 1.")
     other, flags = ("tasks", _EVAL_ON_TASKS) if "data" in args else ("data", _EVAL_ON_DATA)
-    for flag in flags:
+    for name, *_ in flags:
+        flag = name.split()[0]
         if flag.removeprefix("--") in args:
             raise UserError(f"{flag} is for --{other} only: leave it out.")
     return args
