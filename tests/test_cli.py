@@ -443,7 +443,6 @@ def test_a_limit_of_memory_is_told_by_generate_and_eval(checkpoint, tmp_path):
         import resource, sys
         import hf_nanogpt.training.run
         from hf_nanogpt.cli import main
-from hf_nanogpt.errors import UserError
         pages = int(open("/proc/self/statm").read().split()[0])
         resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**30, -1))
         model, text = sys.argv[1:]
