@@ -223,6 +223,9 @@ class NanoGPTConfig(PreTrainedConfig):
         rope, known = self.rope_parameters, {"default", *ROPE_INIT_FUNCTIONS}
         if rope.get("rope_type") not in known:
             raise ValueError(f"rope_parameters={rope}: rope_type must be one of {sorted(known)}.")
+        for name in ("rope_theta", "factor"):
+            if not isinstance(value := rope.get(name, 1), int | float) or value <= 0:
+                raise ValueError(f"rope_parameters={rope}: {name} must be a number above 0.")
         partial = rope.get("partial_rotary_factor") not in (None, 1.0)
         if partial and rope["rope_type"] != "proportional":
             raise ValueError(

@@ -20,7 +20,7 @@ os.environ |= {
     "HF_HUB_OFFLINE": "1",  # but for the tests that take the fixture `hub`
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "TOKENIZERS_PARALLELISM": "false",
-    "GOMP_SPINCOUNT": "10000",  # see cli/__init__.py
+    "GOMP_SPINCOUNT": "10000",  # see hf_nanogpt/__init__.py
 }
 
 import pytest  # noqa: E402

@@ -1,9 +1,12 @@
 """The command line as a person uses it, and its one sentence for each bad input."""
 
 import json
+import os
+import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,7 @@ from safetensors.torch import load_file
 
 from hf_nanogpt import NanoGPTConfig, NanoGPTForCausalLM
 from hf_nanogpt.cli import main
+from hf_nanogpt.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 SIZE = ["--n_layer=1", "--n_embd=16", "--n_head=2", "--block_size=16", "--tokenizer=byte"]
@@ -45,16 +49,76 @@ def refuse(capsys, *argv: str) -> str:
     return sentence
 
 
-def test_help_does_not_import_torch():
-    code = (
-        "import sys; sys.argv[0] = 'hf-nanogpt'\n"
-        "from hf_nanogpt.cli import main\n"
+def _python(code: str, **kwargs) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT, **kwargs)
+
+
+def test_help_and_wrong_flags_are_answered_without_importing_torch():
+    entry = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    assert entry == {"hf-nanogpt": "hf_nanogpt_command:main"}
+    done = _python(
+        "import sys\n"
+        "from hf_nanogpt_command import main\n"
         "for argv in (['--help'], ['--version'], ['trian'], ['generate', '--topp', '1']):\n"
         "    main(argv)\n"
-        "print('torch' in sys.modules, 'transformers' in sys.modules)"
+        "heavy = ('torch', 'transformers', 'huggingface_hub')\n"
+        "print([name for name in heavy if name in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert done.stdout.splitlines()[-1] == "False False", done.stderr
+    assert done.stdout.splitlines()[-1] == "[]", done.stderr
+
+
+def test_the_command_registers_before_a_verb_computes():
+    done = _python(
+        "from hf_nanogpt_command import main\n"
+        "main(['info', 'gpt2'])\n"
+        "from transformers import AutoConfig\n"
+        "print(AutoConfig.for_model('nanogpt').model_type)"
+    )
+    assert done.stdout.splitlines()[-1] == "nanogpt", done.stderr
+
+
+def test_a_script_with_the_name_of_the_command_registers(tmp_path):
+    script = tmp_path / "hf-nanogpt.py"
+    script.write_text(
+        "import hf_nanogpt\n"
+        "from transformers import AutoConfig\n"
+        "print(AutoConfig.for_model('nanogpt').model_type)"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert done.stdout == "nanogpt\n", done.stderr
+
+
+def test_each_way_in_sets_the_variables_of_torch_and_tqdm_before_their_import(tmp_path):
+    # What imports torch or tqdm first would find the variables missing.
+    (tmp_path / "tqdm.py").write_text(
+        "import os, sys\n"
+        "print(os.environ.get('GOMP_SPINCOUNT'), os.environ.get('TQDM_DELAY'))\n"
+        "sys.stdout.flush(); os._exit(0)"
+    )
+    (tmp_path / "torch.py").write_text((tmp_path / "tqdm.py").read_text())
+    environment = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "TQDM_DELAY")}
+    environment["PYTHONPATH"] = f"{tmp_path}:{ROOT}"
+    command = ["-c", "from hf_nanogpt_command import main; main(['info', 'gpt2'])"]
+    for argv in (command, ["-m", "hf_nanogpt", "info", "gpt2"], ["-c", "import hf_nanogpt"]):
+        done = subprocess.run(
+            [sys.executable, *argv], capture_output=True, text=True, timeout=120, env=environment
+        )
+        assert done.stdout == "10000 2\n", (argv, done.stderr)
+
+
+@pytest.mark.parametrize("error_type", [ValueError, TypeError, RuntimeError])
+def test_a_bug_shows_its_traceback_and_a_mistake_of_the_user_does_not(error_type, monkeypatch):
+    def fail(argv):
+        raise error_type("a bug")
+
+    monkeypatch.setattr("hf_nanogpt.cli.measure.run_info", fail)
+    with pytest.raises(error_type, match="a bug"):
+        main(["info", "gpt2"])
+    error_type = UserError
+    assert main(["info", "gpt2"]) == 2
 
 
 def test_every_verb_has_help(capsys):
@@ -168,80 +232,177 @@ def test_overwrite_and_resume(checkpoint, capsys, monkeypatch):
     assert json.loads((checkpoint / "metrics.json").read_text())["train_steps"] == 4
 
 
-def _bad_inputs(tmp: Path) -> dict[str, tuple[list, list[str]]]:
-    """Map a name to the arguments after `train` and the words that the sentence must have."""
-    (tmp / "good.txt").write_text(TEXT, encoding="utf-8")
-    (tmp / "empty.txt").touch()
-    (tmp / "one.txt").write_text("x")
-    (tmp / "binary.bin").write_bytes(bytes(range(256)) * 8)
-    (tmp / "short.txt").write_text("A text of some words, no more.")
-    (tmp / "rows.jsonl").write_text('{"body": "a text"}\n' * 30)
-    (tmp / "bad.yaml").write_text("data: [")
-    (tmp / "flat.yaml").write_text("data: my.txt")
-    (tmp / "typo.yaml").write_text("training:\n  max_step: 3\n")
-    good = ["--data", tmp / "good.txt"]
-    return {
-        "missing file": (["--data", tmp / "none.txt"], ["none.txt", "no such file"]),
-        "empty file": (["--data", tmp / "empty.txt"], ["empty.txt", "empty"]),
-        "one byte": (["--data", tmp / "one.txt"], ["one.txt", "too small"]),
-        "binary": (["--data", tmp / "binary.bin"], ["binary.bin", "UTF-8"]),
-        "wrong column": (["--data", tmp / "rows.jsonl"], ["text_column='text'", "body"]),
-        "short text": (["--data", tmp / "short.txt", *SIZE, "--block_size=64"], ["tokens", "64"]),
-        "unknown recipe": (["quikstart"], ["quikstart", "Did you mean 'quickstart'"]),
-        "unknown preset": ([*good, "--preset=gpt-2"], ["gpt-2", "Did you mean 'gpt2'"]),
-        "unknown flag": ([*good, "--max_step=3"], ["--max_step", "--max_steps"]),
-        "key in recipe": ([tmp / "typo.yaml"], ["--max_step", "--max_steps"]),
-        "no section": ([tmp / "flat.yaml"], ["flat.yaml", "each with settings"]),
-        "bad YAML": ([tmp / "bad.yaml"], ["bad.yaml", "YAML"]),
-        "no number": ([*good, "--max_steps=many"], ["max_steps", "many"]),
-        "bad choice": ([*good, "--optim_recipe=sgd"], ["optim_recipe", "sgd", "muon"]),
-        "indivisible": ([*good, "--n_embd=65", "--n_head=4"], ["n_embd", "65", "n_head", "4"]),
-        "odd head": ([*good, "--n_embd=36", "--n_head=4"], ["head_dim=9", "even"]),
-        "huge vocabulary": ([*good, "--vocab_size=60000"], ["vocab_size=60000", "lower"]),
-        "tiny vocabulary": ([*good, "--vocab_size=100"], ["vocab_size=100", "257"]),
-        "long context": ([*good, *SIZE, "--context_length=32"], ["context_length=32", "16"]),
-        "folder under a file": ([*good, "--output_dir", tmp / "good.txt" / "x"], ["output_dir"]),
-        "no folder to resume": ([*good, "--resume", "--output_dir", tmp], ["checkpoint-*"]),
-        "offline Hub id": (["--data", "user/corpus"], ["user/corpus", "HF_HUB_OFFLINE"]),
-        "tokenizer": ([*good, "--tokenizer=bpee"], ["bpee", "bpe, char, byte"]),
-        "momentum": ([*good, "--momentum_warmup_steps=-1"], ["momentum_warmup_steps=-1"]),
-        "threads": ([*good, "--num_threads=0"], ["num_threads=0"]),
-        "zero layers": ([*good, "--n_layer=0"], ["num_hidden_layers=0"]),
-    }
+TRAIN = f"train --data good.txt --output_dir out {shlex.join(QUICK)}"
+# A command with a mistake in it, and what its one sentence has to say. `good` is a checkpoint, and
+# the other names are those of `_write_wrong_files`.
+MISTAKES = {
+    # the command itself
+    "trian": "Did you mean train?",
+    "--frob": "not a command",
+    "bench frob": "train, generate",
+    "info": "required: model",
+    "generate good x --topp=1": "Did you mean --top_p?",
+    "generate good x --top_k=many": "--top_k: invalid int value: 'many'",
+    "push good": "required: USER/NAME",
+    "tokenize good.txt": "tokenize DATA FOLDER",
+    # data
+    "train --data none.txt": "none.txt|no such file",
+    "train --data empty.txt": "empty.txt|empty",
+    "train --data one.txt": "one.txt|too small",
+    "train --data binary.bin": "binary.bin|UTF-8",
+    "train --data rows.jsonl": "text_column='text'|body",
+    "train --data bad.jsonl": "bad.jsonl",
+    "train --data user/corpus": "user/corpus|HF_HUB_OFFLINE",
+    f"train --data short.txt {shlex.join(SIZE)} --block_size=64": "tokens|64",
+    "tokenize none.txt out": "none.txt",
+    "tokenize good.txt out --frob=1": "--frob",
+    "tokenize good.txt out --tokenizer=bpee": "bpee|bpe, char, byte",
+    "tokenize good.txt full": "full",
+    # recipes
+    "train quikstart": "quikstart|Did you mean|quickstart",
+    "train none.yaml": "none.yaml",
+    "train bad.yaml": "bad.yaml|YAML",
+    "train flat.yaml": "flat.yaml|each with settings",
+    "train typo.yaml": "--max_step|--max_steps",
+    "train many.yaml": "max_steps|many",
+    # the architecture
+    f"{TRAIN} --preset=gpt-2": "gpt-2|Did you mean|gpt2",
+    f"{TRAIN} --n_layer=0": "num_hidden_layers=0",
+    f"{TRAIN} --n_embd=-16": "-16",
+    f"{TRAIN} --n_embd=65 --n_head=4": "n_embd|65|n_head|4",
+    f"{TRAIN} --n_embd=36 --n_head=4": "head_dim=9|even",
+    f"{TRAIN} --hidden_act=frob": "hidden_act|frob",
+    f"{TRAIN} --norm_type=frob": "norm_type|frob",
+    f"{TRAIN} --dropout=2": "dropout=2",
+    f"{TRAIN} --rope_parameters=frob": "rope_parameters|JSON",
+    f'{TRAIN} --rope_parameters=\'{{"rope_type": "frob"}}\'': "rope_type must be one of",
+    f'{TRAIN} --rope_parameters=\'{{"rope_type": "linear"}}\'': "factor",
+    f'{TRAIN} --rope_parameters=\'{{"rope_theta": "x", "rope_type": "default"}}\'': "rope_theta",
+    # the training
+    f"{TRAIN} --max_step=3": "--max_step|--max_steps",
+    f"{TRAIN} --max_steps=many": "max_steps|many",
+    f"{TRAIN} --lr_scheduler_type=frob": "lr_scheduler_type|frob",
+    f"{TRAIN} --warmup_steps=-5": "warmup_steps",
+    f"{TRAIN} --eval_strategy=frob": "frob",
+    f"{TRAIN} --logging_steps=0": "logging_steps",
+    f"{TRAIN} --bf16 --fp16 --use_cpu": "At most one of fp16 and bf16",
+    f"{TRAIN} --load_best_model_at_end --save_steps=3 --eval_steps=2": "load_best_model_at_end",
+    f"{TRAIN} --optim_recipe=sgd": "optim_recipe|sgd|muon",
+    f"{TRAIN} --report_to=tracio": "report_to=tracio",
+    f"{TRAIN} --momentum_warmup_steps=-1": "momentum_warmup_steps=-1",
+    f"{TRAIN} --num_threads=0": "num_threads=0",
+    f"{TRAIN} --tokenizer=bpee": "bpee|bpe, char, byte",
+    f"{TRAIN} --vocab_size=60000 --tokenizer=bpe": "vocab_size=60000|lower",
+    f"{TRAIN} --vocab_size=100 --tokenizer=bpe": "vocab_size=100|257",
+    f"{TRAIN} --context_length=32": "context_length=32|16",
+    f"{TRAIN} --output_dir=good.txt/x": "output_dir",
+    f"{TRAIN} --resume --output_dir=full": "checkpoint-*",
+    f"{TRAIN} --resume --overwrite": "exclude each other",
+    f"{TRAIN} --lora": "--from CHECKPOINT",
+    # checkpoints
+    "generate none x": "none|no such folder",
+    "generate full x": "full|config.json",
+    "generate good.txt x": "is a file",
+    "generate user/model x": "HF_HUB_OFFLINE",
+    "generate no-json x": "no-json|JSON",
+    "generate no-type x": "no-type|frob",
+    "generate no-number x": "no-number|hidden_size",
+    "generate negative x": "negative|hidden_size",
+    "generate no-rope x": "no-rope|rope_type",
+    "generate no-dtype x": "no-dtype|float3",
+    "generate no-weights x": "no-weights",
+    "generate cut x": "cut|model.safetensors",
+    "generate no-tokenizer x": "no-tokenizer|tokenizer.json",
+    "info no-number": "no-number|hidden_size",
+    "info gpt-2": "gpt2",
+    "convert no-number out": "no-number",
+    "convert good.txt out": "good.txt",
+    "export cut out": "cut",
+    "export good full": "full|not empty",
+    "push no-rope user/x --dry_run": "no-rope|rope_type",
+    "pull user/model": "HF_HUB_OFFLINE",
+    "bench generate no-type": "frob",
+    "doctor none": "none",
+    # their use
+    "generate good x --temperature=-1": "temperature=-1.0",
+    "generate good x --top_p=1.5": "top_p=1.5",
+    "generate good x --max_new_tokens=0": "max_new_tokens=0",
+    "generate good x --max_new_tokens=500": "context of 16",
+    "generate good x --num_samples=0": "num_samples=0",
+    "generate good x --quantize=int4": "--quantize|int8",
+    "chat good": "chat template",
+    "serve good --port=-1": "port",
+    "explain good x --html=good.txt/x.html": "good.txt",
+    "export good out --to=frob": "to='frob'",
+    "export good out --dtype=f16": "--to gguf only",
+    "export good out --to=llama": "qk_norm",
+    "eval good": "--data --tasks",
+    "eval good --data none.txt": "none.txt",
+    "eval good --data good.txt --context_length=99": "99",
+    "eval good --data good.txt --batch_size=0": "batch_size=0",
+    "eval good --data good.txt --limit=3": "--limit is for --tasks only",
+    "eval good --tasks x --stride=3": "--stride is for --data only",
+    "bench train --rounds=0": "rounds=0",
+}
 
 
-def test_bad_input_is_one_sentence_and_leaves_nothing(tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name, (argv, words) in _bad_inputs(tmp_path).items():
-        before = {path.name for path in tmp_path.iterdir()}
-        sentence = refuse(capsys, "train", *argv)
-        missing = [word for word in words if word not in sentence]
-        assert not missing, f"{name}: {sentence} lacks {missing}"
-        assert {path.name for path in tmp_path.iterdir()} == before, name
+@pytest.fixture(scope="module")
+def wrong(checkpoint, tmp_path_factory) -> Path:
+    """A folder with a good text and checkpoint, and with what nobody can use."""
+    folder = tmp_path_factory.mktemp("wrong")
+    _write_wrong_files(folder)
+    files = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json")
+    good = folder / "good"
+    good.mkdir()
+    for name in (*files, "tokenizer_config.json"):
+        shutil.copy(checkpoint / name, good)
+    config = json.loads((good / "config.json").read_text())
+    for name, field in {
+        "no-type": {"model_type": "frob"},
+        "no-number": {"hidden_size": "many"},
+        "negative": {"hidden_size": -16},
+        "no-rope": {"rope_parameters": {"rope_type": "frob"}},
+        "no-dtype": {"dtype": "float3"},
+    }.items():
+        shutil.copytree(good, folder / name)
+        (folder / name / "config.json").write_text(json.dumps(config | field))
+    for name, file, content in (
+        ("no-json", "config.json", b"{"),
+        ("cut", "model.safetensors", (good / "model.safetensors").read_bytes()[:200]),
+        ("no-weights", "model.safetensors", None),
+        ("no-tokenizer", "tokenizer.json", b"{"),
+    ):
+        shutil.copytree(good, folder / name)
+        (folder / name / file).unlink()
+        if content:
+            (folder / name / file).write_bytes(content)
+    return folder
 
 
-def test_bad_input_of_the_other_verbs_is_one_sentence(checkpoint, capsys, tmp_path):
-    (tmp_path / "weights.txt").write_text("no checkpoint")
-    cases = {
-        ("generate", checkpoint, "x", "--temperature=-1"): "temperature=-1.0",
-        ("generate", checkpoint, "x", "--top_p=1.5"): "top_p=1.5",
-        ("generate", checkpoint, "x", "--max_new_tokens=0"): "max_new_tokens=0",
-        ("generate", checkpoint, "x", "--max_new_tokens=500"): "context of 16",
-        ("generate", checkpoint, "x", "--num_samples=0"): "num_samples=0",
-        ("generate", checkpoint, "x", "--topp=1"): "--top_p",
-        ("generate", tmp_path, "x"): "not a checkpoint folder",
-        ("generate", tmp_path / "none", "x"): "no checkpoint",
-        ("generate", tmp_path / "weights.txt", "x"): "is a file",
-        ("generate", "user/model", "x"): "HF_HUB_OFFLINE",
-        ("eval", checkpoint, "--data", tmp_path / "none.txt"): "none.txt",
-        ("eval", checkpoint, "--data", tmp_path / "weights.txt", "--context_length=99"): "99",
-        ("eval", checkpoint, "--data", tmp_path / "weights.txt", "--batch_size=0"): "batch_size=0",
-        ("eval", checkpoint): "--data",
-        ("info", "gpt-2"): "gpt2",
-        ("trian",): "train",
-    }
-    for argv, word in cases.items():
-        assert word in refuse(capsys, *argv), argv
+def _write_wrong_files(folder: Path) -> None:
+    (folder / "good.txt").write_text(TEXT, encoding="utf-8")
+    (folder / "empty.txt").touch()
+    (folder / "one.txt").write_text("x")
+    (folder / "binary.bin").write_bytes(bytes(range(256)) * 8)
+    (folder / "short.txt").write_text("A text of some words, no more.")
+    (folder / "rows.jsonl").write_text('{"body": "a text"}\n' * 30)
+    (folder / "bad.jsonl").write_text('{"text": \n')
+    (folder / "bad.yaml").write_text("data: [")
+    (folder / "flat.yaml").write_text("data: my.txt")
+    (folder / "typo.yaml").write_text("training:\n  max_step: 3\n")
+    (folder / "many.yaml").write_text("training:\n  max_steps: many\n")
+    (folder / "full").mkdir()
+    (folder / "full" / "notes.txt").write_text("mine")
+
+
+@pytest.mark.parametrize("command", MISTAKES)
+def test_a_mistake_is_one_sentence_and_leaves_nothing(command, wrong, capsys, monkeypatch):
+    monkeypatch.chdir(wrong)
+    before = sorted(wrong.rglob("*"))
+    sentence = refuse(capsys, *shlex.split(command))
+    missing = [words for words in MISTAKES[command].split("|") if words not in sentence]
+    assert not missing, sentence
+    assert sorted(wrong.rglob("*")) == before
 
 
 HUGE = ["--n_layer=1", "--n_head=1000000", "--n_embd=2000000000", "--block_size=16"]

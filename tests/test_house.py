@@ -1,9 +1,12 @@
-"""The house rules that a machine can hold: import direction, public names, sizes, paths."""
+"""The rules of the code that a machine can check: import order, public names, sizes, paths."""
 
 import ast
 import re
 import subprocess
+import sys
 from pathlib import Path
+
+import pytest
 
 import hf_nanogpt
 
@@ -14,7 +17,7 @@ PACKAGE = ROOT / "hf_nanogpt"
 LEVELS = [
     "configuration_nanogpt",
     "modeling_nanogpt",
-    "auto errors untrusted flops cpu_kernels",
+    "auto errors hub_errors untrusted flops cpu_kernels",
     "checkpoint presets",
     "data",
     "quantization generation evaluation convert",
@@ -107,6 +110,47 @@ def test_public_names_are_these():
     for name in hf_nanogpt.__all__:
         thing = getattr(hf_nanogpt, name)
         assert thing.__doc__, f"{name} has no docstring"
+
+
+def test_type_checkers_find_the_public_names_where_python_does():
+    tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
+    [block] = [node for node in tree.body if isinstance(node, ast.If) and not node.orelse][1:]
+    assert ast.unparse(block.test) == "TYPE_CHECKING"
+    imports = {alias.name: node.module for node in block.body for alias in node.names}
+    assert imports == hf_nanogpt._MODULES
+    assert sorted(imports) == hf_nanogpt.__all__
+
+
+def test_mypy_knows_the_signature_of_train(tmp_path):
+    pytest.importorskip("mypy")
+    snippet = tmp_path / "snippet.py"
+    snippet.write_text(
+        "import hf_nanogpt\n"
+        'hf_nanogpt.train("quickstart", resume="yes")\n'
+        'result = hf_nanogpt.train("quickstart", resume=True)\n'
+        "result.matrics\n"
+    )
+    heavy = ("accelerate", "datasets", "huggingface_hub", "numpy", "peft", "torch", "transformers")
+    skipped = "".join(f"[mypy-{name}.*]\nfollow_imports = skip\n" for name in heavy)
+    config = tmp_path / "mypy.ini"
+    config.write_text(f"[mypy]\nfollow_imports = silent\nignore_missing_imports = True\n{skipped}")
+    command = [sys.executable, "-m", "mypy", "--config-file", str(config), str(snippet)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert 'snippet.py:2: error: Argument "resume" to "train" has incompatible type' in done.stdout
+    assert 'snippet.py:4: error: "TrainingResult" has no attribute "matrics"' in done.stdout
+    assert "snippet.py:3" not in done.stdout
+
+
+def test_one_place_suggests_names():
+    users = {p.stem for p in PACKAGE.rglob("*.py") if "import difflib" in p.read_text("utf-8")}
+    assert users == {"errors", "configuration_nanogpt"}  # a Hub file imports nothing of ours
+
+
+def test_nothing_looks_at_how_the_program_was_called_when_it_is_imported():
+    for path in PACKAGE.rglob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        at_import = [node for node in tree.body if not isinstance(node, ast.FunctionDef)]
+        assert not any("sys.argv" in ast.unparse(node) for node in at_import), path
 
 
 def test_files_stay_readable():

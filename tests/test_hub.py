@@ -201,7 +201,7 @@ def test_a_dry_run_writes_and_shows_everything_and_sends_nothing(hub, run, capsy
 def test_pull_gives_the_folder_back(hub, run, tmp_path, capsys):
     push_to_hub(run, "user/gpt", tag="v1")
     assert main(["pull", "user/gpt@v1", str(tmp_path / "back")]) == 0
-    assert "every checksum fits" in capsys.readouterr().out
+    assert "every checksum matches" in capsys.readouterr().out
     assert torch.equal(logits(str(tmp_path / "back")), logits(str(run)))
     for path in (tmp_path / "back").iterdir():
         assert path.name == "README.md" or path.read_bytes() == (run / path.name).read_bytes()
@@ -330,7 +330,7 @@ def test_bad_input_is_refused_in_one_sentence_before_anything_is_sent(hub, run, 
     assert "is not a checkpoint folder" in refuse(capsys, "push", empty, "user/gpt")
     assert "pull it first" in refuse(capsys, "push", "user/other", "user/gpt")
     assert "tag='a b'" in refuse(capsys, "push", run, "user/gpt", "--tag", "a b")
-    assert "did you mean --tag" in refuse(capsys, "push", run, "user/gpt", "--tags=v1")
+    assert "Did you mean --tag" in refuse(capsys, "push", run, "user/gpt", "--tags=v1")
     native = tmp_path / "native"
     assert main(["export", str(run), str(native)]) == 0
     assert "with --native" in refuse(capsys, "push", native, "user/gpt")

@@ -287,7 +287,7 @@ def test_an_interrupted_run_saves_tells_how_to_go_on_and_does(
     code, printed = run(folder, moment=(*moment, signum))
     assert code == 128 + signum, printed
     assert {path.name for path in folder.iterdir()} == {last}
-    assert f"To go on from {folder / last}:" in printed
+    assert f"To resume from {folder / last}:" in printed
     assert printed.rstrip().endswith("--resume") and f"--output_dir={folder}" in printed
     again, printed = run(folder, "--resume")
     assert again == 0, printed
@@ -342,8 +342,8 @@ def test_several_processes_stop_after_the_same_step_and_resume_exactly(run, tmp_
     two = {"ranks": 2, "gradient_accumulation_steps": 1}
     assert run(folders[0], **two)[0] == 0
     code, printed = run(folders[1], moment=("batch", 7, signal.SIGTERM), **two)
-    assert code == 143 and f"To go on from {folders[1] / 'checkpoint-7'}" in printed
-    assert "To go on" not in folders[1].with_suffix(".1.log").read_text()
+    assert code == 143 and f"To resume from {folders[1] / 'checkpoint-7'}" in printed
+    assert "To resume" not in folders[1].with_suffix(".1.log").read_text()
     assert run(folders[1], "--resume", **two)[0] == 0
     for name in ("model.safetensors", "checkpoint-17/optimizer.pt"):
         assert (folders[1] / name).read_bytes() == (folders[0] / name).read_bytes()

@@ -185,7 +185,7 @@ def test_bad_input_to_the_command_is_one_sentence(checkpoint, tmp_path, capsys):
             (checkpoint, "--port", "0"): "port=0 is invalid",
             (checkpoint, "--port", "70000"): "port=70000 is invalid",
             (checkpoint, "--host", "no.such.host.invalid"): "host=no.such.host.invalid ",
-            (checkpoint, "--prot", "1"): "did you mean --port?",
+            (checkpoint, "--prot", "1"): "Did you mean --port?",
         }
         for argv, words in cases.items():
             assert main(["playground", *map(str, argv)]) == 2, argv

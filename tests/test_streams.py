@@ -79,7 +79,7 @@ def checkpoint(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("change", [_close_pipe, _fill_disk, _know_ascii_only])
 @pytest.mark.parametrize("numbers", [(1,), (1, 2)])
-def test_training_goes_on_without_its_output_and_saves(run, text, tmp_path, change, numbers):
+def test_training_continues_without_its_output_and_saves(run, text, tmp_path, change, numbers):
     argv = ["train", "--data", text, "--output_dir", tmp_path / "run", *QUICK]
     argv.append("--sample_prompt=Größe 東京")
     code, out, err = run(tmp_path / "log", argv, *((change, number) for number in numbers))
@@ -90,7 +90,7 @@ def test_training_goes_on_without_its_output_and_saves(run, text, tmp_path, chan
     if change is _know_ascii_only:
         assert r"Gr\xf6\xdfe" in out
     if numbers == (1,):
-        told = f"hf-nanogpt: {FULL}; the work goes on."
+        told = f"hf-nanogpt: {FULL}; the work continues."
         assert err.count(told) == (change is _fill_disk)
 
 

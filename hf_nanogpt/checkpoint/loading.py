@@ -8,7 +8,8 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, HTTPError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..errors import UserError, explain_hub_error
+from ..errors import UserError
+from ..hub_errors import explain_hub_error
 from ..untrusted import check_links
 from .foreign import CONFIG, TOKENIZERS, read_model, read_tokenizer
 from .steps import find_last_checkpoint

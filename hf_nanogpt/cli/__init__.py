@@ -1,4 +1,4 @@
-"""The command line: each verb parses its flags, calls one function of the library and prints."""
+"""The command line: each verb reads its flags, calls one function of the library and prints."""
 
 import errno
 import os
@@ -6,63 +6,56 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from ..errors import UserError
-from .parser import find_nearest
+from ..errors import UserError, did_you_mean, one_line, printable
 from .streams import OutputLostError, describe_loss, standard_streams
 
 VERBS: dict[str, str] = {
-    "train": "train a GPT on your text, from nothing or from a checkpoint",
+    "train": "train a GPT on your text, from scratch or from a checkpoint",
     "tokenize": "turn a text into tokens once, in a folder to train from",
-    "generate": "go on from a prompt, printed as it is produced",
+    "generate": "continue a prompt, printed as it is produced",
     "chat": "talk with a model in the terminal",
-    "serve": "answer OpenAI's API on this machine, for any client of it",
+    "serve": "answer OpenAI's API on this machine, for any client",
     "explain": "show what a model expected at each token of a text, and where its heads look",
-    "playground": "a page in the browser: text with each token's chances, and other ways to go on",
+    "playground": "a page in the browser: each token's chances, and how else the text could go",
     "eval": "measure checkpoints on a text, in bits per byte, or on tasks of lm-eval",
-    "convert": "turn a GPT-1, GPT-2, GPT-Neo, Llama, Qwen3, nanochat or nanoGPT model into ours",
-    "export": "turn a model of ours into one of those, for tools without hf_nanogpt",
+    "convert": "import a GPT-1, GPT-2, GPT-Neo, Llama, Qwen3, nanochat or nanoGPT model",
+    "export": "write a checkpoint in one of those formats, for tools without hf_nanogpt",
     "push": "share a checkpoint on the Hub: model, tokenizer, code and card in one commit",
-    "pull": "download a checkpoint from the Hub to a folder, whole or not at all",
+    "pull": "download a complete checkpoint from the Hub to a folder",
     "info": "describe a checkpoint or a preset: sizes, memory, FLOPs",
-    "doctor": "check that results are right here, and print what a bug report needs",
-    "bench": "measure the speed of training or generation here, beside other implementations",
+    "doctor": "check that results are right on this machine, and print what a bug report needs",
+    "bench": "measure the speed of training or generation, compared with other implementations",
 }
-# A verb is the function `run_VERB` of its module here, which is imported when it is called for.
+# A verb is the function `run_VERB` of its module, which is imported when the verb is called.
 _MODULES = {
     "train": ["train", "tokenize"],
     "generate": ["generate", "explain"],
-    "chat": ["chat", "serve"],
+    "apps": ["chat", "serve", "playground"],
     "convert": ["convert", "export"],
-    "playground": ["playground"],
-    "measure": ["eval", "info", "bench"],
-    "doctor": ["doctor"],
+    "measure": ["eval", "info", "doctor", "bench"],
     "hub": ["push", "pull"],
 }
-_WHERE = {verb: module for module, verbs in _MODULES.items() for verb in verbs}
-# These do nothing but print: they end when nobody reads it. The others go on without a reader.
+_MODULE_OF = {verb: module for module, verbs in _MODULES.items() for verb in verbs}
+# These only print, and end when nobody reads it. The others continue without a reader.
 _ONLY_PRINTING = ("generate", "explain", "chat", "info", "doctor", "-h", "--help", "--version")
-# What to lower where memory does not suffice.
+# What to lower when memory does not suffice.
 _LOWER = {
-    "train": "--per_device_train_batch_size (with --gradient_accumulation_steps as much higher it "
-    "stays the same training, and --resume goes on), --per_device_eval_batch_size or --block_size",
+    "train": "--per_device_train_batch_size (with --gradient_accumulation_steps raised by the same "
+    "factor it is the same training, and --resume continues it), --per_device_eval_batch_size or "
+    "--block_size",
     "tokenize": "--num_proc",
     "eval": "--batch_size or --context_length",
     "bench": "--batch_size, --block_size or the size of the model",
-    "generate": "--max_new_tokens or the length of the prompt, or take a smaller model",
+    "generate": "--max_new_tokens or the length of the prompt, or use a smaller model",
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `hf-nanogpt`; return 0, 2 for bad input (one sentence on stderr), or 130 for Ctrl-C.
 
-    A training that a signal has stopped exits with 128 and the signal's number.
+    A training that a signal has stopped exits with 128 and the signal's number. An exception that
+    is not about the user's input is a bug, and is raised.
     """
-    # Threads of torch wait for each other by spinning, and so take the core from the one they wait
-    # for as soon as another program runs: small steps then take ten times as long or more. A short
-    # spin costs nothing on a quiet machine. (libgomp reads this once, when torch is imported.)
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    # Work that is done within this many seconds shows no bar. (tqdm reads it when imported, too.)
-    os.environ.setdefault("TQDM_DELAY", "2")
     argv = list(sys.argv[1:] if argv is None else argv)
     verb = argv[0] if argv else "--help"
     with standard_streams(lasting=verb not in _ONLY_PRINTING):
@@ -82,9 +75,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             if _is_out_of_memory(error):
                 lower = _LOWER.get(verb, "the size of the model")
                 return _refuse(f"There is not enough memory for {verb}: lower {lower}.")
-            if not _is_users(error):
+            if not isinstance(error, UserError):
                 raise
-            return _refuse(str(error))
+            return _refuse(one_line(error))
     return 0
 
 
@@ -95,48 +88,37 @@ def _call(verb: str, argv: list[str]) -> None:
         from .. import __version__
 
         print(__version__)
-    elif module := _WHERE.get(verb):
+    elif module := _MODULE_OF.get(verb):
         getattr(import_module(f".{module}", __name__), f"run_{verb}")(argv)
     else:
-        near = find_nearest(verb, list(VERBS)) or f": choose one of {', '.join(VERBS)}"
-        raise UserError(f"{verb!r} is no command{near}.")
+        hint = did_you_mean(verb, VERBS) or f" Choose one of {', '.join(VERBS)}."
+        raise UserError(f"{verb!r} is not a command.{hint}")
 
 
 def _refuse(sentence: str) -> int:
-    from ..errors import printable
-
-    print(printable(f"hf-nanogpt: {' '.join(sentence.split())}"), file=sys.stderr)
+    print(printable(f"hf-nanogpt: {sentence}"), file=sys.stderr)
     return 2
 
 
 def _is_out_of_memory(error: BaseException | None) -> bool:
-    """Say whether memory for tensors or anything else was missing, of whichever device."""
+    """Say whether memory ran out, on any device, according to the error or those that caused it."""
+    signs = ("an't allocate memory", "annot allocate memory", "ALLOC_FAILED", "bad_alloc")
     while error is not None:
         known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-        words = ("an't allocate memory", "annot allocate memory", "ALLOC_FAILED", "bad_alloc")
-        if known or any(word in str(error) for word in words):
+        if known or any(sign in str(error) for sign in signs):
             return True
         error = error.__cause__
     return False
 
 
-def _is_users(error: Exception) -> bool:
-    """Say whether an error is about what the user gave; any other is ours and shows a traceback."""
-    return isinstance(error, ValueError) or type(error).__name__.startswith("StrictDataclass")
-
-
 def _overview() -> str:
     width = max(map(len, VERBS))
-    lines = [f"  {verb:<{width}}  {what}" for verb, what in VERBS.items()]
-    return "\n".join(
-        [
-            "usage: hf-nanogpt COMMAND ...",
-            "",
-            "Train, use and share a small GPT in the Hugging Face ecosystem.",
-            "",
-            "commands:",
-            *lines,
-            "",
-            "hf-nanogpt COMMAND --help tells more. Start with: hf-nanogpt train",
-        ]
-    )
+    verbs = "\n".join(f"  {verb:<{width}}  {what}" for verb, what in VERBS.items())
+    return f"""usage: hf-nanogpt COMMAND ...
+
+Train, use and share a small GPT in the Hugging Face ecosystem.
+
+commands:
+{verbs}
+
+hf-nanogpt COMMAND --help lists its flags. Start with: hf-nanogpt train"""

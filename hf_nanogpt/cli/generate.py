@@ -6,38 +6,33 @@ import sys
 
 from ..errors import UserError, printable
 from . import VERBS
-from .parser import Parser, add_sampling, quiet_libraries
+from .parser import SAMPLING, Flags, load_libraries, parse_flags
+
+_QUANTIZE = (
+    "8-bit weights: often faster on a CPU, less exact (a trained model of 135 million parameters "
+    "changed its most likely token at 14 %% of the positions; see eval --quantize)"
+)
+_GENERATE: Flags = [
+    ("checkpoint", str, None, "folder or Hub id"),
+    ("prompt", str, "", "text to continue; '-' reads stdin", {"nargs": "?"}),
+    ("--max_new_tokens", int, None, "default 100, or what the context has room for"),
+    *SAMPLING,
+    ("--greedy", bool, False, "same as --temperature 0"),
+    ("--stop TEXT", str, None, "end after this text; repeatable", {"action": "append"}),
+    ("--num_samples", int, 1, "texts to generate"),
+    ("--ignore_eos", bool, False, "continue after the end of a document"),
+    ("--quantize", ["int8"], None, _QUANTIZE),
+    ("--compile", bool, False, "use torch.compile: slow to start, then faster"),
+]
 
 
 def run_generate(argv: list[str]) -> None:
-    parser = Parser(prog="hf-nanogpt generate", description=VERBS["generate"], allow_abbrev=False)
-    parser.add_argument("checkpoint", help="folder or Hub id")
-    parser.add_argument("prompt", nargs="?", default="", help="text to go on from; '-' reads stdin")
-    parser.add_argument("--max_new_tokens", type=int, help="default 100, or what there is room for")
-    add_sampling(parser)
-    parser.add_argument("--greedy", action="store_true", help="same as --temperature 0")
-    parser.add_argument(
-        "--stop", action="append", metavar="TEXT", help="end after this text; may be given again"
-    )
-    parser.add_argument("--num_samples", type=int, default=1)
-    parser.add_argument(
-        "--ignore_eos", action="store_true", help="go on after the end of a document"
-    )
-    parser.add_argument(
-        "--quantize",
-        choices=["int8"],
-        help="8-bit weights: often faster on a CPU, less exact (a trained model of 135 million "
-        "parameters changed its most likely token at 14 %% of the positions; see eval --quantize)",
-    )
-    parser.add_argument(
-        "--compile", action="store_true", help="by torch.compile: slow to start, then faster"
-    )
-    args = parser.parse(argv)
+    args = parse_flags("generate", VERBS["generate"], _GENERATE, argv)
     if args.num_samples < 1:
-        raise UserError(f"num_samples={args.num_samples} is not possible: give 1 or more.")
-    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+        raise UserError(f"num_samples={args.num_samples} must be at least 1.")
+    prompt = _read_text(args.prompt)
 
-    quiet_libraries()
+    load_libraries()
     from ..checkpoint.folder import load_checkpoint
     from ..generation import stream_text
 
@@ -70,22 +65,26 @@ def run_generate(argv: list[str]) -> None:
         print()
 
 
+def _read_text(text: str) -> str:
+    return sys.stdin.read() if text == "-" else text
+
+
+_EXPLAIN: Flags = [
+    ("checkpoint", str, None, "folder or Hub id"),
+    ("text", str, None, "text for the model to read; '-' reads stdin"),
+    ("--html FILE", str, None, "also write a page with each head's attention map"),
+]
+
+
 def run_explain(argv: list[str]) -> None:
-    parser = Parser(prog="hf-nanogpt explain", description=VERBS["explain"], allow_abbrev=False)
-    parser.add_argument("checkpoint", help="folder or Hub id")
-    parser.add_argument("text", help="to be read by the model; '-' reads stdin")
-    parser.add_argument(
-        "--html", metavar="FILE", help="also write a page with each head's attention map"
-    )
-    args = parser.parse(argv)
-    text = sys.stdin.read() if args.text == "-" else args.text
+    args = parse_flags("explain", VERBS["explain"], _EXPLAIN, argv)
+    text = _read_text(args.text)
 
-    quiet_libraries()
+    load_libraries()
     from ..analysis.explain import check_page, explain_text, render_table, write_page
-
-    page = None if args.html is None else check_page(args.html)
     from ..checkpoint.folder import load_checkpoint
 
+    page = None if args.html is None else check_page(args.html)
     model, tokenizer = load_checkpoint(args.checkpoint)
     explanation = explain_text(model, tokenizer, text, with_attention=page is not None)
     color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")

@@ -1,17 +1,44 @@
-"""The verbs `eval`, `info` and `bench`."""
+"""The verbs `eval`, `info`, `doctor` and `bench`."""
 
 import logging
+import sys
 from typing import Any
 
 from ..errors import UserError
 from . import VERBS
-from .parser import Parser, quiet_libraries
+from .parser import Flags, Parser, add_flags, load_libraries, parse_flags
+
+_EVAL: Flags = [
+    ("checkpoints CHECKPOINT", str, None, "folder or Hub id; several are compared", {"nargs": "+"}),
+    ("--batch_size", int, 16, "blocks in a batch"),
+    ("--plot FILE", str, None, "draw the comparison: .png, .svg or .pdf"),
+    ("--quantize", ["int8"], None, "measure the model with 8-bit weights"),
+]
+_EVAL_ON: Flags = [
+    ("--data", str, None, "text: file, folder, glob, table or Hub dataset id"),
+    ("--tasks", str, None, "tasks of lm-eval: names or YAML files, separated by commas"),
+]
+_EVAL_ON_DATA: Flags = [
+    ("--text_column", str, None, "column of a table that holds the text"),
+    ("--context_length", int, None, "tokens in a block (default: the model's)"),
+    ("--stride", int, None, "predict so many tokens at a time, each after a full context"),
+    (
+        "--held_out SHARE",
+        float,
+        None,
+        "only what training with validation_fraction=SHARE holds out",
+    ),
+]
+_EVAL_ON_TASKS: Flags = [
+    ("--num_fewshot", int, None, "solved examples before each question"),
+    ("--limit", int, None, "use only this many questions of each task"),
+]
 
 
 def run_eval(argv: list[str]) -> None:
     args = _parse_eval(argv)
 
-    quiet_libraries()
+    load_libraries()
     from ..analysis.compare import compare_on_tasks, compare_on_text, format_table
     from ..analysis.plots import check_picture, plot_comparison
 
@@ -24,7 +51,7 @@ def run_eval(argv: list[str]) -> None:
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         comparison = compare_on_tasks(**args | {"tasks": args["tasks"].split(",")})
     rows = comparison.rows
-    if "data" in args and len(rows) == 2:
+    if "data" in args and len(rows) == 2:  # one checkpoint: its figures line by line
         units = {"loss": " nats per token"}
         for name, figure in list(zip(*rows, strict=True))[1:]:
             print(f"{name:<14} {figure}{units.get(name, '')}")
@@ -33,122 +60,136 @@ def run_eval(argv: list[str]) -> None:
     if plot:
         try:
             plot_comparison(comparison.figures, plot)
-        except OSError as error:  # the figures above are not lost for it
+        except OSError as error:  # the figures are printed already
             raise UserError(f"plot={plot} cannot be written: {error.strerror}.") from error
-        print(f"\n{plot} shows it.")
+        print(f"\nPlot saved to {plot}.")
 
 
 def _parse_eval(argv: list[str]) -> dict[str, Any]:
-    parser = Parser(prog="hf-nanogpt eval", description=VERBS["eval"], allow_abbrev=False)
-    parser.add_argument(
-        "checkpoints", nargs="+", metavar="checkpoint", help="folder or Hub id; compares several"
-    )
-    kind = parser.add_mutually_exclusive_group(required=True)
-    kind.add_argument("--data", help="file, folder, glob, table or Hub dataset id")
-    kind.add_argument("--tasks", help="of lm-eval: names or YAML files, separated by commas")
-    parser.add_argument("--batch_size", type=int, default=16, help="blocks at a time")
-    parser.add_argument("--plot", metavar="FILE", help="draw the comparison: .png, .svg or .pdf")
-    parser.add_argument("--quantize", choices=["int8"], help="measure what rounded weights lose")
-    text = parser.add_argument_group("on a text")
-    text.add_argument("--text_column", help="column of a table that holds the text")
-    text.add_argument("--context_length", type=int, help="tokens in a block (default: the model's)")
-    text.add_argument(
-        "--stride", type=int, help="predict so many at a time, each from a full context before it"
-    )
-    text.add_argument(
-        "--held_out",
-        type=float,
-        metavar="SHARE",
-        help="only the part that a training with validation_fraction=SHARE holds out",
-    )
-    tasks = parser.add_argument_group("on tasks")
-    tasks.add_argument("--num_fewshot", type=int, help="solved examples before each question")
-    tasks.add_argument("--limit", type=int, help="look at the first so many questions only")
+    """Return the flags that were given; refuse those of tasks for a text, and the reverse."""
+    parser = Parser("eval", VERBS["eval"])
+    add_flags(parser, _EVAL)
+    add_flags(parser.add_mutually_exclusive_group(required=True), _EVAL_ON)
+    add_flags(parser.add_argument_group("with --data"), _EVAL_ON_DATA)
+    add_flags(parser.add_argument_group("with --tasks"), _EVAL_ON_TASKS)
     args = {name: value for name, value in vars(parser.parse(argv)).items() if value is not None}
     if args["batch_size"] < 1:
-        raise UserError(f"batch_size={args['batch_size']} is not possible: give 1 or more.")
-    other, flags = ("tasks", tasks) if "data" in args else ("data", text)
-    for action in flags._group_actions:
-        if action.dest in args:
-            raise UserError(f"--{action.dest} is for --{other} only: leave it out.")
+        raise UserError(f"batch_size={args['batch_size']} must be at least 1.")
+    other, flags = ("tasks", _EVAL_ON_TASKS) if "data" in args else ("data", _EVAL_ON_DATA)
+    for name, *_ in flags:
+        flag = name.split()[0]
+        if flag.removeprefix("--") in args:
+            raise UserError(f"{flag} is for --{other} only: leave it out.")
     return args
 
 
-def run_info(argv: list[str]) -> None:
-    parser = Parser(prog="hf-nanogpt info", description=VERBS["info"], allow_abbrev=False)
-    parser.add_argument("model", help="folder or Hub id of a checkpoint, or the name of a preset")
-    args = parser.parse(argv)
+_INFO: Flags = [("model", str, None, "folder or Hub id of a checkpoint, or the name of a preset")]
 
+
+def run_info(argv: list[str]) -> None:
+    args = parse_flags("info", VERBS["info"], _INFO, argv)
+
+    load_libraries()
     from ..analysis.info import describe
 
     for name, value in describe(args.model).items():
         print(f"{name:<28} {value}")
 
 
+_DOCTOR: Flags = [
+    ("checkpoint", str, None, "what to check (default: three tiny models)", {"nargs": "?"})
+]
+
+
+def run_doctor(argv: list[str]) -> None:
+    checkpoint = parse_flags("doctor", VERBS["doctor"], _DOCTOR, argv).checkpoint
+
+    load_libraries()
+    from ..analysis.doctor import check_installation, describe_environment
+
+    facts = describe_environment()
+    width = max(map(len, facts))
+    print(*(f"{name:<{width}}  {value}" for name, value in facts.items()), sep="\n")
+    count, failed, model = 0, 0, None
+    for finding in check_installation(checkpoint):
+        if finding.model != model:
+            model = finding.model
+            print(f"\n{model}")
+        count, failed = count + 1, failed + (not finding.is_right)
+        print(f"  {'ok  ' if finding.is_right else 'FAIL'}  {finding.check}: {finding.detail}")
+    if failed:
+        print(f"\n{failed} of {count} checks failed: results on this machine may be wrong.")
+        print("Please report all of the above.")
+        sys.exit(1)
+    print("\nAll checks passed.")
+
+
+_SIZES = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
+_BENCH: Flags = [
+    ("model", str, None, "preset, folder or Hub id to measure instead", {"nargs": "?"}),
+    *((f"--{size}", int, None, "of the models") for size in _SIZES),
+    ("--rounds", int, 5, "turns of each"),
+    ("--num_threads", int, None, "CPU threads (default: cores)"),
+    ("--compile", bool, False, "also with torch.compile; takes minutes more"),
+    ("--output", str, None, "folder for the figures (.json) and the plot (.png)"),
+]
+_BENCH_TRAIN: Flags = [
+    ("--batch_size", int, 8, "blocks in a step"),
+    ("--steps", int, 4, "steps in a turn"),
+    ("--bf16", bool, False, "compute in bfloat16"),
+]
+_BENCH_GENERATE: Flags = [
+    ("--batch_size", int, 1, "prompts in a batch"),
+    ("--tokens", int, 16, "tokens timed in a turn"),
+]
+
+
 def run_bench(argv: list[str]) -> None:
     benchmarks = {"train": _bench_train, "generate": _bench_generate}
-    what = argv[0] if argv else "--help"
-    if what in ("-h", "--help"):
+    name = argv[0] if argv else "--help"
+    if name in ("-h", "--help"):
         print(f"usage: hf-nanogpt bench {{{','.join(benchmarks)}}} ...\n\n{VERBS['bench']}")
-    elif what in benchmarks:
-        benchmarks[what](argv[1:])
+    elif name in benchmarks:
+        benchmarks[name](argv[1:])
     else:
-        raise UserError(f"{what!r} is no benchmark: choose one of {', '.join(benchmarks)}.")
+        raise UserError(f"{name!r} is not a benchmark: choose one of {', '.join(benchmarks)}.")
 
 
 def _bench_train(argv: list[str]) -> None:
-    parser = _bench_parser(
-        "train",
-        "Time steps of training: ours and transformers' models of the same shape, and "
-        "a GPT-2 in plain torch, in turns. Takes a minute or two with the sizes of quickstart.",
+    what = (
+        "Time steps of training: our model, transformers' models of the same shape and a GPT-2 in "
+        "plain torch take turns. Takes a minute or two with the sizes of quickstart."
     )
-    parser.add_argument("--batch_size", type=int, default=8, help="blocks in a step (default 8)")
-    parser.add_argument("--steps", type=int, default=4, help="steps in a turn (default 4)")
-    parser.add_argument("--bf16", action="store_true", help="compute in bfloat16")
-    given, output = _parse_bench(parser, argv, "train")
+    settings, output = _parse_bench("train", what, _BENCH_TRAIN, argv)
     from ..benchmark import benchmark_training, format_report, plot_training, save_report
 
-    report = benchmark_training(show_progress=True, **given)
+    report = benchmark_training(show_progress=True, **settings)
     print(format_report(report))
     if output:
         print("\nWritten:", *save_report(report, output, plot=plot_training))
 
 
 def _bench_generate(argv: list[str]) -> None:
-    parser = _bench_parser(
-        "generate",
-        "Time greedy generation: ours in float32 and int8, its twin in transformers, and nanoGPT's "
-        "way without a cache, in turns, at text lengths up to 1024; a GPT-2 of 10 M parameters.",
+    what = (
+        "Time greedy generation at text lengths up to 1024: our model in float32 and int8, its "
+        "native equivalent in transformers, and nanoGPT's way without a cache take turns. The "
+        "model is a GPT-2 of 10 M parameters."
     )
-    parser.add_argument("--batch_size", type=int, default=1, help="prompts at a time (default 1)")
-    parser.add_argument("--tokens", type=int, default=16, help="timed in a turn (default 16)")
-    given, output = _parse_bench(parser, argv, "generate")
+    settings, output = _parse_bench("generate", what, _BENCH_GENERATE, argv)
     from ..benchmark import benchmark_generation, format_generation, plot_generation, save_report
 
-    report = benchmark_generation(show_progress=True, **given)
+    report = benchmark_generation(show_progress=True, **settings)
     print(format_generation(report))
     if output:
         print("\nWritten:", *save_report(report, output, plot=plot_generation))
 
 
-def _bench_parser(name: str, description: str) -> Parser:
-    parser = Parser(prog=f"hf-nanogpt bench {name}", description=description, allow_abbrev=False)
-    parser.add_argument("model", nargs="?", help="a preset, folder or Hub id to take instead")
-    for size in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size"):
-        parser.add_argument(f"--{size}", type=int)
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each (default 5)")
-    parser.add_argument("--num_threads", type=int, help="CPU threads (default: cores)")
-    parser.add_argument(
-        "--compile", action="store_true", help="by torch.compile too; takes minutes more"
-    )
-    parser.add_argument("--output", help=f"folder for bench_{name}.json and bench_{name}.png")
-    return parser
-
-
-def _parse_bench(parser: Parser, argv: list[str], name: str) -> tuple[dict[str, Any], str | None]:
-    """Return what was given to the benchmark, and the folder to write to."""
-    args = vars(parser.parse(argv))
-    quiet_libraries()
+def _parse_bench(
+    name: str, description: str, flags: Flags, argv: list[str]
+) -> tuple[dict[str, Any], str | None]:
+    """Return the settings of a benchmark that were given, and the folder to write to."""
+    args = vars(parse_flags(f"bench {name}", description, _BENCH + flags, argv))
+    load_libraries()
     from ..benchmark import prepare_output
 
     if output := args.pop("output"):

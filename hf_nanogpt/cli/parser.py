@@ -1,60 +1,94 @@
-"""What every verb of the command line needs to read its flags and to stay quiet."""
+"""What every verb needs: flags read from a table, libraries without noise, an end at SIGTERM."""
 
 import argparse
-import difflib
 import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import Any, NoReturn, Protocol
 
-from ..errors import UserError
+from ..errors import UserError, did_you_mean
+
+# A flag in each row: its name (and a name for its value), its type, its default, its help, and, if
+# needed, further arguments of `add_argument`. `bool` makes a switch; a list holds the choices.
+Flags = list[tuple[Any, ...]]
+
+SAMPLING: Flags = [
+    ("--temperature", float, 0.8, "0 is greedy"),
+    ("--top_k", int, None, "sample from the TOP_K most likely tokens only"),
+    ("--top_p", float, None, "sample from the most likely tokens that reach this probability"),
+    ("--min_p", float, None, "least probability, as a share of the most likely token's"),
+    ("--repetition_penalty", float, None, "above 1 discourages repeats"),
+    ("--seed", int, None, "make sampling repeatable"),
+]
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are exceptions of one sentence."""
+    """An argument parser that raises a `UserError` instead of ending the program."""
+
+    def __init__(self, verb: str, description: str | None = None, **kwargs: Any):
+        prog = f"hf-nanogpt {verb}"
+        super().__init__(prog=prog, description=description, allow_abbrev=False, **kwargs)
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(message[0].upper() + message[1:].rstrip(".") + f": see {self.prog} --help.")
+        see = f"See {self.prog} --help."
+        raise UserError(f"{message[0].upper()}{message[1:].rstrip('.')}. {see}")
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
         args, unknown = self.parse_known_args(argv)
         if unknown:
             options = [option for action in self._actions for option in action.option_strings]
-            self.error(f"{unknown[0]!r} is no known argument{find_nearest(unknown[0], options)}")
+            hint = did_you_mean(unknown[0], options) or f" See {self.prog} --help."
+            raise UserError(f"Unknown argument {unknown[0]!r}.{hint}")
         return args
 
 
-def find_nearest(name: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name.split("=")[0], known, n=1, cutoff=0.5)
-    return f", did you mean {near[0]}?" if near else ""
+class _TakesFlags(Protocol):
+    """A parser, or a group of its flags."""
+
+    def add_argument(self, *names: str, **settings: Any) -> Any: ...
 
 
-def add_sampling(parser: Parser) -> None:
-    """Add the flags that say how the next token is drawn."""
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default 0.8)")
-    parser.add_argument("--top_k", type=int, help="sample from the likeliest TOP_K tokens")
-    parser.add_argument(
-        "--top_p", type=float, help="sample from the likeliest share of probability"
-    )
-    parser.add_argument(
-        "--min_p", type=float, help="least probability relative to the likeliest token"
-    )
-    parser.add_argument("--repetition_penalty", type=float, help="above 1 discourages repeats")
-    parser.add_argument("--seed", type=int, help="make sampling repeatable")
+def add_flags(parser: _TakesFlags, flags: Flags) -> None:
+    for names, value_type, default, text, *more in flags:
+        name, _, metavar = names.partition(" ")
+        settings: dict[str, Any] = {"default": default, "help": text}
+        if value_type is bool:
+            settings["action"] = "store_true"
+        elif isinstance(value_type, list):
+            settings["choices"] = value_type
+        elif value_type is not str:
+            settings["type"] = value_type
+        if metavar:
+            settings["metavar"] = metavar
+        if default and default is not True:
+            settings["help"] += f" (default {default})"
+        parser.add_argument(name, **settings, **(more[0] if more else {}))
 
 
-def quiet_libraries() -> None:
-    """Keep the progress bars of single files off the terminal; ours are enough."""
+def parse_flags(verb: str, what: str, flags: Flags, argv: Sequence[str]) -> argparse.Namespace:
+    """Return what `argv` says about the flags of a verb that does `what`."""
+    parser = Parser(verb, what)
+    add_flags(parser, flags)
+    return parser.parse(argv)
+
+
+def load_libraries() -> None:
+    """Import the libraries, which takes seconds: a verb has read its flags before.
+
+    Their progress bars for single files stay off the terminal; ours are enough.
+    """
     from transformers.utils import logging
+
+    from .. import auto  # noqa: F401
 
     logging.disable_progress_bar()
 
 
 @contextmanager
 def sigterm_like_ctrl_c() -> Iterator[None]:
-    """End at SIGTERM as at Ctrl-C, so that nothing half written is left."""
+    """Treat SIGTERM like Ctrl-C, so that no half-written file is left."""
 
     def stop(signum: int, frame: object) -> NoReturn:
         raise _Terminated

@@ -9,11 +9,11 @@ from typing import Any
 
 
 class OutputLostError(OSError):
-    """Standard output or error cannot be written, and writing there is all that the verb does."""
+    """Standard output or error cannot be written, and the verb does nothing else."""
 
 
 class _Output(io.FileIO):
-    """A standard stream that what trains or writes files does without, if need be."""
+    """A standard stream; a `lasting` one lets the work continue when it cannot be written."""
 
     def __init__(self, number: int, *, lasting: bool):
         super().__init__(number, "w", closefd=False)
@@ -28,11 +28,11 @@ class _Output(io.FileIO):
             if not self.lasting:
                 raise OutputLostError(error.errno, error.strerror) from error
             if self.number == 1 and not isinstance(error, BrokenPipeError):
-                print(f"hf-nanogpt: {describe_loss(error)}; the work goes on.", file=sys.stderr)
+                print(f"hf-nanogpt: {describe_loss(error)}; the work continues.", file=sys.stderr)
             return len(data)
 
     def _discard(self) -> None:
-        """Let all that is still to come vanish, also what other libraries write."""
+        """Discard all further output on this stream, also what other libraries write."""
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, self.number)
         os.close(nowhere)
@@ -47,11 +47,11 @@ def standard_streams(*, lasting: bool) -> Iterator[None]:
     """Let the block write any text to standard output and error, whatever they can show.
 
     A character that they cannot show is written as its escape. When their reader has gone or their
-    disk is full, a `lasting` block goes on without them; else `OutputLostError` is raised.
+    disk is full, a `lasting` block continues without them; otherwise `OutputLostError` is raised.
     """
     _open_closed()
     before = sys.stdout, sys.stderr
-    if sys.stdout is sys.__stdout__:  # else a test or a notebook has put its own there
+    if sys.stdout is sys.__stdout__:  # otherwise a test or a notebook has replaced it
         sys.stdout = _wrap(sys.stdout, 1, lasting)
     if sys.stderr is sys.__stderr__:
         sys.stderr = _wrap(sys.stderr, 2, lasting)
@@ -59,20 +59,18 @@ def standard_streams(*, lasting: bool) -> Iterator[None]:
         yield
     finally:
         for stream in (sys.stdout, sys.stderr):
-            with suppress(
-                OutputLostError
-            ):  # after an error that has been told, or on the way to one
+            with suppress(OutputLostError):  # it was reported already, or another error is
                 stream.flush()
         sys.stdout, sys.stderr = before
 
 
 def _open_closed() -> None:
-    """Open what was closed, as by `>&-`: the next file would take its number, and the messages."""
+    """Open closed streams (`>&-`), or the next file would get their number and our messages."""
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             stream = open(os.devnull, mode, encoding="utf-8")  # noqa: SIM115

@@ -9,7 +9,8 @@ from huggingface_hub import HfApi, snapshot_download
 
 from ..checkpoint.folder import split_revision
 from ..convert.folders import check_destination, written_folder
-from ..errors import FAILURES, UserError, explain_hub_error, retry
+from ..errors import UserError
+from ..hub_errors import FAILURES, explain_hub_error, retry
 from ..untrusted import path_inside, read_json
 from .staging import check_repo_id
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.utils import filter_repo_objects
 
-from ..errors import FAILURES, LOG_IN, UserError, explain_hub_error, retry
+from ..errors import UserError
+from ..hub_errors import FAILURES, LOG_IN, explain_hub_error, retry
 from .card_edits import read_card, write_card
 from .staging import RELEASED, STATE, Release, stage_release, stage_step
 

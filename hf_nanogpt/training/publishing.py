@@ -12,11 +12,12 @@ from huggingface_hub.errors import HTTPError
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 
-from ..errors import UserError, explain_hub_error, retry
+from ..errors import UserError
 from ..hub.card import render_model_card
 from ..hub.card_edits import write_card
 from ..hub.push import push_step, push_to_hub
 from ..hub.staging import Release, check_ref_names
+from ..hub_errors import explain_hub_error, retry
 from .stopping import InterruptibleTrainer
 
 logger = logging.get_logger(__name__)
