@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
 from itertools import repeat
@@ -59,41 +59,87 @@ _NOT_THE_CONTENT = ("context_length", "num_proc")  # settings that change nothin
 # Reading
 
 
-def load_tokens(
-    args: DataArguments, tokenizer: PreTrainedTokenizerBase | None = None
-) -> tuple[PreTrainedTokenizerBase, Tokens, Tokens]:
-    """Return the tokenizer, and the tokens to train on and to validate on, of what `args` names.
+@dataclass(frozen=True)
+class Corpus:
+    """What there is to train and to validate on: text, or the tokens that a folder holds.
 
-    Text is tokenised by `tokenizer`, or else by the one that `args` names; a folder of tokens has
-    its own, and a `tokenizer` must then be that one.
+    Attributes:
+        train, validation: documents, or with a `tokenizer`, their tokens.
+        tokenizer: the tokenizer of the tokens; None for text.
+    """
+
+    train: Documents | Tokens
+    validation: Documents | Tokens
+    tokenizer: PreTrainedTokenizerBase | None = None
+
+
+def prepare_data(args: DataArguments) -> Corpus:
+    """Load the text, or open the tokens, that `args` names.
 
     Raises:
-        UserError: as `load_documents`; or a folder of tokens is not whole or does not fit.
+        UserError: as `load_documents`; or a folder of tokens is not whole, or has validation data
+            of its own.
     """
     folder = Path(args.data).expanduser()
     if (folder / TOKENIZED).is_file():
-        own, *sides = _load_folder(folder, args)
+        tokenizer, train, validation = _load_folder(folder, args)
     elif find_token_files(folder):
-        own, *sides = load_token_files(folder, args)
+        tokenizer, train, validation = load_token_files(folder, args)
     else:
-        documents, held_out = load_documents(args)
-        tokenizer = tokenizer or load_tokenizer(args, documents)
-        add_chat_template(tokenizer, args.chat_template)
-        tokenise = partial(tokenize_documents, tokenizer=tokenizer, num_proc=args.num_proc)
-        return tokenizer, tokenise(documents), tokenise(held_out)
+        return Corpus(*load_documents(args))
     if args.validation_data:
         raise UserError(
             f"validation_data={without_secrets(args.validation_data)} cannot be used with "
             f"data={args.data}, which holds tokens, also those to validate on: leave it out."
         )
-    if tokenizer and not own.get_vocab().items() <= tokenizer.get_vocab().items():
+    return Corpus(train, validation, tokenizer)
+
+
+def prepare_tokenizer(
+    args: DataArguments,
+    corpus: Corpus,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    max_length: int | None = None,
+) -> PreTrainedTokenizerBase:
+    """Return a checkpoint's `tokenizer`, or that of the corpus, or a new one; with its template.
+
+    `max_length` is the context of the model that goes with it.
+
+    Raises:
+        UserError: the tokens of the corpus are not of that tokenizer, or none can be loaded or
+            trained.
+    """
+    stored = corpus.tokenizer
+    if tokenizer and stored and not stored.get_vocab().items() <= tokenizer.get_vocab().items():
         raise UserError(
             f"data={args.data} was tokenised by another tokenizer than the checkpoint has: give "
             "the folder that its training began with."
         )
-    own = tokenizer or own  # it may have a chat template besides
-    add_chat_template(own, args.chat_template)
-    return own, sides[0], sides[1]
+    tokenizer = tokenizer or stored or load_tokenizer(args, corpus.train)
+    add_chat_template(tokenizer, args.chat_template)
+    if max_length:
+        tokenizer.model_max_length = max_length
+    return tokenizer
+
+
+def tokenize_sides(
+    args: DataArguments, corpus: Corpus, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Tokens, Tokens]:
+    """Return the tokens to train on and to validate on."""
+    if corpus.tokenizer:
+        return corpus.train, corpus.validation
+    tokenise = partial(tokenize_documents, tokenizer=tokenizer, num_proc=args.num_proc)
+    return tokenise(corpus.train), tokenise(corpus.validation)
+
+
+def load_tokens(
+    args: DataArguments, tokenizer: PreTrainedTokenizerBase | None = None
+) -> tuple[PreTrainedTokenizerBase, Tokens, Tokens]:
+    """Return the tokenizer, and the tokens to train on and to validate on, of what `args` names."""
+    corpus = prepare_data(args)
+    tokenizer = prepare_tokenizer(args, corpus, tokenizer)
+    return tokenizer, *tokenize_sides(args, corpus, tokenizer)
 
 
 def _load_folder(
@@ -244,8 +290,7 @@ def _begin(
     """Write the tokenizer and the description, unless an earlier run did, and return the former."""
     clear_abandoned(folder)
     if not (folder / "tokenizer").is_dir():
-        tokenizer = load_tokenizer(args, documents)
-        add_chat_template(tokenizer, args.chat_template)
+        tokenizer = prepare_tokenizer(args, Corpus(documents, documents))
         with staged_folder(folder) as staged:
             tokenizer.save_pretrained(staged / "tokenizer")
             _write_json(staged / TOKENIZED, described)

@@ -13,32 +13,42 @@ from ..checkpoint.folder import explain_write_errors, staged_folder
 from ..errors import UserError
 
 
+def setting(default: Any, help: str) -> Any:
+    """Return the field of a setting, with its help text."""
+    return field(default=default, metadata={"help": help})
+
+
+def check_at_least(minimum: int, settings: Any, *names: str) -> None:
+    """Raise a `UserError` if one of the named settings is below the minimum; None is allowed."""
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and value < minimum:
+            raise UserError(f"{name}={value} must be a whole number, at least {minimum}.")
+
+
 @dataclass
 class LoraArguments:
     """Whether to train all weights or a LoRA adapter (Hu et al. 2021, arXiv:2106.09685)."""
 
-    lora: bool = field(
-        default=False, metadata={"help": "Train a LoRA adapter of --from, not all of its weights."}
+    lora: bool = setting(
+        False, "Train a LoRA adapter for the model of --from, not all its weights."
     )
-    lora_rank: int = field(default=8, metadata={"help": "Rank of what each matrix can change by."})
-    lora_alpha: int = field(default=16, metadata={"help": "The change is scaled by alpha / rank."})
+    lora_rank: int = setting(8, "Rank of the adapter's matrices.")
+    lora_alpha: int = setting(16, "The adapter's output is scaled by alpha / rank.")
 
     def __post_init__(self):
+        check_at_least(1, self, "lora_rank", "lora_alpha")
         for name in ("lora_rank", "lora_alpha"):
-            value = getattr(self, name)
-            if value < 1:
-                raise UserError(f"{name}={value} is not possible: give 1 or more.")
-            if not self.lora and value != LoraArguments.__dataclass_fields__[name].default:
-                raise UserError(f"{name}={value} has a meaning with --lora only: add it.")
+            value, default = getattr(self, name), LoraArguments.__dataclass_fields__[name].default
+            if value != default and not self.lora:
+                raise UserError(f"{name}={value} has no effect without --lora: add it.")
         if self.lora:
-            _check_peft()
-
-
-def _check_peft() -> None:
-    try:
-        import peft  # noqa: F401
-    except ImportError as error:
-        raise UserError("lora=True needs a package: pip install 'hf-nanogpt[finetune]'.") from error
+            try:
+                import peft  # noqa: F401
+            except ImportError as error:
+                raise UserError(
+                    "lora=True needs a package: pip install 'hf-nanogpt[finetune]'."
+                ) from error
 
 
 def add_adapter(
@@ -48,11 +58,11 @@ def add_adapter(
     with_embeddings: bool = False,
     revision: str | None = None,
 ) -> torch.nn.Module:
-    """Return the model with a new adapter, which alone is trainable and changes nothing yet.
+    """Return the model with a new adapter, which changes nothing yet; only it is trainable.
 
     Args:
-        with_embeddings: embedding and head are trained whole beside it, as new tokens need it.
-        revision: of the model on the Hub, for whoever loads the adapter.
+        with_embeddings: train the whole embedding and head too, as new tokens need it.
+        revision: the model's revision on the Hub, for whoever loads the adapter.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -72,9 +82,9 @@ def add_adapter(
 def merge_adapter(
     model: Any, tokenizer: PreTrainedTokenizerBase, output_dir: str | Path, *, save: bool
 ) -> PreTrainedModel:
-    """Return the model of a `PeftModel` with the adapter added in, kept as `output_dir/adapter`.
+    """Return the model with its adapter merged in; save the adapter as `output_dir/adapter`.
 
-    The tokenizer beside it tells PEFT how many rows the embedding has to have below it.
+    The tokenizer saved with it tells PEFT how many rows the embedding of the base model needs.
     """
     run = Path(output_dir)
     if save:
@@ -85,7 +95,7 @@ def merge_adapter(
 
 
 def describe_adapter(model: Any, args: LoraArguments) -> str | None:
-    """Return what a LoRA training cannot be resumed without: its shape and the weights below."""
+    """Return what a resumed LoRA training must have in common: its shape and the base weights."""
     if not args.lora:
         return None
     checksum = 0
