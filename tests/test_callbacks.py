@@ -21,7 +21,9 @@ from hf_nanogpt import NanoGPTTrainingArguments, train, train_tokenizer
 from hf_nanogpt.checkpoint.folder import check_output_dir
 from hf_nanogpt.flops import GPU_PEAKS, count_flops, find_peak
 from hf_nanogpt.training import callbacks as callbacks_module
-from hf_nanogpt.training.callbacks import PlotCallback, SpeedCallback, draw_sample, plot_losses
+from hf_nanogpt.training import samples as samples_module
+from hf_nanogpt.training.callbacks import PlotCallback, SpeedCallback, plot_losses
+from hf_nanogpt.training.samples import draw_sample
 
 ROOT = Path(__file__).parent.parent
 SMALL = {
@@ -138,12 +140,12 @@ def test_sample_takes_the_room_there_is_and_says_where_there_is_none():
     before = torch.get_rng_state()
     text = draw_sample(model, tokenizer, "x" * 60, max_new_tokens=40, seed=0)
     assert text.startswith("x" * 60) and model.training
-    with CaptureLogger(callbacks_module.logger) as log:
+    with CaptureLogger(samples_module.logger) as log:
         assert draw_sample(model, tokenizer, "x" * 64, max_new_tokens=40, seed=0) == ""
-    assert "no sample" in log.out and "64 tokens" in log.out
+    assert "cannot write a sample" in log.out and "64 tokens" in log.out
     with torch.no_grad():
         model.lm_head.weight.fill_(float("nan"))
-    with CaptureLogger(callbacks_module.logger) as log:
+    with CaptureLogger(samples_module.logger) as log:
         assert draw_sample(model, tokenizer, "x", max_new_tokens=4, seed=0) == ""
     assert "nan" in log.out
     assert torch.equal(torch.get_rng_state(), before)
@@ -188,7 +190,7 @@ def test_samples_and_plots_on_a_full_disk_stop_no_training(tmp_path):
         assert not (folder / "loss.png").exists()
         train(output_dir=str(folder), sample_steps=2, resume=True, **SMALL)
     for name in ("samples.jsonl", "loss.png"):
-        told = f"{folder / name} could not be written, and training goes on: [Errno 28]"
+        told = f"{folder / name} could not be written; training continues: [Errno 28]"
         assert log.out.count(told) == 1
     assert _steps(folder) == [2, 4, 6, 8, 10, 12]  # there was room again
     assert (folder / "model.safetensors").is_file()
@@ -205,7 +207,7 @@ def test_bad_settings_are_refused_before_the_data_is_read(tmp_path):
     bad = {
         ("sample_steps", -1.0): "sample_steps=-1",
         ("sample_steps", 2.5): "sample_steps=2.5",
-        ("report_to", "tracio"): "did you mean trackio",
+        ("report_to", "tracio"): "Did you mean trackio",
         ("report_to", "paper"): "trackio, tensorboard or wandb",
     }
     for name, extra in (("trackio", "'hf-nanogpt[track]'"), ("wandb", "wandb")):

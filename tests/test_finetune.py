@@ -307,10 +307,10 @@ def test_a_converted_model_is_tuned_and_goes_home_again(name, text, tmp_path):
     [
         ({"lora_rank": 0}, "lora_rank=0"),
         ({"lora_alpha": -1}, "lora_alpha=-1"),
-        ({"lora_rank": 4, "lora": False}, "lora_rank=4 has a meaning with --lora only"),
-        ({"start_from": None}, "give one by --from CHECKPOINT"),
+        ({"lora_rank": 4, "lora": False}, "lora_rank=4 has no effect without --lora"),
+        ({"start_from": None}, "name one by --from CHECKPOINT"),
         ({"start_from": "./nowhere"}, "no checkpoint at nowhere"),
-        ({"lora_rnak": 4}, "did you mean --lora_rank"),
+        ({"lora_rnak": 4}, "Did you mean --lora_rank"),
     ],
 )
 def test_wrong_settings_are_refused_before_anything_is_written(
@@ -323,7 +323,7 @@ def test_wrong_settings_are_refused_before_anything_is_written(
 
 
 def test_the_start_is_never_overwritten(base, text):
-    with pytest.raises(ValueError, match=r"holds .* the model to go on with"):
+    with pytest.raises(ValueError, match=r"holds .* the model to start from"):
         tune(base, text, base, overwrite=True)
     assert (base / "model.safetensors").exists()
 
