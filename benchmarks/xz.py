@@ -12,7 +12,8 @@ from pathlib import Path
 
 from results_file import write_results
 
-from hf_nanogpt.data.documents import STDLIB, DataArguments, load_documents
+from hf_nanogpt import DataArguments, load_documents
+from hf_nanogpt.data.sources import STDLIB
 
 CARD = Path(__file__).parent.parent / "model_cards/quickstart/metrics.json"
 

@@ -3,7 +3,7 @@
 import inspect
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,14 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.trainer_utils import unwrap_peft_model
 
 from .checkpoint.folder import load_checkpoint
-from .data.documents import DataArguments, Documents, load_documents, load_text
+from .data.conversations import Documents
+from .data.documents import DataArguments, check_fraction, load_documents, load_text
+from .data.encoding import encode_unlearnt
 from .data.packing import PackedBlocks, PackedCollator, PackedStream, pack_documents
 from .data.tokenization import token_byte_counts
 from .errors import UserError, without_secrets
 
-_LOGITS_AT_ONCE = 2**26  # 256 MB in float32: with large vocabularies all of a batch are gigabytes
+_LOGITS_AT_ONCE = 2**26  # 256 MB in float32; a batch with a large vocabulary has gigabytes
 
 
 @dataclass(frozen=True)
@@ -34,9 +36,8 @@ class EvaluationResult:
         loss: mean negative log-likelihood, nats per predicted token.
         perplexity: exp(loss).
         bits_per_byte: all nats over ln 2, per byte of the text in UTF-8. Unlike the loss it can be
-            compared between tokenizers. Predicting where documents end costs bits too, and adds no
-            byte.
-        num_tokens: tokens predicted, one <|endoftext|> per document included.
+            compared between tokenizers. It includes the bits for predicting where documents end.
+        num_tokens: tokens predicted, including one <|endoftext|> per document.
         num_bytes: bytes of the text.
     """
 
@@ -56,19 +57,21 @@ def sum_losses(
     inputs = {name: batch[name] for name in ("input_ids", "position_ids")} | {"use_cache": False}
     (rows, length), kept = labels.shape, {}
     trunk, vocab_size = _find_trunk(model)
+    # Run the trunk once, and the head on as many positions at a time as memory allows.
     size = max(1, _LOGITS_AT_ONCE // (rows * vocab_size)) if trunk else length
+    in_parts = size < length
     nats = torch.empty(labels.shape, device=labels.device)
-    with _run_once(trunk if size < length else None):
+    with _run_once(trunk) if trunk and in_parts else nullcontext():
         for start in range(0, max(1, length), max(1, size)):
             part = labels[:, start : start + size]
-            if size < length:
+            if in_parts:
                 kept["logits_to_keep"] = start + torch.arange(part.shape[1], device=labels.device)
             logits = model(**inputs, **kept).logits
-            if size >= length and logits.shape[1] != length + 1:
+            if not in_parts and logits.shape[1] != length + 1:
                 raise UserError(
-                    f"The model gives {logits.shape[1]} logits for {length + 1} tokens, as with "
-                    "PEFT's prompt tuning, which also ignores what keeps packed documents apart: "
-                    "measure it one document at a time, or use LoRA."
+                    f"The model returns {logits.shape[1]} logits for {length + 1} tokens. Prompt "
+                    "tuning of PEFT does so, and lets packed documents see each other: measure one "
+                    "document at a time, or use LoRA."
                 )
             logits = logits[:, : part.shape[1]]
             nats[:, start : start + size] = nn.functional.cross_entropy(
@@ -80,7 +83,7 @@ def sum_losses(
 
 
 def _find_trunk(model: nn.Module) -> tuple[nn.Module | None, int]:
-    """Return what makes the hidden states of a model that takes `logits_to_keep`, and its V."""
+    """Return the part of a model before its head, and V; None if logits cannot be had in parts."""
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
         return None, 0  # positions are not those of the tokens
     model = unwrap_peft_model(model)
@@ -92,11 +95,8 @@ def _find_trunk(model: nn.Module) -> tuple[nn.Module | None, int]:
 
 
 @contextmanager
-def _run_once(module: nn.Module | None) -> Iterator[None]:
-    """Let a module answer all calls with what it answers to the first."""
-    if module is None:
-        yield
-        return
+def _run_once(module: nn.Module) -> Iterator[None]:
+    """Let a module answer all calls with its answer to the first."""
     forward, before = module.forward, vars(module).get("forward")
     answers: list[Any] = []
 
@@ -128,33 +128,25 @@ def summarize_losses(sums: torch.Tensor) -> EvaluationResult:
 
 
 class SlidingWindows(IterableDataset):
-    """Rows that begin with up to `overlap` tokens of those before, which are not predicted again.
+    """Blocks that begin with up to `overlap` tokens of those before, which are not predicted again.
 
-    Of each row with `input_ids`, the labels of the first `num_known` tokens are to be ignored.
+    These tokens, and the first one of each block, are marked as not to be learnt, so that
+    `PackedCollator` leaves them out of the labels.
     """
 
     def __init__(self, blocks: PackedBlocks | PackedStream, *, overlap: int):
         self.blocks, self.overlap = blocks, overlap
 
     def __len__(self) -> int:
-        return len(self.blocks)  # type: ignore[arg-type]  # of a stream nobody knows it
+        return len(self.blocks)  # type: ignore[arg-type]  # a stream has no length
 
     def __iter__(self) -> Iterator[dict]:
         past = np.array([], dtype=np.int64)
         for block in iter(self.blocks):
-            window = np.concatenate((past, block["input_ids"]))
-            yield {"input_ids": window, "num_known": len(past) + 1}
+            window, known = np.concatenate((past, block["input_ids"])), len(past) + 1
+            yield {"input_ids": np.append(encode_unlearnt(window[:known]), window[known:])}
             # The last token of this block is the first of the next.
             past = window[max(0, len(window) - 1 - self.overlap) : -1]
-
-
-@dataclass
-class _WindowCollator(PackedCollator):
-    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        batch = super().__call__(rows)
-        for labels, row in zip(batch["labels"], rows, strict=True):
-            labels[: row["num_known"]] = -100
-        return batch
 
 
 @torch.no_grad()
@@ -173,38 +165,39 @@ def evaluate(
     """Measure a model on text, in blocks of `context_length` tokens.
 
     The first tokens of a block are predicted from few others, however long the document is. With a
-    `stride`, a window moves on by so many tokens at a time, and every token is predicted, once,
-    from at least the `context_length - stride` tokens before it, or from all that its document has.
-    It takes about `context_length / stride` times as long, and what a trained model makes of a long
-    document is then not spoilt by where the blocks begin.
+    `stride`, a window moves by that many tokens at a time, and every token is predicted, once, from
+    at least the `context_length - stride` tokens before it, or from all that its document has. This
+    takes about `context_length / stride` times as long, and the result for long documents no longer
+    depends on where blocks begin.
 
     Args:
         model: a model with its `tokenizer`, or the folder or Hub id of a checkpoint.
         data: documents, or what `hf-nanogpt train --data` takes.
-        context_length: by default the model's; longer ones are refused.
-        stride: 1 to `context_length - 1` tokens, which is the default: blocks side by side.
+        context_length: by default the model's; a longer one is refused.
+        stride: 1 to `context_length - 1` tokens; by default the latter, without overlap.
         batch_size: blocks at a time; changes speed, not the result.
         held_out: measure on the part that training with `validation_fraction=held_out` holds out.
 
     Raises:
-        UserError: there is no such checkpoint or data, or a length is out of range.
+        UserError: the checkpoint or the data does not exist, or a length is out of range.
     """
     if not isinstance(model, PreTrainedModel):
-        model, own_tokenizer = load_checkpoint(model)
-        tokenizer = tokenizer or own_tokenizer
+        model, found = load_checkpoint(model)
+        tokenizer = tokenizer or found
     if tokenizer is None:
         raise UserError("tokenizer=None: give the tokenizer that goes with the model.")
     if len(tokenizer) > model.config.vocab_size:
         raise UserError(
-            f"The tokenizer has {len(tokenizer)} tokens and the model vocab_size="
+            f"The tokenizer has {len(tokenizer)} tokens, but the model has vocab_size="
             f"{model.config.vocab_size}: they do not belong together."
         )
     length = check_context_length(model.config, context_length)
     step = check_stride(length, stride)
     documents = _load_text(data, text_column, held_out) if isinstance(data, str) else data
+    # Blocks share one token, so blocks of `step + 1` tokens advance by `step`.
     blocks = pack_documents(documents, tokenizer, context_length=step + 1)
     windows = SlidingWindows(blocks, overlap=length - 1 - step)
-    collate = _WindowCollator(tokenizer.eos_token_id)
+    collate = PackedCollator(tokenizer.eos_token_id)
     loader: DataLoader = DataLoader(windows, batch_size=batch_size, collate_fn=collate)
     counts = token_byte_counts(tokenizer).to(model.device)
     was_training = model.training
@@ -217,24 +210,21 @@ def evaluate(
     finally:
         model.train(was_training)
     if not total[1]:
-        raise UserError(
-            f"data={without_secrets(data)} holds no text, or no answers: there is nothing to "
-            "measure on."
-        )
+        name = without_secrets(data) if isinstance(data, str) else "documents"
+        raise UserError(f"data={name} has no text, or no answers, to measure on.")
     return summarize_losses(total)
 
 
 def _load_text(data: str, text_column: str, held_out: float | None) -> Documents:
     if held_out is None:
         return load_text(data, text_column=text_column)
-    if not 0 < held_out < 1:
-        raise UserError(f"held_out={held_out} must be between 0 and 1, for example 0.1.")
-    split = DataArguments(data=data, text_column=text_column, validation_fraction=held_out)
-    return load_documents(split)[1]
+    check_fraction("held_out", held_out)
+    args = DataArguments(data=data, text_column=text_column, validation_fraction=held_out)
+    return load_documents(args)[1]
 
 
 def check_context_length(config: PreTrainedConfig, context_length: int | None) -> int:
-    """Return the block length to use, or raise a `UserError` where the model cannot take it."""
+    """Return the block length to use, or raise a `UserError` if the model cannot take it."""
     limit = config.max_position_embeddings
     length = limit if context_length is None else context_length
     if not 2 <= length <= limit:
@@ -246,11 +236,11 @@ def check_context_length(config: PreTrainedConfig, context_length: int | None) -
 
 
 def check_stride(context_length: int, stride: int | None) -> int:
-    """Return how far the window moves each time, or raise a `UserError` if it would skip some."""
+    """Return how far the window moves each time, or raise a `UserError` if it skips tokens."""
     step = context_length - 1 if stride is None else stride
     if not 1 <= step < context_length:
         raise UserError(
-            f"stride={stride} is out of range: with blocks of {context_length} tokens it is 1 to "
-            f"{context_length - 1}."
+            f"stride={stride} is out of range: with blocks of {context_length} tokens it must be "
+            f"1 to {context_length - 1}."
         )
     return step

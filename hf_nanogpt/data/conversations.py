@@ -1,7 +1,7 @@
 """Conversations: their template and special tokens, and how they become tokens to learn from.
 
-A conversation is a list of messages, `{"role": "user", "content": "..."}`, and the chat template of
-the tokenizer, which goes with the checkpoint, is what makes one text of it.
+A conversation is a list of messages, `{"role": "user", "content": "..."}`. The chat template, which
+is saved with the tokenizer, turns it into one text.
 """
 
 import re
@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..errors import UserError, explain_errors
+from .encoding import decode_ids, encode_unlearnt
 
 logger = logging.get_logger(__name__)
 
@@ -35,10 +36,10 @@ def add_chat_template(
     *,
     model: PreTrainedModel | None = None,
 ) -> None:
-    """Give a tokenizer, and the model that goes with it, a chat template and its special tokens.
+    """Give a tokenizer, and its model, a chat template and the special tokens of the template.
 
-    The model's rows for the new tokens begin as the mean of the others, and its `generate()` stops
-    where a message ends. A template that the tokenizer has already is kept; `None` does nothing.
+    The model's rows for the new tokens start as the mean of the others, and its `generate()` stops
+    at the end of a message. A tokenizer with a template keeps its own; `None` does nothing.
 
     Raises:
         UserError: there is no template of this name.
@@ -48,7 +49,7 @@ def add_chat_template(
         return
     template = _CHATML.read_text(encoding="utf-8")
     if tokenizer.chat_template not in (None, template):
-        logger.warning_once(f"The tokenizer keeps the chat template that it has: {name} is unused.")
+        logger.warning_once(f"The tokenizer already has a chat template: {name} is not used.")
         return
     known, tokenizer.chat_template = len(tokenizer), template
     tokenizer.add_special_tokens(
@@ -59,17 +60,17 @@ def add_chat_template(
 
 
 def check_chat_template(name: str | None) -> None:
-    """Raise a `UserError` unless `name` is that of a template, or None."""
+    """Raise a `UserError` unless `name` is the name of a template, or None."""
     if name not in (None, "chatml"):
         raise UserError(f"chat_template={name!r} is unknown: give chatml, or leave it out.")
 
 
 @torch.no_grad()
 def fit_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, known: int) -> None:
-    """Fit a model to a tokenizer that has got a chat template after its first `known` tokens.
+    """Fit a model to a tokenizer that has got our template after its first `known` tokens.
 
     The model's rows for the new tokens start as the mean of the others, and its `generate()` stops
-    at the end of a message. Nothing changes for a tokenizer with a template of its own.
+    at the end of a message. Nothing changes for a tokenizer with another template.
     """
     if tokenizer.chat_template != _CHATML.read_text(encoding="utf-8"):
         return
@@ -87,11 +88,11 @@ def fit_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, kno
 
 
 def read_conversations(table: Documents, columns: list[str], *, data: str) -> Documents:
-    """Return the conversations of a table, rows with `messages` and, as `text`, what is said.
+    """Return the conversations of a table: rows with `messages` and, as `text`, all contents.
 
     Raises:
-        UserError: one has no messages, or a message an unknown role or no text; of a stream that
-            is known only when it is read.
+        UserError: a row has no messages, or a message has an unknown role or no text. A stream
+            raises it when the row is read.
     """
     return table.map(
         _check_row,
@@ -103,22 +104,20 @@ def read_conversations(table: Documents, columns: list[str], *, data: str) -> Do
 
 
 def _check_row(row: dict[str, Any], index: int, *, data: str) -> dict[str, Any]:
-    where, messages = f"data={data}: row {index + 1}", row[MESSAGES]
+    place, messages = f"data={data}: row {index + 1}", row[MESSAGES]
     if not messages or not all(isinstance(message, dict) for message in messages):
         raise UserError(
-            f"{where} has {MESSAGES}={messages!r:.80}: give a list of messages, each with a role "
+            f"{place} has {MESSAGES}={messages!r:.80}: give a list of messages, each with a role "
             "and a content."
         )
     for message in messages:
-        if message.get("role") not in ROLES:
+        role, content = message.get("role"), message.get("content")
+        if role not in ROLES:
             raise UserError(
-                f"{where} has a message with role={message.get('role')!r}: give each one of "
-                f"{', '.join(ROLES)}."
+                f"{place} has a message with role={role!r}: it must be one of {', '.join(ROLES)}."
             )
-        if not isinstance(message.get("content"), str):
-            raise UserError(
-                f"{where} has a message with content={message.get('content')!r:.80}: give a text."
-            )
+        if not isinstance(content, str):
+            raise UserError(f"{place} has a message with content={content!r:.80}: give a text.")
     kept = [{name: message[name] for name in ("role", "content")} for message in messages]
     return {MESSAGES: kept, "text": "\n".join(message["content"] for message in kept)}
 
@@ -126,31 +125,29 @@ def _check_row(row: dict[str, Any], index: int, *, data: str) -> dict[str, Any]:
 class ConversationEncoder:
     """Turn a batch of conversations into arrays of token ids, eos first.
 
-    Only the answers of the assistant are learnt, where the template marks them. Any other token is
-    written as its complement `~id`, which is negative, and `PackedCollator` takes that back.
+    If the template marks the answers of the assistant, only these are to be learnt.
     """
 
-    kind = "int32"
+    dtype = "int32"
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         if tokenizer.chat_template is None:
             raise UserError(
-                f"The data holds conversations ({MESSAGES}), and the tokenizer has no chat "
-                "template: hf-nanogpt train gives it one by --chat_template chatml."
+                f"The data holds conversations ({MESSAGES}), but the tokenizer has no chat "
+                "template: add --chat_template chatml to hf-nanogpt train."
             )
         self.tokenizer = tokenizer
         self.is_marked = bool(re.search(r"\{%-?\s*generation\b", tokenizer.get_chat_template()))
-        self.settings = {"return_dict": True, "return_assistant_tokens_mask": self.is_marked}
         if not self.is_marked:
             logger.warning(
                 "The chat template does not mark the answers by {% generation %}, so all tokens "
-                "are learnt, those of the questions too."
+                "are learnt, also those of the questions."
             )
         question = self._apply([{"role": "user", "content": "?"}], add_generation_prompt=True)
         if tokenizer.eos_token_id in question["input_ids"][1:]:
             raise UserError(
-                f"The chat template ends each message by the eos_token {tokenizer.eos_token!r}, "
-                "which ends a document here, so that no answer would see its question: train with "
+                f"The chat template ends each message with the eos_token {tokenizer.eos_token!r}, "
+                "which separates documents here, so no answer would see its question: train with "
                 "examples/trl/sft.py."
             )
 
@@ -158,16 +155,22 @@ class ConversationEncoder:
         return {"input_ids": [self._encode(messages) for messages in batch[MESSAGES]]}
 
     def _apply(self, messages: list[dict[str, str]], **settings: Any) -> Any:
-        quiet = {"verbose": False}  # about conversations longer than the context, which are cut
-        settings = self.settings | settings
         with explain_errors(f"The chat template refuses the conversation {messages!r:.80}"):
-            return self.tokenizer.apply_chat_template(messages, tokenizer_kwargs=quiet, **settings)
+            return self.tokenizer.apply_chat_template(
+                messages,
+                return_dict=True,
+                return_assistant_tokens_mask=self.is_marked,
+                # No warning for conversations longer than the context: they are cut into blocks.
+                tokenizer_kwargs={"verbose": False},
+                **settings,
+            )
 
     def _encode(self, messages: list[dict[str, str]]) -> np.ndarray:
-        out = self._apply(messages)
-        ids, eos = np.array(out["input_ids"], dtype=self.kind), self.tokenizer.eos_token_id
+        encoded = self._apply(messages)
+        ids, eos = np.array(encoded["input_ids"], dtype=self.dtype), self.tokenizer.eos_token_id
         if self.is_marked:
-            ids = np.where(np.array(out["assistant_masks"]) == 1, ids, ~ids)
-        if eos is None or max(ids[0], ~ids[0]) == eos:  # the template may begin with it, as bos
+            ids = np.where(np.array(encoded["assistant_masks"]) == 1, ids, encode_unlearnt(ids))
+        if eos is None or eos in decode_ids(ids[:1]):  # some templates begin with eos, as bos
             return ids
-        return np.insert(ids, 0, ~eos if self.is_marked else eos)
+        first = np.array([eos], dtype=self.dtype)
+        return np.concatenate((encode_unlearnt(first) if self.is_marked else first, ids))

@@ -1,4 +1,4 @@
-"""From texts to token ids, as fast as the tokenizer allows."""
+"""From texts to token ids, as fast as the tokenizer allows; and how ids say what is not learnt."""
 
 import json
 from collections.abc import Iterator
@@ -11,49 +11,69 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from ..errors import explain_errors
 
-_CHARACTERS = 0x110000  # code points of Unicode
-_LONGEST = 4  # bytes of a character in UTF-8
+_CODE_POINTS = 0x110000  # of Unicode
+_MOST_BYTES = 4  # of one character in UTF-8
+
+# A token that the model reads but does not learn to predict, such as those of a question, is stored
+# as its complement `~id`, which is negative. Only these functions know that.
+
+
+def encode_unlearnt(ids: np.ndarray) -> np.ndarray:
+    """Mark token ids of a signed dtype as not to be learnt; marking them twice changes nothing."""
+    return np.minimum(ids, ~ids)
+
+
+def is_learnt(ids: np.ndarray) -> np.ndarray:
+    """Return where the tokens are to be learnt."""
+    return ids >= 0
+
+
+def decode_ids(ids: np.ndarray) -> np.ndarray:
+    """Return the plain token ids, as int64."""
+    ids = ids.astype(np.int64)
+    return np.maximum(ids, ~ids)
+
+
+def decode_labels(ids: np.ndarray) -> np.ndarray:
+    """Return the labels as int64: the token ids, and -100 where nothing is to be learnt."""
+    return np.where(is_learnt(ids), ids.astype(np.int64), -100)
 
 
 class DocumentEncoder:
-    """Turn a batch of texts into arrays of token ids, eos first where a document starts.
+    """Turn a batch of texts into arrays of token ids, with eos first where a document starts.
 
-    Where every token is a character or a part of one (`tokenizer="char"` and `"byte"`), the ids are
-    looked up in a table, which is a hundred times faster than the tokenizer and gives the same.
+    If every token is a character or a part of one (`tokenizer="char"` and `"byte"`), the ids come
+    from a table, which gives the same ids a hundred times faster than the tokenizer.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
-        self.kind = "uint16" if len(tokenizer) <= 2**16 else "int32"
+        self.dtype = "uint16" if len(tokenizer) <= 2**16 else "int32"
         self.by_character = _is_by_character(tokenizer)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[np.ndarray]]:
-        starts = batch.get("starts") or [True] * len(batch["text"])
-        eos = self.tokenizer.eos_token_id
+        texts, eos = batch["text"], self.tokenizer.eos_token_id
+        starts = batch.get("starts") or [True] * len(texts)
         first = np.array([] if eos is None else [eos], dtype=np.int32)
-        texts = batch["text"]
-        encode = self._look_up if self.by_character else self._encode
+        encoded = self._look_up(texts) if self.by_character else self._encode(texts)
         return {
             "input_ids": [
-                np.concatenate((first[:new], ids), dtype=self.kind, casting="unsafe")
-                for new, ids in zip(starts, map(np.asarray, encode(texts)), strict=True)
+                np.concatenate((first[:new], ids), dtype=self.dtype, casting="unsafe")
+                for new, ids in zip(starts, map(np.asarray, encoded), strict=True)
             ]
         }
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
-        with explain_errors("The tokenizer cannot encode the text"):
-            return self._encode_all(texts)
-
-    def _encode_all(self, texts: list[str]) -> list[list[int]]:
         # "<|endoftext|>" inside a text is text, not the end of a document.
-        if not self.tokenizer.is_fast:
-            settings = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
-            return self.tokenizer(texts, **settings)["input_ids"]
-        backend = self.tokenizer.backend_tokenizer  # a call of the tokenizer sets these anew
-        backend.encode_special_tokens = True
-        backend.no_truncation()
-        backend.no_padding()
-        return [x.ids for x in backend.encode_batch_fast(texts, add_special_tokens=False)]
+        settings = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+        with explain_errors("The tokenizer cannot encode the text"):
+            if not self.tokenizer.is_fast:
+                return self.tokenizer(texts, **settings)["input_ids"]
+            backend = self.tokenizer.backend_tokenizer  # every call of the tokenizer resets these
+            backend.encode_special_tokens = True
+            backend.no_truncation()
+            backend.no_padding()
+            return [x.ids for x in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def _look_up(self, texts: list[str]) -> Iterator[np.ndarray]:
         table, seen = self._table
@@ -68,8 +88,8 @@ class DocumentEncoder:
 
     @cached_property
     def _table(self) -> tuple[np.ndarray, set[str]]:
-        """The ids of each character, (4, code points), -1 where it has fewer; those filled in."""
-        return np.full((_LONGEST, _CHARACTERS), -1, dtype=np.int32), set()
+        """The ids of each character, (4, code points), -1 if it has fewer; and those filled in."""
+        return np.full((_MOST_BYTES, _CODE_POINTS), -1, dtype=np.int32), set()
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_table"}
@@ -88,9 +108,8 @@ def _is_by_character(tokenizer: PreTrainedTokenizerBase) -> bool:
     if not all(token["special"] for token in parts["added_tokens"]):  # others match in a text
         return False
     byte_of = {symbol: byte for byte, symbol in bytes_to_unicode().items()}
-    spelt = ([byte_of.get(symbol, 0) for symbol in "".join(pair)] for pair in model["merges"])
-    # In UTF-8 only the first byte of a character that has several is 0xC0 or more, and only the
-    # others are between 0x80 and 0xBF.
+    merged = ([byte_of.get(symbol, 0) for symbol in "".join(pair)] for pair in model["merges"])
+    # In UTF-8 the first byte of a longer character is 0xC0 or more, all others are 0x80 to 0xBF.
     return all(
-        first >= 0xC0 and all(0x80 <= byte < 0xC0 for byte in rest) for first, *rest in spelt
+        first >= 0xC0 and all(0x80 <= byte < 0xC0 for byte in rest) for first, *rest in merged
     )

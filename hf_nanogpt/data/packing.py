@@ -1,8 +1,8 @@
 """From documents to training batches: tokens in packed blocks with `position_ids`.
 
 Packed, a corpus reads `<eos> document <eos> document ... <eos>`, cut into blocks of
-`context_length` tokens in which the last token of one block is the first of the next: as models
-predict the tokens after the first of a block, every token is predicted exactly once.
+`context_length` tokens. The last token of a block is also the first of the next one: models predict
+every token of a block except the first, so in this way each token is predicted exactly once.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,21 +18,21 @@ from datasets.fingerprint import Hasher
 from torch.utils import data as torch_data
 from transformers import PreTrainedTokenizerBase
 
-from .conversations import MESSAGES, ConversationEncoder
-from .documents import Documents
-from .encoding import DocumentEncoder
+from .conversations import MESSAGES, ConversationEncoder, Documents
+from .encoding import DocumentEncoder, decode_ids, decode_labels, encode_unlearnt, is_learnt
 
-_VERSION = 2  # of the tokens; a new one leaves those in the cache of `datasets` behind
-_SHUFFLED = 10_000  # documents of a stream among which the next one is drawn
+_VERSION = 2  # of the tokens; a new number makes `datasets` ignore those in its cache
+_SHUFFLE_BUFFER = 10_000  # documents of a stream; the next one is drawn from these
 
 Pieces: TypeAlias = Callable[[], list[np.ndarray]]
-"""Opens a corpus: its token ids in arrays, one after the other, as a rule memory-mapped."""
+"""Opens a corpus: its token ids in consecutive arrays, usually memory-mapped."""
+Tokens: TypeAlias = Pieces | IterableDataset
 
 
 class PackedBlocks(torch_data.Dataset):
-    """Rows with `input_ids` of `context_length` tokens, cut out of a corpus when asked for.
+    """Rows with `input_ids` of `context_length` tokens, cut from a corpus on request.
 
-    The corpus stays on disk and may be larger than memory; another process opens it anew.
+    The corpus stays on disk and may be larger than memory; another process opens it again.
     """
 
     def __init__(self, pieces: Pieces, *, context_length: int):
@@ -50,7 +50,7 @@ class PackedBlocks(torch_data.Dataset):
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         if not -len(self) <= index < len(self):
-            raise IndexError(f"There are {len(self)} blocks, and none of number {index}.")
+            raise IndexError(f"Block {index} is out of range: there are {len(self)} blocks.")
         start = (index % len(self)) * (self.context_length - 1)
         return {"input_ids": self._slice(start, start + self.context_length)}
 
@@ -64,11 +64,11 @@ class PackedBlocks(torch_data.Dataset):
 
 
 class PackedStream(torch_data.IterableDataset):
-    """The same rows, cut out of a stream of documents as it is read.
+    """The same rows, cut from a stream of documents while it is read.
 
-    With a `seed` the stream never ends: it is read again and again, shuffled anew each time, in an
-    order that depends on the seed alone. Where several processes train, the first reads for all, as
-    Accelerate does by default, so that no document is read twice.
+    With a `seed` the stream never ends: it is read again and again, each time in a new order that
+    depends only on the seed. If several processes train, the first reads for all of them
+    (Accelerate's default), so that no document is read twice.
     """
 
     def __init__(
@@ -92,23 +92,20 @@ class PackedStream(torch_data.IterableDataset):
             for start in range(0, whole, step):
                 yield {"input_ids": rest[start : start + step + 1]}
             rest = rest[whole:]
-        yield {"input_ids": np.concatenate((rest, _end_like(rest, self.eos)))}
+        yield {"input_ids": np.concatenate((rest, _match_end(self.eos, rest)))}
 
     def _rows(self) -> Iterator[dict[str, Any]]:
         if self.seed is None:
             yield from self.tokens
             return
-        shuffled = self.tokens.shuffle(seed=self.seed, buffer_size=_SHUFFLED)
+        shuffled = self.tokens.shuffle(seed=self.seed, buffer_size=_SHUFFLE_BUFFER)
         for epoch in count():
             shuffled.set_epoch(epoch)
             row = None
             for row in shuffled:
                 yield row
-            if row is None:  # nothing is left for this worker of a DataLoader
+            if row is None:  # this worker of a DataLoader has no documents
                 return
-
-
-Tokens: TypeAlias = Pieces | IterableDataset
 
 
 def pack_documents(
@@ -122,8 +119,8 @@ def pack_documents(
 
     The last block may be shorter; `PackedCollator` pads it. The tokens of a `Dataset` are memory-
     mapped from Arrow files in the cache of `datasets`, so the corpus may be larger than memory; an
-    `IterableDataset` is tokenised and packed as it streams. Of conversations, a token that is not
-    to be learnt is written as its complement `~id`, see `PackedCollator`.
+    `IterableDataset` is tokenised and packed while it streams. Rows of conversations mark the
+    tokens that are not to be learnt, see `encode_unlearnt`; `PackedCollator` makes labels of them.
     """
     tokens = tokenize_documents(documents, tokenizer, num_proc=num_proc)
     return cut_blocks(tokens, context_length=context_length, eos_token_id=tokenizer.eos_token_id)
@@ -132,44 +129,43 @@ def pack_documents(
 def tokenize_documents(
     documents: Documents, tokenizer: PreTrainedTokenizerBase, *, num_proc: int | None = None
 ) -> Tokens:
-    """Return the tokens of all documents, each behind an eos, one more of which ends them."""
+    """Return the tokens of all documents, with an eos before each and one at the end."""
     columns = documents.column_names or ["text"]
     is_chat = MESSAGES in columns
     encode = ConversationEncoder(tokenizer) if is_chat else DocumentEncoder(tokenizer)
-    features = Features({"input_ids": List(Value(encode.kind))})
+    settings: dict[str, Any] = {"batched": True, "batch_size": 64, "remove_columns": columns}
     if isinstance(documents, IterableDataset):
-        return documents.map(encode, batched=True, batch_size=64, remove_columns=columns)
+        return documents.map(encode, **settings)
+    # The name of the tokens in the cache depends on all that decides them, and on nothing else.
     eos = tokenizer.eos_token_id
-    words = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer
-    words = (words, tokenizer.chat_template) if is_chat else words
+    vocabulary = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer
+    encoding = (vocabulary, tokenizer.chat_template) if is_chat else vocabulary
     tokens = documents.map(
         encode,
-        batched=True,
-        batch_size=64,
-        remove_columns=columns,
-        features=features,
+        **settings,
+        features=Features({"input_ids": List(Value(encode.dtype))}),
         num_proc=num_proc,
-        new_fingerprint=Hasher.hash((_VERSION, documents._fingerprint, words, eos)),
+        new_fingerprint=Hasher.hash((_VERSION, documents._fingerprint, encoding, eos)),
         desc="Tokenising",
     )
-    return partial(_open_arrow, tokens, np.array([] if eos is None else [eos], dtype=encode.kind))
+    return partial(_open_arrow, tokens, np.array([] if eos is None else [eos], dtype=encode.dtype))
 
 
-def _open_arrow(tokens: Dataset, end: np.ndarray) -> list[np.ndarray]:
+def _open_arrow(tokens: Dataset, eos: np.ndarray) -> list[np.ndarray]:
     chunks = tokens.data.column("input_ids").chunks if len(tokens) else []
     pieces = [chunk.flatten().to_numpy() for chunk in chunks]
-    return [*pieces, _end_like(pieces[-1], end) if pieces else end]
+    return [*pieces, _match_end(eos, pieces[-1]) if pieces else eos]
 
 
-def _end_like(tokens: np.ndarray, end: np.ndarray) -> np.ndarray:
-    """Return the `end` of a corpus, not to be learnt where the last of its tokens is not."""
-    return ~end if len(tokens) and tokens[-1] < 0 else end
+def _match_end(eos: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    """Return the last eos of a corpus, to be learnt only if the token before it is."""
+    return eos if len(tokens) == 0 or is_learnt(tokens[-1]) else encode_unlearnt(eos)
 
 
 def cut_blocks(
     tokens: Tokens, *, context_length: int, eos_token_id: int | None, seed: int | None = None
 ) -> PackedBlocks | PackedStream:
-    """Return the blocks of a corpus of tokens, read only when asked for; `seed` is a stream's."""
+    """Return the blocks of a corpus of tokens, read on request; `seed` shuffles a stream."""
     if isinstance(tokens, IterableDataset):
         return PackedStream(
             tokens, context_length=context_length, eos_token_id=eos_token_id, seed=seed
@@ -181,10 +177,10 @@ def cut_blocks(
 class PackedCollator:
     """Make a batch of blocks: `input_ids`, `labels` and `position_ids`, each (B, T) of int64.
 
-    Positions start again at every eos, which keeps packed documents from seeing each other, and the
-    labels equal the inputs (models shift them). A negative id of a row stands for the token `~id`
-    that is not to be learnt: its label is -100. A short block is filled with eos, labelled -100.
-    Where `eos_token_id` is `None`, no document ends, and a short block is filled with 0.
+    Positions start again at every eos, which keeps packed documents from seeing each other. The
+    labels equal the inputs (models shift them), or are -100 where a token is not to be learnt. A
+    short block is filled with eos, labelled -100. If `eos_token_id` is `None`, documents have no
+    end, and a short block is filled with 0.
     """
 
     eos_token_id: int | None
@@ -194,13 +190,11 @@ class PackedCollator:
         input_ids = np.full((len(rows), length), self.eos_token_id or 0)
         labels = np.full_like(input_ids, -100)
         for i, row in enumerate(rows):
-            ids = np.asarray(row["input_ids"], dtype=np.int64)
-            input_ids[i, : len(ids)] = np.maximum(ids, ~ids)
-            labels[i, : len(ids)] = np.where(ids < 0, -100, ids)
-        index = np.arange(length)
-        if self.eos_token_id is None:
-            starts = np.zeros_like(input_ids)
-        else:
+            ids = np.asarray(row["input_ids"])
+            input_ids[i, : len(ids)] = decode_ids(ids)
+            labels[i, : len(ids)] = decode_labels(ids)
+        index, starts = np.arange(length), np.zeros_like(input_ids)
+        if self.eos_token_id is not None:
             starts = np.where(input_ids == self.eos_token_id, index, 0)
         positions = index - np.maximum.accumulate(starts, axis=1)
         batch = {"input_ids": input_ids, "labels": labels, "position_ids": positions}

@@ -11,62 +11,56 @@ import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from ..errors import UserError
-from .documents import TOKENIZERS, DataArguments, load_tokenizer
+from ..errors import UserError, explain_errors
 from .packing import Tokens
+from .tokenization import TRAINED, load_tokenizer
 
 _END_OF_TEXT = 50256  # GPT-2's, between documents
-_MAGIC = 20240520  # begins a file of llm.c, whose header is 256 numbers of 4 bytes
+_MAGIC = 20240520  # begins a file of llm.c, which has a header of 256 numbers of 4 bytes
 _HEADER = 1024
-_AT_ONCE = 2**26
-_LARGEST = 64 * 2**20  # bytes of a meta.pkl: all characters of Unicode need half of it
+_AT_ONCE = 2**26  # ids checked at a time
+_LARGEST_META = 64 * 2**20  # bytes of a meta.pkl: all characters of Unicode need half of that
 
 
-def find_token_files(folder: Path) -> list[Path]:
-    """List the .bin files to train on in a folder; it may be none."""
-    return _list_files(folder, "train")
-
-
-def _list_files(folder: Path, side: str) -> list[Path]:
-    """List `train.bin`, or the numbered `..._train_000001.bin` and so on."""
+def find_token_files(folder: Path, side: str = "train") -> list[Path]:
+    """List `train.bin`, or numbered files such as `part_train_000001.bin`; there may be none."""
     return sorted([*folder.glob(f"*{side}.bin"), *folder.glob(f"*{side}_[0-9]*.bin")])
 
 
 def load_token_files(
-    folder: Path, args: DataArguments
+    folder: Path, tokenizer_name: str
 ) -> tuple[PreTrainedTokenizerBase, Tokens, Tokens]:
     """Return the tokenizer and the tokens of `train.bin` and `val.bin` in a folder.
 
-    The tokenizer is the one `args` names, which must be GPT-2's, or that of the characters in a
-    `meta.pkl`, which is read without running anything in it.
+    The tokenizer is the folder or Hub id that is named, which must be GPT-2's, or is made from the
+    characters in a `meta.pkl`, which is read without running anything in it.
 
     Raises:
-        UserError: a file is missing or damaged, there is no tokenizer, or an id is beyond it.
+        UserError: a file is missing or damaged, there is no tokenizer, or an id is not in it.
     """
-    tokenizer = _find_tokenizer(folder, args)
-    sides = [_list_files(folder, side) for side in ("train", "val")]
-    if not sides[1]:
-        raise UserError(f"data={folder} has no val.bin, which holds the tokens to validate on.")
-    for path in (path for side in sides for path in side):
+    tokenizer = _find_tokenizer(folder, tokenizer_name)
+    train, validation = (find_token_files(folder, side) for side in ("train", "val"))
+    if not validation:
+        raise UserError(f"data={folder} has no val.bin with the tokens to validate on.")
+    for path in (*train, *validation):
         _check_ids(path, tokenizer)
-    train, validation = (partial(_map_files, side) for side in sides)
-    return tokenizer, train, validation
+    return tokenizer, partial(_map_files, train), partial(_map_files, validation)
 
 
-def _find_tokenizer(folder: Path, args: DataArguments) -> PreTrainedTokenizerBase:
+def _find_tokenizer(folder: Path, name: str) -> PreTrainedTokenizerBase:
     meta = folder / "meta.pkl"
-    if args.tokenizer in TOKENIZERS:
-        if meta.is_file():
-            return read_characters(meta)
+    if name in TRAINED and meta.is_file():
+        return read_characters(meta)
+    if name in TRAINED:
         raise UserError(
-            f"tokenizer={args.tokenizer} cannot be made from the token ids in {folder}: give the "
-            "folder or Hub id of GPT-2's tokenizer, or put the meta.pkl there that belongs to them."
+            f"tokenizer={name} cannot be trained on {folder}, which holds token ids, not text: "
+            "give the folder or Hub id of GPT-2's tokenizer, or put the meta.pkl into the folder."
         )
-    tokenizer = load_tokenizer(args, [])
+    tokenizer = load_tokenizer(name)
     if tokenizer.eos_token_id != _END_OF_TEXT:
         raise UserError(
-            f"tokenizer={args.tokenizer} has the eos_token_id {tokenizer.eos_token_id}, but in "
-            f"{folder} token {_END_OF_TEXT} separates documents: give GPT-2's tokenizer."
+            f"tokenizer={name} has the eos_token_id {tokenizer.eos_token_id}, but in {folder} "
+            f"token {_END_OF_TEXT} separates documents: give GPT-2's tokenizer."
         )
     return tokenizer
 
@@ -78,7 +72,7 @@ def _map_files(paths: list[Path]) -> list[np.ndarray]:
 def _map_file(path: Path) -> np.ndarray:
     size = path.stat().st_size
     if size == 0 or size % 2:
-        raise UserError(f"data={path} has {size} bytes, but each token id takes 2: it is damaged.")
+        raise UserError(f"data={path} is damaged: it has {size} bytes, and each token id takes 2.")
     with path.open("rb") as file:
         has_header = int.from_bytes(file.read(4), "little") == _MAGIC
     return np.memmap(path, dtype="<u2", mode="r", offset=_HEADER if has_header else 0)
@@ -89,8 +83,8 @@ def _check_ids(path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     for start in range(0, len(ids), _AT_ONCE):
         if (found := int(ids[start : start + _AT_ONCE].max())) > largest:
             raise UserError(
-                f"data={path} has a token {found}, but the tokenizer's last is {largest}: they do "
-                "not belong together."
+                f"data={path} has a token {found}, but the largest id of the tokenizer is "
+                f"{largest}: they do not belong together."
             )
 
 
@@ -102,26 +96,23 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 def read_characters(path: Path) -> PreTrainedTokenizerFast:
-    """Make a tokenizer of the characters in a `meta.pkl`; one that is not there cannot be encoded.
+    """Make a tokenizer from the characters in a `meta.pkl`; it cannot encode any others.
 
     Raises:
-        UserError: it is no such file, or it holds more than plain values.
+        UserError: it is not such a file, or it holds more than plain values.
     """
-    try:
-        if (size := path.stat().st_size) > _LARGEST:
+    with explain_errors(
+        f"{path} was not loaded, and nothing in it was run: a meta.pkl must hold plain values, "
+        "with 'stoi' from characters to numbers among them"
+    ):
+        if (size := path.stat().st_size) > _LARGEST_META:
             raise UserError(f"it has {size:,} bytes, more than any alphabet needs")
         content = path.read_bytes()
         # A few bytes of a pickle can ask for a table of 2**32 places, which is made at once.
         puts = (place for operation, place, _ in genops(content) if "PUT" in operation.name)
         if any(place is not None and place > size for place in puts):
             raise UserError("it numbers more values than it can hold")
-        ids = _PlainUnpickler(io.BytesIO(content)).load()["stoi"]
-        model = models.WordLevel(vocab=ids)
-    except Exception as error:  # a damaged pickle raises nearly anything
-        raise UserError(
-            f"{path} was not loaded: a meta.pkl of nanoGPT holds plain values, with 'stoi' from "
-            f"characters to numbers among them ({error}). Nothing in it was run."
-        ) from error
+        model = models.WordLevel(vocab=_PlainUnpickler(io.BytesIO(content)).load()["stoi"])
     tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()

@@ -1,23 +1,75 @@
-"""Tokenizers made from one's own text: byte-level BPE, characters or plain bytes.
+"""Tokenizers: trained on the user's text, or loaded; and how many bytes their tokens stand for.
 
-All three are the same machine, a byte-level BPE over 256 byte symbols, with different merges:
-learned ones (`bpe`), those that join the bytes of each character seen (`char`), or none (`byte`).
-So every Unicode text can be encoded, comes back exactly, and loads anywhere as a plain
-`tokenizer.json`.
+All that are trained here work in the same way: a byte-level BPE over 256 byte symbols. They differ
+in the merges: learned ones (`bpe`), those that join the bytes of each character seen (`char`), or
+none (`byte`). So each can encode every Unicode text, gives it back exactly, and loads anywhere as a
+plain `tokenizer.json`.
 """
 
 import json
-from collections.abc import Iterable
-from typing import Literal, get_args
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Literal, cast, get_args
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from ..errors import UserError
+from ..checkpoint.folder import TOKENIZER_FILES, download, split_revision
+from ..checkpoint.foreign import read_tokenizer
+from ..errors import UserError, did_you_mean
+from .documents import DataArguments, Documents
 
 END_OF_TEXT = "<|endoftext|>"
 TokenizerKind = Literal["bpe", "char", "byte"]
+TRAINED = get_args(TokenizerKind)
+_ENOUGH = 64_000_000  # characters: more text than this does not change a small vocabulary
+
+
+def make_tokenizer(args: DataArguments, documents: Documents) -> PreTrainedTokenizerBase:
+    """Train the tokenizer that `args` names on `documents`, or load it.
+
+    Raises:
+        UserError: as `train_tokenizer` and `load_tokenizer`.
+    """
+    if args.tokenizer not in TRAINED:
+        return load_tokenizer(args.tokenizer)
+    texts = _limit(row["text"] for row in documents)
+    kind = cast(TokenizerKind, args.tokenizer)
+    return train_tokenizer(texts, kind=kind, vocab_size=args.vocab_size)
+
+
+def _limit(texts: Iterable[str]) -> Iterator[str]:
+    size = 0
+    for text in texts:
+        yield text
+        if (size := size + len(text)) > _ENOUGH:
+            return
+
+
+def load_tokenizer(name: str | Path, *, needs_eos: bool = True) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a folder or Hub id; text to train on needs an eos between documents.
+
+    Raises:
+        UserError: nothing is found under this name, it is damaged, or it has no eos_token.
+    """
+    if "/" not in str(name) and not Path(name).is_dir():
+        raise UserError(
+            f"tokenizer={str(name)!r} must be bpe, char, byte, a folder or a Hub id."
+            f"{did_you_mean(str(name), TRAINED)}"
+        )
+    place, revision = split_revision(name)
+    folder = Path(place)
+    if not folder.is_dir():
+        what = "tokenizer (bpe, char, byte, or a folder)"
+        try:
+            folder = download(place, revision, TOKENIZER_FILES, what=what)
+        except UserError as error:
+            raise UserError(f"tokenizer={error}") from error
+    tokenizer = read_tokenizer(folder)
+    if needs_eos and tokenizer.eos_token_id is None:
+        raise UserError(f"tokenizer={name} has no eos_token, which must separate documents.")
+    return tokenizer
 
 
 def train_tokenizer(
@@ -33,11 +85,11 @@ def train_tokenizer(
             size.
 
     Raises:
-        UserError: `kind` is none of these, or `vocab_size` is below 257 (the bytes and
-            `<|endoftext|>`) or more than the text can give.
+        UserError: `kind` is unknown, or `vocab_size` is below 257 (the bytes and `<|endoftext|>`)
+            or more than the text can give.
     """
-    if kind not in get_args(TokenizerKind):
-        raise UserError(f"kind={kind!r} is unknown: choose bpe, char or byte.")
+    if kind not in TRAINED:
+        raise UserError(f"kind={kind!r} must be bpe, char or byte.{did_you_mean(kind, TRAINED)}")
     if kind == "bpe":
         return _wrap(_train_bpe(texts, vocab_size))
     characters: set[str] = set()
@@ -45,39 +97,6 @@ def train_tokenizer(
         for text in texts:
             characters.update(text)
     return _wrap(_join_characters(characters))
-
-
-def token_byte_counts(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
-    """Return the bytes of text that each token stands for, (len(tokenizer),); 0 if special.
-
-    Exact for byte-level tokenizers (ours, GPT-2's, Qwen's, Llama 3's): summed over an encoded text
-    it gives the text's length in UTF-8. For others a token counts as the bytes it adds when
-    decoded.
-    """
-    special = set(tokenizer.all_special_ids)
-    tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
-    if _is_byte_level(tokenizer):
-        counts = [len(token) for token in tokens]
-    else:
-        anchor = next(i for i in range(len(tokenizer)) if i not in special)
-        start = len(tokenizer.decode([anchor]).encode())
-        spelt = [tokenizer.decode([anchor, i]).encode() for i in range(len(tokenizer))]
-        byte_tokens = [token.startswith("<0x") for token in tokens]
-        counts = [
-            1 if is_byte else len(text) - start
-            for text, is_byte in zip(spelt, byte_tokens, strict=True)
-        ]
-    for i, token in tokenizer.added_tokens_decoder.items():  # spelt as they are
-        counts[i] = len(token.content.encode())
-    return torch.tensor([0 if i in special else count for i, count in enumerate(counts)])
-
-
-def _is_byte_level(tokenizer: PreTrainedTokenizerBase) -> bool:
-    if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        return False
-    decoder = json.loads(tokenizer.backend_tokenizer.to_str())["decoder"] or {}
-    parts = decoder.get("decoders", [decoder])
-    return any(part.get("type") == "ByteLevel" for part in parts)
 
 
 def _train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -98,8 +117,8 @@ def _train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     tokenizer.train_from_iterator(texts, trainer)
     if (size := tokenizer.get_vocab_size()) < vocab_size:
         raise UserError(
-            f"vocab_size={vocab_size} is more than this text can give, which is {size} tokens: "
-            "lower vocab_size, give more text, or use tokenizer='char'."
+            f"vocab_size={vocab_size} is too large: this text gives only {size} tokens. Lower "
+            "vocab_size, give more text, or use tokenizer='char'."
         )
     return tokenizer
 
@@ -136,3 +155,36 @@ def _wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
         padding_side="left",
         clean_up_tokenization_spaces=False,
     )
+
+
+def token_byte_counts(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+    """Return the bytes of text that each token stands for, (len(tokenizer),); 0 if special.
+
+    Exact for byte-level tokenizers (ours, GPT-2's, Qwen's, Llama 3's): the sum over an encoded text
+    is the length of the text in UTF-8. For others a token counts as the bytes that it adds when
+    decoded.
+    """
+    size, special = len(tokenizer), set(tokenizer.all_special_ids)
+    tokens = tokenizer.convert_ids_to_tokens(list(range(size)))
+    if _is_byte_level(tokenizer):
+        counts = [len(token) for token in tokens]  # one symbol a byte
+    else:
+        # Decode each behind another token, as decoders drop the space at the start of a text.
+        anchor = next(i for i in range(size) if i not in special)
+        start = len(tokenizer.decode([anchor]).encode())
+        counts = [
+            # <0x0A> is a byte, which may not decode on its own
+            1 if token.startswith("<0x") else len(tokenizer.decode([anchor, i]).encode()) - start
+            for i, token in enumerate(tokens)
+        ]
+    for i, token in tokenizer.added_tokens_decoder.items():  # these stand for their own letters
+        counts[i] = len(token.content.encode())
+    return torch.tensor([0 if i in special else count for i, count in enumerate(counts)])
+
+
+def _is_byte_level(tokenizer: PreTrainedTokenizerBase) -> bool:
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        return False
+    decoder = json.loads(tokenizer.backend_tokenizer.to_str())["decoder"] or {}
+    parts = decoder.get("decoders", [decoder])
+    return any(part.get("type") == "ByteLevel" for part in parts)

@@ -1,4 +1,4 @@
-"""A text of the web, downloaded once into the cache, by the client that huggingface_hub uses."""
+"""A text on the web, downloaded once into the cache with the client that huggingface_hub uses."""
 
 import hashlib
 import os
@@ -13,11 +13,11 @@ from huggingface_hub.errors import HTTPError
 from huggingface_hub.utils import build_hf_headers
 from transformers.utils import logging
 
-from ..errors import UserError, without_secrets
+from ..errors import UserError, explain_errors, one_line, without_secrets
 
 logger = logging.get_logger(__name__)
 
-_PATIENCE = 60  # seconds without a byte
+_TIMEOUT = 60  # seconds without a byte
 
 
 def is_address(text: str) -> bool:
@@ -26,81 +26,80 @@ def is_address(text: str) -> bool:
 
 
 def download_text(url: str) -> Path:
-    """Return the file with what is at an address; only what has changed is downloaded again.
+    """Return a file with the content at an address; it is downloaded again only if it changed.
 
-    A user and password in the address are used, and written nowhere. Where the server cannot be
+    A user and password in the address are used, and written nowhere. If the server cannot be
     reached, an earlier copy is returned with a warning.
 
     Raises:
-        UserError: the server does not have it, cannot be reached, or breaks off.
+        UserError: the server does not have the file, cannot be reached, or breaks off.
     """
-    name = hashlib.sha256(url.encode()).hexdigest()[:32]
-    folder = Path(config.DOWNLOADED_DATASETS_PATH)
+    folder, name = Path(config.DOWNLOADED_DATASETS_PATH), _digest(url)
     try:
+        with explain_errors("not an address"):
+            get_session().build_request("GET", url)
         return _download(url, folder, name)
-    except Exception as error:  # of a library that huggingface_hub has replaced twice
-        shown, why = without_secrets(url), _explain(error)
-        earlier = sorted(folder.glob(f"{name}-*"), key=os.path.getmtime)
-        if earlier and not hasattr(error, "response"):
-            logger.warning(f"{shown} could not be reached ({why}): an earlier copy is used.")
-            return earlier[-1]
-        raise UserError(
-            f"data={shown} could not be downloaded ({why}): give the path of a file instead."
-        ) from None  # what caused it may show the password
+    except UserError:  # its reason may show the password
+        why, copies = "it is not a valid address", []
+    except (HTTPError, OSError) as error:  # of the connection, or of the disk
+        why, copies = one_line(error), sorted(folder.glob(f"{name}-*"), key=os.path.getmtime)
+        if (answer := getattr(error, "response", None)) is not None:
+            why, copies = f"the server answered {answer.status_code} {answer.reason_phrase}", []
+    if copies:
+        logger.warning(f"{without_secrets(url)} could not be reached ({why}): using an old copy.")
+        return copies[-1]
+    raise UserError(
+        f"data={without_secrets(url)} could not be downloaded ({why.strip()}): give the path of a "
+        "file instead."
+    )
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def _download(url: str, folder: Path, name: str) -> Path:
-    # The Hub gets the token, as from everything else here; redirected, the client drops it.
-    own = url.startswith(f"{constants.ENDPOINT}/")
-    headers = (build_hf_headers() if own else {}) | {"Accept-Encoding": "identity"}
+    # Like all requests to the Hub, this one carries the token; a redirect elsewhere drops it.
+    is_hub = url.startswith(f"{constants.ENDPOINT}/")
+    headers = (build_hf_headers() if is_hub else {}) | {"Accept-Encoding": "identity"}
     with get_session().stream(
-        "GET", url, headers=headers, follow_redirects=True, timeout=_PATIENCE
+        "GET", url, headers=headers, follow_redirects=True, timeout=_TIMEOUT
     ) as answer:
         answer.raise_for_status()
         version = _version(answer.headers)
-        path = folder / f"{name}-{hashlib.sha256(version.encode()).hexdigest()[:32]}"
-        if version and path.is_file():
-            return path
-        return _save(answer, path, title=Path(without_secrets(url)).name, known=bool(version))
+        path = folder / f"{name}-{_digest(version)}"
+        return path if version and path.is_file() else _save(answer, path, url, version)
 
 
 def _version(headers: Any) -> str:
-    """Return what tells one content of an address from the next; nothing where that is unknown."""
+    """Return what changes with the content at an address; nothing if the server does not say."""
     if etag := headers.get("ETag"):
         return etag
     changed = headers.get("Last-Modified")
     return f"{changed} {headers.get('Content-Length')}" if changed else ""
 
 
-def _save(answer: Any, path: Path, *, title: str, known: bool) -> Path:
-    """Write the body of an answer, whole or not at all, with a bar that shows its size.
+def _save(answer: Any, path: Path, url: str, version: str) -> Path:
+    """Write the body of an answer, whole or not at all, with a progress bar.
 
-    Where its version is not `known`, its name ends in a checksum of the content instead.
+    Without a version, the name of the file ends in a checksum of the content instead.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    title = f"Downloading {Path(without_secrets(url)).name}"
     size = int(answer.headers.get("Content-Length", 0)) or None
+    checksum = hashlib.sha256()
     with (
         tempfile.TemporaryDirectory(prefix=".download-", dir=path.parent) as folder,
-        tqdm(desc=f"Downloading {title}", total=size, unit="B", unit_scale=True) as bar,
+        tqdm(desc=title, total=size, unit="B", unit_scale=True) as bar,
     ):
         part = Path(folder) / path.name
         with part.open("wb") as file:
             for piece in answer.iter_bytes():
                 file.write(piece)
+                checksum.update(piece)
                 bar.update(len(piece))
-        if not known:
-            with part.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()[:32]
-            path = path.with_name(f"{path.name.partition('-')[0]}-{digest}")
-        if known or not path.is_file():  # what is there already keeps its time
+        if not version:
+            path = path.with_name(f"{path.name.partition('-')[0]}-{checksum.hexdigest()[:32]}")
+        if version or not path.is_file():  # the same content keeps the time of its first download
             os.replace(part, path)
     return path
-
-
-def _explain(error: Exception) -> str:
-    """Say what went wrong without the address, which may hold a password."""
-    if (answer := getattr(error, "response", None)) is not None:
-        return f"the server answered {answer.status_code} {answer.reason_phrase}".strip()
-    if isinstance(error, OSError | HTTPError):  # of the disk, or of the connection
-        return " ".join(str(error).split()) or type(error).__name__
-    return f"it is not a valid address, {type(error).__name__}"

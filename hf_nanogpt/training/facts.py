@@ -11,8 +11,7 @@ import torch
 
 from .. import __version__
 from ..data.documents import DataArguments
-from ..data.stored import TOKENIZED
-from ..data.token_files import find_token_files
+from ..data.stored import holds_tokens
 from ..hub.publishable import publish_command, publish_place
 from .arguments import NanoGPTTrainingArguments
 from .trainer import NanoGPTTrainer
@@ -104,7 +103,7 @@ def _is_hub_dataset(data: str) -> bool:
 def _repeat_evaluation(data_args: DataArguments) -> list[str] | None:
     """Return the arguments of `hf-nanogpt eval` that measure on the same text, if it can."""
     default, folder = DataArguments(), Path(data_args.data)
-    if (folder / TOKENIZED).is_file() or find_token_files(folder):
+    if holds_tokens(folder):
         return None
     if data_args.streaming or data_args.dataset_config or data_args.dataset_split != "train":
         return None

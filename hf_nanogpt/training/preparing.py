@@ -10,9 +10,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from ..checkpoint.folder import load_checkpoint
 from ..configuration_nanogpt import NanoGPTConfig
 from ..data.conversations import fit_model
-from ..data.documents import STDLIB, DataArguments
+from ..data.corpus import Corpus, tokenize_sides
+from ..data.documents import DataArguments
+from ..data.encoding import decode_ids, is_learnt
 from ..data.packing import PackedBlocks, PackedStream, cut_blocks
-from ..data.stored import Corpus, tokenize_sides
+from ..data.sources import STDLIB
 from ..errors import UserError
 from ..evaluation import check_context_length
 from ..modeling_nanogpt import NanoGPTForCausalLM
@@ -112,7 +114,7 @@ def check_blocks(blocks: Blocks, length: int, args: NanoGPTTrainingArguments) ->
             f"The training text has {tokens} tokens, fewer than one block of context_length="
             f"{length}: give more text, or a smaller block_size or context_length."
         )
-    elif all((blocks[i]["input_ids"] < 0).all() for i in range(len(blocks))):
+    elif not any(is_learnt(blocks[i]["input_ids"]).any() for i in range(len(blocks))):
         raise UserError(
             "The training data has no message of the assistant, so there is nothing to learn."
         )
@@ -132,8 +134,8 @@ def choose_prompt(
         return args.sample_prompt
     if data_args.data == STDLIB:
         return "def main("
-    if (held_out < 0).any():  # tokens that are not to be learnt
-        end = (held_out >= 0).argmax() or len(held_out) // 2  # without an answer, half the question
-        return tokenizer.decode(~held_out[:end])
+    if not (learnt := is_learnt(held_out)).all():
+        end = learnt.argmax() or len(held_out) // 2  # without an answer, half of the question
+        return tokenizer.decode(decode_ids(held_out[:end]))
     words = tokenizer.decode(held_out, skip_special_tokens=True).split()
     return " ".join(words[:3])[: min(40, len(held_out) // 2)]

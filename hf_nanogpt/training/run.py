@@ -23,8 +23,9 @@ from ..checkpoint.folder import (
     staged_folder,
 )
 from ..checkpoint.foreign import read_tokenizer
+from ..data.corpus import prepare_tokenizer
 from ..data.documents import DataArguments
-from ..data.stored import prepare_data, prepare_tokenizer
+from ..data.stored import prepare_data
 from ..errors import UserError
 from ..hub import render_model_card, write_card
 from .arguments import NanoGPTTrainingArguments, as_flags, check_text, parse_settings
