@@ -1,6 +1,5 @@
 """Settings for the data, the architecture and the training run, and the flags that set them."""
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, make_dataclass
@@ -19,49 +18,54 @@ from transformers.trainer_utils import HubStrategy
 from ..configuration_nanogpt import NanoGPTConfig
 from ..data.documents import DataArguments
 from ..errors import UserError, did_you_mean, settings_errors
-from ..presets import load_preset
 from ..untrusted import parse_json
-from .lora import LoraArguments, check_at_least, setting
 from .optim import OPTIM_DEFAULTS, OptimRecipe
-from .recipes import read_recipe
+from .recipes import as_flags, read_recipe
+
+
+def _setting(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
 
 
 @dataclass
-class NanoGPTTrainingArguments(LoraArguments, TrainingArguments):
+class NanoGPTTrainingArguments(TrainingArguments):
     """`TrainingArguments` of transformers, with the optimizer and defaults of this project.
 
     Every field of `TrainingArguments` keeps its name and meaning. `None` for `learning_rate`,
     `adam_beta1`, `adam_beta2`, `weight_decay` or `max_grad_norm` means the value of `optim_recipe`.
     """
 
+    lora: bool = _setting(False, "Train a LoRA adapter of the model of --from, not all weights.")
+    lora_rank: int = _setting(8, "Rank of the adapter's matrices.")
+    lora_alpha: int = _setting(16, "The adapter's output is scaled by alpha / rank.")
     optim_recipe: OptimRecipe = field(
         default="muon", metadata={"help": "muon (Muon for matrices, AdamW for the rest) or adamw."}
     )
-    learning_rate: float | None = setting(  # type: ignore[assignment]
+    learning_rate: float | None = _setting(  # type: ignore[assignment]
         None, "Peak learning rate; with muon, that of the matrices."
     )
     adam_beta1: float | None = None  # type: ignore[assignment]
     adam_beta2: float | None = None  # type: ignore[assignment]
     weight_decay: float | None = None  # type: ignore[assignment]
     max_grad_norm: float | None = None  # type: ignore[assignment]
-    momentum_warmup_steps: int = setting(
+    momentum_warmup_steps: int = _setting(
         0, "Steps in which Muon's momentum rises from 0.85 to 0.95."
     )
-    num_threads: int | None = setting(None, "CPU threads for torch. Default: one for each core.")
-    sample_prompt: str | None = setting(
+    num_threads: int | None = _setting(None, "CPU threads for torch. Default: one for each core.")
+    sample_prompt: str | None = _setting(
         None, "Prompt of the samples. Default: the first words of the held-out text."
     )
-    sample_steps: float | None = setting(
+    sample_steps: float | None = _setting(
         None,
         "Steps between samples, or a share of all steps; 0 for no samples. Default: at each "
         "evaluation.",
     )
     logging_steps: float = 10
     eval_strategy: str = "steps"  # type: ignore[assignment]
-    eval_steps: float | None = setting(
+    eval_steps: float | None = _setting(
         None, "Steps between evaluations, or a share of all steps. Default: 0.1."
     )
-    save_steps: float = setting(0.2, "Steps between checkpoints, or a share of all steps.")
+    save_steps: float = _setting(0.2, "Steps between checkpoints, or a share of all steps.")
     save_total_limit: int | None = 2
     logging_nan_inf_filter: bool = False  # it would hide that training has failed
     include_num_input_tokens_seen: str | bool = True
@@ -76,22 +80,11 @@ class NanoGPTTrainingArguments(LoraArguments, TrainingArguments):
             self.eval_steps = 0.1
         if not torch.accelerator.is_available():
             self.dataloader_pin_memory = False
-        # What would fail only later, or with a traceback.
-        batch = ("per_device_train_batch_size", "per_device_eval_batch_size")
-        check_at_least(1, self, "num_threads", *batch, "gradient_accumulation_steps")
-        check_at_least(0, self, "momentum_warmup_steps")
-        steps = self.sample_steps
-        if steps is not None and not (0 <= steps < 1 or steps == int(steps) > 0):
-            raise UserError(
-                f"sample_steps={steps} must be a whole number of steps, a share of all steps below "
-                "1, or 0 for no samples."
-            )
-        LoraArguments.__post_init__(self)
-        TrainingArguments.__post_init__(self)
+        _check_ranges(self)
+        super().__post_init__()
         _check_processes(self.world_size)
+        _check_lora(self)
         if self.lora:
-            if self.is_sharded:
-                raise UserError("lora=True needs whole weights: leave out FSDP and DeepSpeed.")
             self.hub_strategy = HubStrategy.END  # until then there is no whole model to push
         for name in self.report_to or []:
             _check_tracker(name)
@@ -101,6 +94,37 @@ class NanoGPTTrainingArguments(LoraArguments, TrainingArguments):
         """Say whether each process has only a part of the weights, by FSDP or DeepSpeed."""
         flags = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
         return bool(self.fsdp or self.deepspeed or any(map(parse_flag_from_env, flags)))
+
+
+def _check_ranges(args: NanoGPTTrainingArguments) -> None:
+    """Raise a `UserError` for a number that would fail only later, or with a traceback."""
+    minimum = {"num_threads": 1, "momentum_warmup_steps": 0, "lora_rank": 1, "lora_alpha": 1}
+    minimum |= {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1}
+    minimum |= {"gradient_accumulation_steps": 1}
+    for name, least in minimum.items():
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise UserError(f"{name}={value} must be a whole number, at least {least}.")
+    steps = args.sample_steps
+    if steps is not None and not (0 <= steps < 1 or steps == int(steps) > 0):
+        raise UserError(
+            f"sample_steps={steps} must be a whole number of steps, a share of all steps below 1, "
+            "or 0 for no samples."
+        )
+
+
+def _check_lora(args: NanoGPTTrainingArguments) -> None:
+    if not args.lora:
+        for name in ("lora_rank", "lora_alpha"):
+            if (value := getattr(args, name)) != getattr(NanoGPTTrainingArguments, name):
+                raise UserError(f"{name}={value} has no effect without --lora: add it.")
+        return
+    if args.is_sharded:
+        raise UserError("lora=True needs whole weights: leave out FSDP and DeepSpeed.")
+    try:
+        import peft  # noqa: F401
+    except ImportError as error:
+        raise UserError("lora=True needs a package: pip install 'hf-nanogpt[finetune]'.") from error
 
 
 def _check_processes(world_size: int) -> None:
@@ -225,22 +249,3 @@ def check_text(*texts: str) -> None:
                 f"{text!a} is not UTF-8 text, and the model card has to repeat it: give another "
                 "name or text, or use a UTF-8 locale."
             ) from error
-
-
-def make_config(architecture: dict[str, Any], **fields: Any) -> NanoGPTConfig:
-    """Return the configuration of parsed architecture settings, with `fields` added."""
-    overrides = {name: value for name, value in architecture.items() if name != "preset"}
-    return load_preset(architecture.get("preset", "nano"), **overrides, **fields)
-
-
-def as_flags(settings: dict[str, Any]) -> list[str]:
-    """Return settings as they are written on the command line."""
-    flags = []
-    for name, value in settings.items():
-        if value is None:
-            continue
-        if isinstance(value, dict):
-            value = json.dumps(value)
-        values = value if isinstance(value, list | tuple) else [value]
-        flags += [f"--{name}={values[0]}"] if len(values) == 1 else [f"--{name}", *map(str, values)]
-    return flags

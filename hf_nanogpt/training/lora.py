@@ -1,8 +1,7 @@
-"""LoRA through PEFT: small trainable matrices beside a model's frozen ones, merged at the end."""
+"""LoRA (Hu et al. 2021, arXiv:2106.09685) through PEFT: train small matrices, then merge them."""
 
 import warnings
 import zlib
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,50 +9,12 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checkpoint.folder import explain_write_errors, staged_folder
-from ..errors import UserError
-
-
-def setting(default: Any, help: str) -> Any:
-    """Return the field of a setting, with its help text."""
-    return field(default=default, metadata={"help": help})
-
-
-def check_at_least(minimum: int, settings: Any, *names: str) -> None:
-    """Raise a `UserError` if one of the named settings is below the minimum; None is allowed."""
-    for name in names:
-        value = getattr(settings, name)
-        if value is not None and value < minimum:
-            raise UserError(f"{name}={value} must be a whole number, at least {minimum}.")
-
-
-@dataclass
-class LoraArguments:
-    """Whether to train all weights or a LoRA adapter (Hu et al. 2021, arXiv:2106.09685)."""
-
-    lora: bool = setting(
-        False, "Train a LoRA adapter for the model of --from, not all its weights."
-    )
-    lora_rank: int = setting(8, "Rank of the adapter's matrices.")
-    lora_alpha: int = setting(16, "The adapter's output is scaled by alpha / rank.")
-
-    def __post_init__(self):
-        check_at_least(1, self, "lora_rank", "lora_alpha")
-        for name in ("lora_rank", "lora_alpha"):
-            value, default = getattr(self, name), LoraArguments.__dataclass_fields__[name].default
-            if value != default and not self.lora:
-                raise UserError(f"{name}={value} has no effect without --lora: add it.")
-        if self.lora:
-            try:
-                import peft  # noqa: F401
-            except ImportError as error:
-                raise UserError(
-                    "lora=True needs a package: pip install 'hf-nanogpt[finetune]'."
-                ) from error
+from .arguments import NanoGPTTrainingArguments
 
 
 def add_adapter(
     model: PreTrainedModel,
-    args: LoraArguments,
+    args: NanoGPTTrainingArguments,
     *,
     with_embeddings: bool = False,
     revision: str | None = None,
@@ -94,7 +55,7 @@ def merge_adapter(
     return model.merge_and_unload()
 
 
-def describe_adapter(model: Any, args: LoraArguments) -> str | None:
+def describe_adapter(model: Any, args: NanoGPTTrainingArguments) -> str | None:
     """Return what a resumed LoRA training must have in common: its shape and the base weights."""
     if not args.lora:
         return None

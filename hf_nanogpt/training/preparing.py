@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from ..checkpoint.folder import load_checkpoint
@@ -12,13 +11,13 @@ from ..configuration_nanogpt import NanoGPTConfig
 from ..data.conversations import fit_model
 from ..data.corpus import Corpus, tokenize_sides
 from ..data.documents import DataArguments
-from ..data.encoding import decode_ids, is_learnt
+from ..data.encoding import is_learnt
 from ..data.packing import PackedBlocks, PackedStream, cut_blocks
-from ..data.sources import STDLIB
 from ..errors import UserError
 from ..evaluation import check_context_length
 from ..modeling_nanogpt import NanoGPTForCausalLM
-from .arguments import NanoGPTTrainingArguments, make_config
+from ..presets import load_preset
+from .arguments import NanoGPTTrainingArguments
 
 Blocks: TypeAlias = PackedBlocks | PackedStream
 
@@ -66,6 +65,12 @@ def check_architecture(
     return config.max_position_embeddings, length
 
 
+def make_config(architecture: dict[str, Any], **fields: Any) -> NanoGPTConfig:
+    """Return the configuration of parsed architecture settings, with `fields` added."""
+    overrides = {name: value for name, value in architecture.items() if name != "preset"}
+    return load_preset(architecture.get("preset", "nano"), **overrides, **fields)
+
+
 def prepare_model(
     architecture: dict[str, Any],
     data_args: DataArguments,
@@ -97,15 +102,15 @@ def prepare_blocks(
     tokenizer: PreTrainedTokenizerBase,
     length: int,
 ) -> tuple[Blocks, Blocks]:
-    """Tokenise the corpus, and cut it into the blocks to train and to validate on."""
+    """Tokenise the corpus, and cut it into the blocks to train and to validate on.
+
+    Raises:
+        UserError: nothing can be learnt from the blocks, or they never end.
+    """
     train, validation = tokenize_sides(data_args, corpus, tokenizer)
     seed = args.seed if args.data_seed is None else args.data_seed
     cut: dict[str, Any] = {"context_length": length, "eos_token_id": tokenizer.eos_token_id}
-    return cut_blocks(train, seed=seed, **cut), cut_blocks(validation, **cut)
-
-
-def check_blocks(blocks: Blocks, length: int, args: NanoGPTTrainingArguments) -> None:
-    """Raise a `UserError` unless there is something to learn in the blocks, and an end to it."""
+    blocks = cut_blocks(train, seed=seed, **cut)
     if isinstance(blocks, PackedStream):
         if args.max_steps <= 0:
             raise UserError(f"max_steps={args.max_steps}: a stream has no end, so give max_steps.")
@@ -118,24 +123,4 @@ def check_blocks(blocks: Blocks, length: int, args: NanoGPTTrainingArguments) ->
         raise UserError(
             "The training data has no message of the assistant, so there is nothing to learn."
         )
-
-
-def choose_prompt(
-    args: NanoGPTTrainingArguments,
-    data_args: DataArguments,
-    tokenizer: PreTrainedTokenizerBase,
-    held_out: np.ndarray,
-) -> str:
-    """Return the prompt of the samples: the user's, or the start of a held-out block.
-
-    Of a conversation, that is everything before the first answer.
-    """
-    if args.sample_prompt is not None:
-        return args.sample_prompt
-    if data_args.data == STDLIB:
-        return "def main("
-    if not (learnt := is_learnt(held_out)).all():
-        end = learnt.argmax() or len(held_out) // 2  # without an answer, half of the question
-        return tokenizer.decode(decode_ids(held_out[:end]))
-    words = tokenizer.decode(held_out, skip_special_tokens=True).split()
-    return " ".join(words[:3])[: min(40, len(held_out) // 2)]
+    return blocks, cut_blocks(validation, **cut)

@@ -4,6 +4,7 @@ A recipe is read as if it stood on the command line before the flags, so both ar
 flags win.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -48,3 +49,16 @@ def read_recipe(recipe: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
     lora_defaults = sections.pop("lora", None) or {}
     defaults = {name: value for part in sections.values() for name, value in (part or {}).items()}
     return defaults, lora_defaults
+
+
+def as_flags(settings: dict[str, Any]) -> list[str]:
+    """Return settings as they are written on the command line."""
+    flags = []
+    for name, value in settings.items():
+        if value is None:
+            continue
+        if isinstance(value, dict):
+            value = json.dumps(value)
+        values = value if isinstance(value, list | tuple) else [value]
+        flags += [f"--{name}={values[0]}"] if len(values) == 1 else [f"--{name}", *map(str, values)]
+    return flags

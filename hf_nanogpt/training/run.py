@@ -28,21 +28,15 @@ from ..data.documents import DataArguments
 from ..data.stored import prepare_data
 from ..errors import UserError
 from ..hub import render_model_card, write_card
-from .arguments import NanoGPTTrainingArguments, as_flags, check_text, parse_settings
+from .arguments import NanoGPTTrainingArguments, check_text, parse_settings
 from .callbacks import PlotCallback, SpeedCallback, plot_losses
 from .facts import collect_facts, collect_metrics
 from .locking import lock_output_dir
 from .lora import add_adapter, describe_adapter, merge_adapter
-from .preparing import (
-    check_architecture,
-    check_blocks,
-    choose_prompt,
-    load_start,
-    prepare_blocks,
-    prepare_model,
-)
+from .preparing import check_architecture, load_start, prepare_blocks, prepare_model
+from .recipes import as_flags
 from .run_settings import check_settings_match, describe_settings
-from .samples import SampleCallback, draw_sample
+from .samples import SampleCallback, choose_prompt, draw_sample
 from .stopping import stop_on_signals
 from .trainer import NanoGPTTrainer
 
@@ -160,7 +154,6 @@ def _prepare(
         corpus = prepare_data(data_args)
         tokenizer = prepare_tokenizer(data_args, corpus, known_tokenizer, max_length=context)
         blocks, validation = prepare_blocks(data_args, args, corpus, tokenizer, length)
-    check_blocks(blocks, length, args)
     model = prepare_model(architecture, data_args, args, tokenizer, start)
 
     # A resumed run must be the same run.

@@ -4,13 +4,18 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.utils import logging
 
 from ..analysis.plots import replace_file
+from ..data.documents import DataArguments
+from ..data.encoding import decode_ids, is_learnt
+from ..data.sources import STDLIB
 from ..errors import UserError, printable
 from ..generation import generate_text
+from .arguments import NanoGPTTrainingArguments
 from .callbacks import SpeedCallback, warn_if_unwritable
 
 logger = logging.get_logger(__name__)
@@ -80,6 +85,27 @@ def _shorten(text: str, prompt: str) -> str:
     lines, asked = ([line for line in part.splitlines() if line.strip()] for part in (text, prompt))
     first = max(0, len(asked) - 2)
     return "\n".join(f"  | {line}" for line in lines[first : first + 3])
+
+
+def choose_prompt(
+    args: NanoGPTTrainingArguments,
+    data_args: DataArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    held_out: np.ndarray,
+) -> str:
+    """Return the prompt of the samples: the user's, or the start of a held-out block.
+
+    Of a conversation, that is everything before the first answer.
+    """
+    if args.sample_prompt is not None:
+        return args.sample_prompt
+    if data_args.data == STDLIB:
+        return "def main("
+    if not (learnt := is_learnt(held_out)).all():
+        end = learnt.argmax() or len(held_out) // 2  # without an answer, half of the question
+        return tokenizer.decode(decode_ids(held_out[:end]))
+    words = tokenizer.decode(held_out, skip_special_tokens=True).split()
+    return " ".join(words[:3])[: min(40, len(held_out) // 2)]
 
 
 def draw_sample(
