@@ -1,4 +1,4 @@
-"""Conversations: what is learnt of them, and that the trained model answers and stops."""
+"""Conversations: what is learnt from them, and that the trained model answers and stops."""
 
 import json
 
@@ -49,7 +49,7 @@ def table(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> str:
-    """A checkpoint that knows of no template."""
+    """A checkpoint without a chat template."""
     folder = tmp_path_factory.mktemp("base")
     tokenizer = train_tokenizer([], kind="byte")
     shape = {"n_layer": 1, "n_embd": 32, "n_head": 2, "block_size": 96, "vocab_size": 257}
@@ -62,7 +62,7 @@ def base(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def chat(tmp_path_factory, base, table):
-    """`base` fine-tuned on the table, and what its training said."""
+    """`base` fine-tuned on the table: the result of its training."""
     return train(
         "finetune",
         start_from=base,
@@ -172,18 +172,18 @@ def test_evaluation_repeats_what_training_measured_on_answers(chat, table):
     assert chat.metrics["eval_loss"] < 0.1
 
 
-def test_native_twin_keeps_the_template_and_the_end(chat, tmp_path):
-    export_checkpoint(chat.output_dir, tmp_path / "twin")
-    ours, twin = (AutoTokenizer.from_pretrained(f) for f in (chat.output_dir, tmp_path / "twin"))
-    assert twin.chat_template == ours.chat_template and "generation" in twin.chat_template
-    settings = GenerationConfig.from_pretrained(tmp_path / "twin")
+def test_the_exported_model_keeps_the_template_and_the_end(chat, tmp_path):
+    export_checkpoint(chat.output_dir, tmp_path / "native")
+    ours, native = (AutoTokenizer.from_pretrained(f) for f in (chat.output_dir, tmp_path / "native"))
+    assert native.chat_template == ours.chat_template and "generation" in native.chat_template
+    settings = GenerationConfig.from_pretrained(tmp_path / "native")
     assert settings.eos_token_id == [0, 258]
-    answer = pipeline("text-generation", str(tmp_path / "twin"), device="cpu")
+    answer = pipeline("text-generation", str(tmp_path / "native"), device="cpu")
     said = answer(talk("A nut?", ""), do_sample=False, max_new_tokens=30)[0]["generated_text"]
     assert said[-1]["content"] == "Ça va."
 
 
-def test_a_template_that_is_there_is_kept(chat, base, table, tmp_path):
+def test_a_template_that_the_tokenizer_has_is_kept(chat, base, table, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.chat_template = "{% for m in messages %}{{ m.role + ': ' + m.content }}\n{% endfor %}"
     AutoModelForCausalLM.from_pretrained(base).save_pretrained(tmp_path / "own")
@@ -205,7 +205,7 @@ def test_a_template_that_is_there_is_kept(chat, base, table, tmp_path):
 
 
 BAD = {
-    "unknown role": ([{"role": "robot", "content": "hi"}], "role='robot': give each one of system"),
+    "unknown role": ([{"role": "robot", "content": "hi"}], "role='robot': it must be one of system"),
     "no role": ([{"content": "hi"}], "row 2 has a message with role=None"),
     "no content": ([{"role": "user"}], "row 2 has a message with content=None"),
     "empty": ([], "row 2 has messages=\\[\\]: give a list of messages"),
@@ -214,9 +214,9 @@ BAD = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_conversations_are_refused_by_row(case, tmp_path):
-    messages, words = BAD[case]
+    messages, reason = BAD[case]
     path = write_table(tmp_path / "bad.jsonl", [CHATS[0], messages])
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=reason):
         load_tokens(DataArguments(data=path, tokenizer="byte", chat_template="chatml"))
 
 
@@ -244,15 +244,15 @@ def test_questions_alone_teach_nothing(base, tmp_path):
     assert result.metrics["train_steps"] > 10
 
 
-def test_what_does_not_fit_is_refused_in_a_sentence(table, tmp_path):
+def test_settings_that_do_not_fit_are_refused_in_a_sentence(table, tmp_path):
     with pytest.raises(ValueError, match="chat_template='alpaca' is unknown: give chatml"):
         DataArguments(chat_template="alpaca")
     with pytest.raises(ValueError, match=r"tokenizer has no chat template: .*--chat_template"):
         load_tokens(DataArguments(data=table, tokenizer="byte"))
     with pytest.raises(
-        ValueError, match=r"holds conversations .messages., which are not tokenised"
+        ValueError, match=r"holds conversations .messages., which cannot be tokenised"
     ):
         tokenize_corpus(DataArguments(data=table, tokenizer="byte"), tmp_path / "tokens")
-    (tmp_path / "words.jsonl").write_text('{"messages": ["hi", "ho"]}\n' * 3)
+    (tmp_path / "strings.jsonl").write_text('{"messages": ["hi", "ho"]}\n' * 3)
     with pytest.raises(ValueError, match=r"row 1 has messages=.'hi', 'ho'.: give a list"):
-        load_tokens(DataArguments(data=str(tmp_path / "words.jsonl"), chat_template="chatml"))
+        load_tokens(DataArguments(data=str(tmp_path / "strings.jsonl"), chat_template="chatml"))

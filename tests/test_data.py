@@ -13,13 +13,13 @@ from datasets import Dataset, IterableDataset
 
 from hf_nanogpt import (
     DataArguments,
-    data,
     load_documents,
     load_text,
     pack_documents,
     train_tokenizer,
 )
-from hf_nanogpt.data.documents import load_tokenizer
+from hf_nanogpt.data import documents
+from hf_nanogpt.data.tokenization import load_tokenizer
 
 ROWS = [f"Document {i}: naïve 東京 🦊,\r\nwith {'many ' * (i % 7)}words.\n" for i in range(60)]
 TOKENIZER = train_tokenizer([], kind="byte")
@@ -66,7 +66,7 @@ def test_a_file_longer_than_one_piece_is_still_one_document(tmp_path, monkeypatc
     text = "".join(ROWS) + "\r" * 50 + "no newline at the end"
     write_files(tmp_path, {"whole.txt": text, "pieces.txt": text})
     whole = load(tmp_path / "whole.txt")
-    monkeypatch.setattr(data, "_PIECE", 97)
+    monkeypatch.setattr(documents, "_PIECE", 97)
     pieces = load(tmp_path / "pieces.txt")
     for one, many in zip(whole, pieces, strict=True):
         assert len(many) > len(one) == 1
@@ -164,10 +164,9 @@ from hf_nanogpt import DataArguments, load_documents
 for settings in json.loads(sys.argv[1]):
     try:
         sides = load_documents(DataArguments(**settings))
-        kind = type(sides[0]).__name__
-        print(json.dumps([kind, *([row["text"] for row in side] for side in sides)]))
+        print(json.dumps([type(sides[0]).__name__, *([row["text"] for row in side] for side in sides)]))
     except ValueError as error:
-        print(json.dumps(["ValueError", str(error)]))
+        print(json.dumps([type(error).__name__, str(error)]))
 """
 HUB_CASES = {
     "whole": {"data": "user/corpus"},
@@ -193,7 +192,7 @@ configs:
 
 @pytest.fixture(scope="module")
 def hub_answers(tmp_path_factory) -> dict[str, list]:
-    """What `load_documents` gave for each of `HUB_CASES`: kind, training and validation texts."""
+    """What `load_documents` gave for each of `HUB_CASES`: class, training and validation texts."""
     folder = tmp_path_factory.mktemp("hub")
     rows = write_table(folder / "rows.jsonl", ROWS).read_bytes()
     test = write_table(folder / "test.jsonl", ["left", "right"]).read_bytes()
@@ -230,8 +229,8 @@ def test_a_hub_id_may_have_a_dot(hub_answers):
 
 @pytest.mark.parametrize("case", ["no config", "no split", "no dataset"])
 def test_what_the_hub_does_not_have_is_refused(hub_answers, case):
-    kind, message = hub_answers[case]
-    assert kind == "ValueError"
+    error, message = hub_answers[case]
+    assert error == "UserError"
     assert HUB_CASES[case]["data"] in message
     assert "nope" in message
 
@@ -246,7 +245,7 @@ BAD_FILES = {
     "late.txt": b"text " * 5000 + b"\xff\xfe",
     "empty.jsonl": "",
     "cut.jsonl": '{"text": "a"}\n{"text": ',
-    "prose.jsonl": "no table",
+    "prose.jsonl": "not a table",
     "cut.parquet": b"PAR1 and then nothing",
     "cut.csv": 'text,n\n"a,1\n',
     "one row.jsonl": '{"text": "a"}\n',
@@ -319,10 +318,12 @@ def test_at_least_one_document_is_held_out(tmp_path):
 @pytest.mark.parametrize("name", ["bpee", "gpt2", "user/tokenizer", "./here"])
 def test_an_unknown_tokenizer_is_refused(name):
     with pytest.raises(ValueError, match=f"tokenizer='{name}' .*bpe, char, byte"):
-        load_tokenizer(DataArguments(tokenizer=name), [])
+        load_tokenizer(name)
+    with pytest.raises(ValueError, match="Did you mean bpe"):
+        load_tokenizer("bpee")
 
 
-def test_a_text_of_the_web_is_read_like_a_file(tmp_path):
+def test_a_text_on_the_web_is_read_like_a_file(tmp_path):
     text = "".join(ROWS)
     script = (
         "import sys; from hf_nanogpt import load_text\n"

@@ -1,4 +1,4 @@
-"""The figures of `evaluate` against arithmetic by hand: one position at a time, plain Python."""
+"""The results of `evaluate` against arithmetic by hand: one position at a time, plain Python."""
 
 import json
 import math
@@ -10,12 +10,12 @@ from datasets import Dataset, IterableDataset
 
 from hf_nanogpt import (
     PackedCollator,
-    data,
     evaluate,
     evaluation,
     token_byte_counts,
     train_tokenizer,
 )
+from hf_nanogpt.data import documents
 
 ROWS = [f"Document {i}: naïve 東京 🦊,\r\nwith {'many ' * (i % 5)}words.\n" for i in range(10)]
 DOCUMENTS = Dataset.from_dict({"text": ROWS})
@@ -65,7 +65,7 @@ def test_loss_perplexity_and_bits_equal_arithmetic_by_hand(family, length):
 
 @torch.no_grad()
 def nats_of_windows(model, rows: list[str], length: int, stride: int) -> tuple[list, list]:
-    """Return -log p of every token, each from a context of its own, and those contexts' lengths."""
+    """Return -log p of every token, each from its own context, and the lengths of the contexts."""
     eos = TOKENIZER.eos_token_id
     stream = [eos]
     for row in rows:
@@ -83,9 +83,9 @@ def nats_of_windows(model, rows: list[str], length: int, stride: int) -> tuple[l
 
 
 @pytest.mark.parametrize("stride", [1, 7, 18, 19])
-@pytest.mark.parametrize("kind", ["nano", "gpt2"])
-def test_with_a_stride_every_token_has_its_context(kind, stride):
-    model, rows = tiny_model(kind, vocab_size=SIZE), [*ROWS[:3], "long " * 20]
+@pytest.mark.parametrize("preset", ["nano", "gpt2"])
+def test_with_a_stride_every_token_has_its_context(preset, stride):
+    model, rows = tiny_model(preset, vocab_size=SIZE), [*ROWS[:3], "long " * 20]
     data = Dataset.from_dict({"text": rows})
     nats, lengths = nats_of_windows(model, rows, 20, stride)
     size = sum(len(row.encode()) for row in rows)
@@ -106,7 +106,7 @@ def assert_same_result(found, expected) -> None:
     assert found.bits_per_byte == pytest.approx(expected.bits_per_byte, rel=1e-6)
 
 
-def test_the_widest_stride_is_that_of_blocks_side_by_side(model):
+def test_the_widest_stride_is_that_of_blocks_without_overlap(model):
     blocks = evaluate(model, DOCUMENTS, tokenizer=TOKENIZER)
     assert_same_result(evaluate(model, DOCUMENTS, tokenizer=TOKENIZER, stride=63), blocks)
 
@@ -159,7 +159,7 @@ def test_a_uniform_model_has_the_entropy_of_its_vocabulary():
 def test_a_file_counts_the_bytes_it_has(model, tmp_path, monkeypatch, name):
     text = "\ufeff" + "".join(ROWS) + "\rno newline at the end \ue000"
     if name == "pieces.txt":
-        monkeypatch.setattr(data, "_PIECE", 97)
+        monkeypatch.setattr(documents, "_PIECE", 97)
     path = tmp_path / name
     path.write_bytes((json.dumps({"body": text}) if name == "t.jsonl" else text).encode())
     result = evaluate(model, str(path), tokenizer=TOKENIZER, text_column="body")
@@ -215,7 +215,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused():
         evaluate(tiny_model("nano"), DOCUMENTS, tokenizer=TOKENIZER)
 
 
-def test_no_text_at_all_is_refused(model, tmp_path):
+def test_a_table_without_text_is_refused(model, tmp_path):
     path = tmp_path / "empty.jsonl"
     path.write_text('{"text": ""}\n{"text": null}\n')
     with pytest.raises(ValueError, match="data="):
@@ -225,12 +225,12 @@ def test_no_text_at_all_is_refused(model, tmp_path):
 # With a large vocabulary
 
 
-def _largest_logits(model, monkeypatch, limit: int, **given) -> tuple[object, list[int]]:
+def _largest_logits(model, monkeypatch, limit: int, **settings) -> tuple[object, list[int]]:
     monkeypatch.setattr(evaluation, "_LOGITS_AT_ONCE", limit)
     sizes: list[int] = []
     head = model.get_output_embeddings()
     hook = head.register_forward_hook(lambda module, inputs, output: sizes.append(output.numel()))
-    result = evaluate(model, DOCUMENTS, tokenizer=TOKENIZER, **given)
+    result = evaluate(model, DOCUMENTS, tokenizer=TOKENIZER, **settings)
     hook.remove()
     return result, sizes
 
@@ -247,7 +247,7 @@ def test_logits_stay_within_their_limit_and_the_figures_the_same(family, batch_s
     assert "forward" not in vars(model.base_model)
 
 
-def test_the_trunk_runs_once_for_all_pieces_and_answers_anew_afterwards(monkeypatch):
+def test_the_trunk_runs_once_for_all_pieces_and_answers_normally_afterwards(monkeypatch):
     model = tiny_model("nano", vocab_size=SIZE)
     runs: list[int] = []
     monkeypatch.setattr(evaluation, "_LOGITS_AT_ONCE", 5 * SIZE)

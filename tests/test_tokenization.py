@@ -1,4 +1,4 @@
-"""Tokenizers of one's own: every text comes back exactly, and every byte of it is counted."""
+"""Trained tokenizers: every text comes back exactly, and every byte is counted."""
 
 import json
 import random
@@ -34,7 +34,7 @@ NASTY = {
 
 
 def random_text(seed: int, length: int) -> str:
-    """Return code points of all planes, surrogates excepted: they are no characters."""
+    """Return code points of all planes, without surrogates, which are not characters."""
     rng = random.Random(seed)
     ceilings = (0x80, 0x800, 0x10000, 0x110000)
     points = (rng.randrange(rng.choice(ceilings)) for _ in range(length))
@@ -120,13 +120,13 @@ def test_too_small_a_vocab_size_is_refused(size):
 
 def test_a_vocab_size_that_the_text_cannot_give_is_refused():
     # "ab" twice: the 256 bytes, <|endoftext|> and the one merge that occurs at least twice.
-    with pytest.raises(ValueError, match=r"vocab_size=300 .*is 258 tokens.*lower vocab_size"):
+    with pytest.raises(ValueError, match=r"vocab_size=300 .* only 258 tokens.*Lower vocab_size"):
         train_tokenizer(["ab", "ab"], vocab_size=300)
     assert len(train_tokenizer(["ab", "ab"], vocab_size=258)) == 258
 
 
-def test_an_unknown_kind_is_refused():
-    with pytest.raises(ValueError, match="kind='bep'"):
+def test_an_unknown_kind_is_answered_with_the_nearest():
+    with pytest.raises(ValueError, match="kind='bep' must be .*Did you mean bpe"):
         train_tokenizer(CORPUS, kind="bep")
 
 

@@ -1,4 +1,4 @@
-"""Folders of tokens: the same blocks as from the text, made once, gone on with, and refused."""
+"""Folders of tokens: the same blocks as from the text, made once, resumed, and refused."""
 
 import json
 import os
@@ -25,7 +25,7 @@ from hf_nanogpt import (
 )
 from hf_nanogpt.checkpoint.folder import staged_folder
 from hf_nanogpt.cli import main
-from hf_nanogpt.data import stored as tokenized
+from hf_nanogpt.data import stored
 from hf_nanogpt.data.encoding import DocumentEncoder
 from hf_nanogpt.data.packing import cut_blocks
 from hf_nanogpt.data.stored import load_tokens
@@ -79,7 +79,7 @@ def _history(folder: Path, step: int) -> list[float]:
 
 @pytest.mark.parametrize("kind", ["char", "byte", "bpe"])
 def test_blocks_of_a_folder_are_those_of_the_text(table, tmp_path, kind, monkeypatch):
-    monkeypatch.setattr(tokenized, "_CHARACTERS", 99)  # several files
+    monkeypatch.setattr(stored, "_CHARACTERS", 99)  # several files
     args = DataArguments(data=str(table), tokenizer=kind, vocab_size=290)
     described = tokenize_corpus(args, tmp_path / "tokens")
     tokenizer, *sides = load_tokens(DataArguments(data=str(tmp_path / "tokens")))
@@ -117,7 +117,7 @@ def test_files_are_what_datasets_reads(table, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["char", "byte"])
-def test_looking_characters_up_gives_what_the_tokenizer_gives(kind):
+def test_the_table_of_characters_gives_the_ids_of_the_tokenizer(kind):
     tokenizer = train_tokenizer(["abc naïve 東京\n"], kind=kind)
     encode = DocumentEncoder(tokenizer)
     assert encode.by_character
@@ -136,21 +136,21 @@ def test_a_tokenizer_that_joins_characters_is_not_looked_up():
     assert len(tokenizer) - 1 in ids
 
 
-def test_blocks_survive_the_way_to_another_process(table, tmp_path):
+def test_blocks_can_be_sent_to_another_process(table, tmp_path):
     tokenizer, *sides = load_tokens(DataArguments(data=str(_tokenize(table, tmp_path / "tokens"))))
     blocks = cut_blocks(sides[0], context_length=16, eos_token_id=tokenizer.eos_token_id)
     sent = pickle.dumps(blocks)
-    assert len(sent) < 1000  # opened anew there, not copied
+    assert len(sent) < 1000  # opened again there, not copied
     again = pickle.loads(sent)
     assert [r["input_ids"].tolist() for r in again] == [r["input_ids"].tolist() for r in blocks]
 
 
-# Stopped and gone on with
+# Interrupted and resumed
 
 
 @pytest.mark.parametrize("settings", [{"num_proc": 2}, {"streaming": True}], ids=["two", "stream"])
 def test_any_way_of_writing_gives_the_same_bytes(table, tmp_path, monkeypatch, settings):
-    monkeypatch.setattr(tokenized, "_CHARACTERS", 500)
+    monkeypatch.setattr(stored, "_CHARACTERS", 500)
     plain = _content(_tokenize(table, tmp_path / "plain"))
     assert plain == _content(_tokenize(table, tmp_path / "other", **settings)) and len(plain) > 5
 
@@ -158,20 +158,20 @@ def test_any_way_of_writing_gives_the_same_bytes(table, tmp_path, monkeypatch, s
 KILLED = """
 import os, signal, sys
 from hf_nanogpt import DataArguments, tokenize_corpus
-from hf_nanogpt.data import stored as tokenized
+from hf_nanogpt.data import stored
 replace, files = os.replace, []
 def die_before_file_21(staged, path):
     files.extend([path] * str(path).endswith(".arrow"))
     if len(files) == 21:
         os.kill(os.getpid(), signal.SIGKILL)
     replace(staged, path)
-tokenized.os.replace, tokenized._CHARACTERS = die_before_file_21, 100
+stored.os.replace, stored._CHARACTERS = die_before_file_21, 100
 tokenize_corpus(DataArguments(data=sys.argv[1], tokenizer="char"), sys.argv[2])
 """
 
 
-def test_a_killed_run_goes_on_after_its_last_whole_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(tokenized, "_CHARACTERS", 100)
+def test_a_killed_run_resumes_after_its_last_whole_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(stored, "_CHARACTERS", 100)
     rows = _write_rows(tmp_path / "many.jsonl", [f"{i} {'word ' * 20}" for i in range(700)])
     folder, made = tmp_path / "tokens", tmp_path / "tokens" / "train"
     done = subprocess.run([sys.executable, "-c", KILLED, rows, folder], cwd=ROOT)
@@ -179,7 +179,7 @@ def test_a_killed_run_goes_on_after_its_last_whole_file(tmp_path, monkeypatch):
     before = {p.name: p.stat().st_mtime_ns for p in made.glob("*.arrow")}
     assert len(before) == 20 and list(made.glob("*.partial"))
     assert "splits" not in json.loads((folder / "tokenized.json").read_text())
-    with pytest.raises(ValueError, match="not whole, as hf-nanogpt tokenize was stopped"):
+    with pytest.raises(ValueError, match="is incomplete: run hf-nanogpt tokenize again"):
         load_tokens(DataArguments(data=str(folder)))
     _tokenize(rows, folder)
     after = {p.name: p.stat().st_mtime_ns for p in made.glob("*.arrow")}
@@ -197,10 +197,10 @@ def test_what_another_process_still_writes_is_not_cleared(table, tmp_path):
     assert not list(folder.glob(".staged-*"))
 
 
-def test_a_file_that_is_gone_is_written_again(table, tmp_path):
+def test_a_missing_file_is_written_again(table, tmp_path):
     whole = _content(_tokenize(table, tmp_path / "tokens"))
     (tmp_path / "tokens/train/00000.arrow").unlink()
-    with pytest.raises(ValueError, match=r"00000.arrow is damaged or gone"):
+    with pytest.raises(ValueError, match=r"00000.arrow is damaged or missing"):
         _blocks(*load_tokens(DataArguments(data=str(tmp_path / "tokens")))[:2], 16)
     assert _content(_tokenize(table, tmp_path / "tokens")) == whole
 
@@ -232,14 +232,14 @@ def test_a_cut_file_is_refused_with_its_name(table, tmp_path, cut):
     folder = _tokenize(table, tmp_path / "tokens")
     path = folder / "train" / "00000.arrow"
     path.write_bytes(path.read_bytes()[:cut] if cut > 0 else b"")
-    with pytest.raises(ValueError, match=r"00000.arrow is damaged or gone"):
+    with pytest.raises(ValueError, match=r"00000.arrow is damaged or missing"):
         _blocks(*load_tokens(DataArguments(data=str(folder)))[:2], 16)
 
 
 def test_a_folder_without_its_description_or_tokenizer_is_refused(table, tmp_path):
     folder = _tokenize(table, tmp_path / "tokens")
     shutil.move(folder / "tokenizer", tmp_path / "elsewhere")
-    with pytest.raises(ValueError, match=r"tokenizer=.*tokens/tokenizer"):
+    with pytest.raises(ValueError, match=r"tokens is incomplete"):
         load_tokens(DataArguments(data=str(folder)))
     (folder / "tokenized.json").write_text("{")
     with pytest.raises(ValueError, match=r"tokenized.json is damaged"):
@@ -248,13 +248,13 @@ def test_a_folder_without_its_description_or_tokenizer_is_refused(table, tmp_pat
 
 def test_settings_that_do_not_go_with_tokens_are_refused(table, tmp_path):
     folder = str(_tokenize(table, tmp_path / "tokens"))
-    with pytest.raises(ValueError, match=r"tokenizer=.* is tokenised already"):
+    with pytest.raises(ValueError, match=r"tokenizer=.* is already tokenised"):
         load_tokens(DataArguments(data=folder, tokenizer=f"{folder}/tokenizer"))
     with pytest.raises(ValueError, match=r"validation_data=.* leave it out"):
         load_tokens(DataArguments(data=folder, validation_data=str(table)))
-    with pytest.raises(ValueError, match="another tokenizer than the checkpoint"):
+    with pytest.raises(ValueError, match="another tokenizer than the one of the checkpoint"):
         load_tokens(DataArguments(data=folder), train_tokenizer([], kind="byte"))
-    with pytest.raises(ValueError, match="holds tokens, and text is needed"):
+    with pytest.raises(ValueError, match="holds tokens, but this needs text"):
         load_documents(DataArguments(data=folder))
 
 
@@ -263,12 +263,12 @@ def test_settings_that_do_not_go_with_tokens_are_refused(table, tmp_path):
     [
         (["{data}"], "hf-nanogpt tokenize DATA FOLDER"),
         (["{data}", "--tokenizer=char"], "hf-nanogpt tokenize DATA FOLDER"),
-        (["{data}", "out", "--tokeniser=char"], "Did you mean --tokenizer"),
-        (["{data}", "out", "--num_proc=0"], "num_proc=0 is not possible"),
+        (["{data}", "out", "--tokeniser=char"], "did you mean --tokenizer"),
+        (["{data}", "out", "--num_proc=0"], "num_proc=0 must be a whole number, at least 1"),
         (["missing.txt", "out"], "was not found"),
     ],
 )
-def test_wrong_words_on_the_command_line_are_refused(table, flags, message, capsys):
+def test_wrong_arguments_on_the_command_line_are_refused(table, flags, message, capsys):
     assert main(["tokenize", *(flag.format(data=table) for flag in flags)]) == 2
     assert message in capsys.readouterr().err
     assert not Path("out").exists()
@@ -304,7 +304,7 @@ def char_files(tmp_path) -> Path:
 
 @pytest.fixture(scope="module")
 def gpt2_tokenizer(tmp_path_factory) -> Path:
-    """A tokenizer of GPT-2's size and with its end of text, though not its words."""
+    """A tokenizer with the size and the end of text of GPT-2's, but other tokens."""
     words = {f"w{i}": i for i in range(50256)} | {"<|endoftext|>": 50256}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
     folder = tmp_path_factory.mktemp("gpt2")
@@ -348,11 +348,11 @@ def test_bad_token_files_are_refused_with_their_name(char_files, tmp_path, gpt2_
             load_tokens(DataArguments(data=str(char_files), **settings))
 
     _write_ids(char_files / "train.bin", [1, 2, 12])
-    refused("train.bin has a token 12, but the tokenizer's last is 11")
+    refused("train.bin has a token 12, but the largest id of the tokenizer is 11")
     (char_files / "train.bin").write_bytes(b"abc")
-    refused("train.bin has 3 bytes, but each token id takes 2")
+    refused("train.bin is damaged: it has 3 bytes, and each token id takes 2")
     (char_files / "train.bin").write_bytes(b"")
-    refused("train.bin has 0 bytes")
+    refused("train.bin is damaged: it has 0 bytes")
     _write_ids(char_files / "train.bin", [1, 2])
     (char_files / "val.bin").unlink()
     refused("has no val.bin")
@@ -361,13 +361,13 @@ def test_bad_token_files_are_refused_with_their_name(char_files, tmp_path, gpt2_
     (char_files / "meta.pkl").write_bytes(pickle.dumps(os.getcwd))
     refused("meta.pkl was not loaded")
     (char_files / "meta.pkl").unlink()
-    refused("tokenizer=bpe cannot be made from the token ids")
+    refused("tokenizer=bpe cannot be trained on .* token ids")
 
 
 # Order
 
 
-def test_a_stream_is_shuffled_anew_each_time_and_never_ends(table):
+def test_a_stream_is_shuffled_each_time_and_never_ends(table):
     args = DataArguments(data=str(table), tokenizer="char", streaming=True)
     tokenizer, tokens, _ = load_tokens(args)
     [whole] = _blocks(tokenizer, tokens, 10**6)

@@ -1,4 +1,4 @@
-"""Texts of the web: fetched by what a plain install has, kept, and without a word of passwords."""
+"""Texts on the web: downloaded by a plain install, kept, and without showing passwords."""
 
 import base64
 import os
