@@ -83,15 +83,8 @@ def train(
         TrainingInterrupted: a `KeyboardInterrupt`; Ctrl-C, SIGTERM or SIGHUP came during training,
             and a checkpoint was saved first.
     """
-    check_text(str(start_from))
     data_args, architecture, args = parse_settings(recipe, flags, **settings)
-    if args.lora and start_from is None:
-        raise UserError("lora=True adapts a trained model: name one by --from CHECKPOINT.")
-    if start_from and Path(start_from).resolve().is_relative_to(Path(args.output_dir).resolve()):
-        raise UserError(
-            f"output_dir={args.output_dir} holds {start_from}, the model to start from: choose "
-            "another output_dir."
-        )
+    _check_start(start_from, args)
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
 
@@ -123,6 +116,17 @@ def train(
         if args.push_to_hub:
             trainer.push_to_hub()
         return result
+
+
+def _check_start(start_from: str | Path | None, args: NanoGPTTrainingArguments) -> None:
+    check_text(str(start_from))
+    if args.lora and start_from is None:
+        raise UserError("lora=True adapts a trained model: name one by --from CHECKPOINT.")
+    if start_from and Path(start_from).resolve().is_relative_to(Path(args.output_dir).resolve()):
+        raise UserError(
+            f"output_dir={args.output_dir} holds {start_from}, the model to start from: choose "
+            "another output_dir."
+        )
 
 
 def _find_checkpoint(args: NanoGPTTrainingArguments) -> str | None:
@@ -157,36 +161,34 @@ def _prepare(
     model = prepare_model(architecture, data_args, args, tokenizer, start)
 
     # A resumed run must be the same run.
-    settings = describe_settings(
-        args,
-        data_args,
-        model.config,
-        blocks=blocks,
-        validation=validation,
-        adapter=describe_adapter(model, args),
-    )
+    adapter = describe_adapter(model, args)
+    settings = describe_settings(args, data_args, model.config, blocks, validation, adapter)
     if last_checkpoint:
         check_settings_match(last_checkpoint, settings)
+
     if args.lora and start:
         set_seed(args.seed)
         grown, (_, revision) = len(tokenizer) > start.num_tokens, split_revision(str(start_from))
         model = add_adapter(model, args, with_embeddings=grown, revision=revision)
-
     prompt = choose_prompt(args, data_args, tokenizer, next(iter(validation))["input_ids"])
-    speed = SpeedCallback(context_length=length)
+    parts = {"train_dataset": blocks, "eval_dataset": validation, "processing_class": tokenizer}
+    return _make_trainer(model, args, prompt, length, settings=settings, **parts), prompt
+
+
+def _make_trainer(
+    model: torch.nn.Module,
+    args: NanoGPTTrainingArguments,
+    prompt: str,
+    context_length: int,
+    **parts: Any,
+) -> NanoGPTTrainer:
+    """Return a trainer that shows speed, samples and a plot."""
+    speed = SpeedCallback(context_length=context_length)
     # One process alone cannot write a sample with a part of the weights.
     samples = [] if args.is_sharded else [SampleCallback(prompt, speed)]
-    trainer = NanoGPTTrainer(
-        model,
-        args,
-        train_dataset=blocks,
-        eval_dataset=validation,
-        processing_class=tokenizer,
-        callbacks=[*samples, PlotCallback(speed)],
-        speed=speed,
-        settings=settings,
+    return NanoGPTTrainer(
+        model, args, callbacks=[*samples, PlotCallback(speed)], speed=speed, **parts
     )
-    return trainer, prompt
 
 
 def _fit(trainer: NanoGPTTrainer, last_checkpoint: str | None) -> float:

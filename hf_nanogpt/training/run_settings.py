@@ -36,10 +36,9 @@ def describe_settings(
     args: NanoGPTTrainingArguments,
     data_args: DataArguments,
     config: NanoGPTConfig,
-    *,
     blocks: PackedBlocks | PackedStream,
     validation: PackedBlocks | PackedStream,
-    adapter: str | None = None,
+    adapter: str | None,
 ) -> dict[str, Any]:
     """Return everything that decides what a training learns, as it comes back from JSON."""
     values = args.to_dict()

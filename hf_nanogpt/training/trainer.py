@@ -49,6 +49,8 @@ class NanoGPTTrainer(HubTrainer):
                 self.byte_counts = token_byte_counts(tokenizer)
         self.speed = speed or SpeedCallback()
         kwargs["callbacks"] = [self.speed, *(kwargs.get("callbacks") or [])]
+        if isinstance(args, NanoGPTTrainingArguments) and args.num_threads:
+            torch.set_num_threads(args.num_threads)
         config = getattr(model, "config", None)
         use_cache = getattr(config, "use_cache", None)
         super().__init__(model, args, **kwargs)
