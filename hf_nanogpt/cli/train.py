@@ -99,8 +99,7 @@ def _hide_secrets(words: list[str]) -> list[str]:
 
 
 def _print_train_help(own: argparse.ArgumentParser) -> None:
-    from ..training.arguments import make_parser
-    from ..training.recipes import list_recipes
+    from ..training.arguments import list_recipes, make_parser
 
     print(own.format_help())
     print(f"recipes: {', '.join(list_recipes())}, or the path of a YAML file\n")

@@ -21,6 +21,7 @@ from ..errors import UserError, did_you_mean, settings_errors
 from ..untrusted import parse_json
 from .optim import OPTIM_DEFAULTS, OptimRecipe
 from .recipes import as_flags, read_recipe
+from .recipes import list_recipes as list_recipes  # also found here
 
 
 def _setting(default: Any, help: str) -> Any:
