@@ -140,9 +140,10 @@ class ProgressCallback(TrainerCallback):
                 figures.append(f"MFU {logs['mfu']:.0%}")
             self.bar.set_postfix_str(", ".join(figures))
         if "eval_loss" in logs:
+            tokens = tqdm.format_sizeof(state.num_input_tokens_seen)  # such as 1.43M
             bits = logs.get("eval_bits_per_byte")
             self.bar.write(
-                f"step {state.global_step:>6,} | {_count(state.num_input_tokens_seen):>7} tokens | "
+                f"step {state.global_step:>6,} | {tokens:>7} tokens | "
                 f"validation loss {logs['eval_loss']:.4f}"
                 + (f" | {bits:.4f} bits per byte" if bits is not None else "")
                 + f" | {time.perf_counter() - self.started:,.0f} s"
@@ -153,13 +154,6 @@ class ProgressCallback(TrainerCallback):
             with warn_if_unwritable("The progress bar"):
                 self.bar.close()
             self.bar = None
-
-
-def _count(number: float) -> str:
-    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= size:
-            return f"{number / size:.2f}{unit}"
-    return f"{number:.0f}"
 
 
 class PlotCallback(TrainerCallback):

@@ -7,7 +7,7 @@ pace.
 
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import nn
@@ -17,6 +17,8 @@ from torch.optim.adamw import adamw
 from ..errors import UserError, did_you_mean
 
 OptimRecipe = Literal["muon", "adamw"]
+_Named: TypeAlias = list[tuple[str, nn.Parameter]]
+_Groups: TypeAlias = dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -206,30 +208,32 @@ def build_optimizer(
     decay = defaults.weight_decay if weight_decay is None else weight_decay
     betas = (defaults.adam_beta1, defaults.adam_beta2) if betas is None else betas
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    config: Any = model.config
-    groups: dict[str, dict[str, Any]]
-    if recipe == "adamw":
-        groups = {
-            "matrices": {"lr": lr, "weight_decay": decay},
-            "vectors": {"lr": lr, "weight_decay": 0.0},
-        }
-        members = [("matrices" if p.ndim >= 2 else "vectors", p) for _, p in named]
-    else:
-        narrowed = lr * min(1.0, _REFERENCE_WIDTH / config.hidden_size) ** 0.5
-        groups = {
-            "matrices": {"lr": lr, "weight_decay": decay, "algorithm": "muon"},
-            "embeddings": {"lr": narrowed * _EMBEDDING_LR, "weight_decay": 0.0},
-            "others": {"lr": narrowed * _OTHER_LR, "weight_decay": 0.0},
-        }
-        tied = getattr(config, "tie_word_embeddings", False)
-        members = [(_muon_group(name, p, tied), p) for name, p in named]
-    for group, parameter in members:
-        groups[group].setdefault("params", []).append(parameter)
-    filled = [{"name": name, **group} for name, group in groups.items() if "params" in group]
+    split = _split_for_adamw if recipe == "adamw" else _split_for_muon
+    groups = split(named, model.config, lr, decay)
+    filled = [{"name": name, **group} for name, group in groups.items() if group["params"]]
     return MuonAdamW(filled, lr=lr, betas=betas, eps=eps, momentum_warmup=momentum_warmup)
 
 
-def _muon_group(name: str, parameter: nn.Parameter, tied: bool) -> str:
-    if parameter.ndim == 2 and "layers." in name:
-        return "matrices"
-    return "embeddings" if "embed_tokens" in name and not tied else "others"
+def _split_for_adamw(named: _Named, config: Any, lr: float, decay: float) -> _Groups:
+    matrices, vectors = ([p for _, p in named if (p.ndim >= 2) is two_d] for two_d in (True, False))
+    return {
+        "matrices": {"lr": lr, "weight_decay": decay, "params": matrices},
+        "vectors": {"lr": lr, "weight_decay": 0.0, "params": vectors},
+    }
+
+
+def _split_for_muon(named: _Named, config: Any, lr: float, decay: float) -> _Groups:
+    narrowed = lr * min(1.0, _REFERENCE_WIDTH / config.hidden_size) ** 0.5
+    groups: _Groups = {
+        "matrices": {"lr": lr, "weight_decay": decay, "algorithm": "muon", "params": []},
+        "embeddings": {"lr": narrowed * _EMBEDDING_LR, "weight_decay": 0.0, "params": []},
+        "others": {"lr": narrowed * _OTHER_LR, "weight_decay": 0.0, "params": []},
+    }
+    tied = getattr(config, "tie_word_embeddings", False)
+    for name, parameter in named:
+        if parameter.ndim == 2 and "layers." in name:
+            group = "matrices"
+        else:
+            group = "embeddings" if "embed_tokens" in name and not tied else "others"
+        groups[group]["params"].append(parameter)
+    return groups
