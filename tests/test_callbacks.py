@@ -1,4 +1,4 @@
-"""What one sees of training: speed, samples and the plot, none of which may change the training."""
+"""What a training shows: speed, samples and the plot, none of which may change the training."""
 
 import importlib.util
 import json
@@ -135,7 +135,7 @@ def test_peak_is_measured_on_a_cpu_and_not_guessed_elsewhere():
     assert len(GPU_PEAKS) == len(set(GPU_PEAKS)) and min(GPU_PEAKS.values()) > 1e13
 
 
-def test_sample_takes_the_room_there_is_and_says_where_there_is_none():
+def test_sample_is_shortened_to_fit_the_context_and_failures_are_logged():
     model, tokenizer = tiny_model("nano", vocab_size=257).train(), train_tokenizer([], kind="byte")
     before = torch.get_rng_state()
     text = draw_sample(model, tokenizer, "x" * 60, max_new_tokens=40, seed=0)
@@ -151,7 +151,7 @@ def test_sample_takes_the_room_there_is_and_says_where_there_is_none():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_plot_appears_while_training_runs_and_costs_little(tmp_path):
+def test_plot_appears_during_training_and_costs_little(tmp_path):
     args = NanoGPTTrainingArguments(output_dir=str(tmp_path / "run"))
     plot, control = PlotCallback(SpeedCallback()), TrainerControl()
     rows = [{"loss": 5 / step, "step": step, "num_input_tokens_seen": step} for step in (1, 2)]
@@ -174,7 +174,7 @@ def test_plot_is_drawn_of_any_history(tmp_path):
         assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_samples_and_plots_on_a_full_disk_stop_no_training(tmp_path):
+def test_a_full_disk_for_samples_and_plots_does_not_stop_training(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
     for name in ("samples.jsonl.part", "loss.png.part"):
@@ -196,7 +196,7 @@ def test_samples_and_plots_on_a_full_disk_stop_no_training(tmp_path):
     assert (folder / "model.safetensors").is_file()
 
 
-def test_folder_of_a_run_that_was_stopped_early_can_be_trained_anew(tmp_path):
+def test_the_folder_of_a_run_that_was_stopped_early_can_be_used_again(tmp_path):
     for name in ("loss.png", "loss.png.part", "samples.jsonl"):
         (tmp_path / name).touch()
     check_output_dir(tmp_path, overwrite=True)

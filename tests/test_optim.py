@@ -231,7 +231,7 @@ def test_an_unknown_recipe_is_refused_with_the_nearest():
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_a_reloaded_state_goes_on_bitwise_the_same(recipe):
+def test_a_reloaded_state_continues_bitwise_the_same(recipe):
     model = tiny_model("nano")
     optimizer = build_optimizer(model, recipe=recipe, momentum_warmup=5)
     for seed in range(3):

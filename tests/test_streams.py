@@ -1,4 +1,4 @@
-"""Nothing that only shows may stop what trains, and no closed or full stream is a traceback."""
+"""Output that cannot be written never stops a training and never shows a traceback."""
 
 import io
 import json
@@ -79,7 +79,7 @@ def checkpoint(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("change", [_close_pipe, _fill_disk, _know_ascii_only])
 @pytest.mark.parametrize("numbers", [(1,), (1, 2)])
-def test_training_goes_on_without_its_output_and_saves(run, text, tmp_path, change, numbers):
+def test_training_continues_without_its_output_and_saves(run, text, tmp_path, change, numbers):
     argv = ["train", "--data", text, "--output_dir", tmp_path / "run", *QUICK]
     argv.append("--sample_prompt=Größe 東京")
     code, out, err = run(tmp_path / "log", argv, *((change, number) for number in numbers))

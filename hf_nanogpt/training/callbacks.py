@@ -65,7 +65,7 @@ class SpeedCallback(TrainerCallback):
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Leave out the time of the block."""
-        self._count()
+        self._count()  # the time until here is training
         yield
         self.mark = time.perf_counter()
 
@@ -92,6 +92,7 @@ def _share_per_token(args, model: PreTrainedModel, context_length: int | None) -
     """Return the FLOPs of training on one token over the peak FLOP/s of all devices."""
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     model = unwrap_peft_model(model)
+    # FLOPs are known for our models only, and the peak for some devices only.
     is_ours = getattr(getattr(model, "config", None), "model_type", "") == NanoGPTConfig.model_type
     peak = find_peak(args.device, dtype) if is_ours else None
     if peak is None:
@@ -132,6 +133,7 @@ class ProgressCallback(TrainerCallback):
                 self._show(state, logs)
 
     def _show(self, state, logs: dict[str, float]) -> None:
+        # The running figures are shown at the end of the bar.
         if "loss" in logs:
             figures = [f"loss {logs['loss']:.3f}"]
             if "tokens_per_second" in logs:
@@ -139,6 +141,7 @@ class ProgressCallback(TrainerCallback):
             if "mfu" in logs:
                 figures.append(f"MFU {logs['mfu']:.0%}")
             self.bar.set_postfix_str(", ".join(figures))
+        # Each evaluation gets a line above the bar.
         if "eval_loss" in logs:
             tokens = tqdm.format_sizeof(state.num_input_tokens_seen)  # such as 1.43M
             bits = logs.get("eval_bits_per_byte")
@@ -167,6 +170,7 @@ class PlotCallback(TrainerCallback):
         self.drawn = time.perf_counter()
 
     def on_log(self, args, state, control, logs=None, **kwargs):
+        # A plot that took 1 second is followed by the next after 50 seconds.
         start = time.perf_counter()
         due = start - self.drawn > 50 * self.cost
         if not (due and state.is_world_process_zero and "loss" in (logs or {})):

@@ -25,6 +25,7 @@ def collect_metrics(
     With `sample_before`, what the model to start from wrote, its own figures are under `before`.
     """
     state, args = trainer.state, trainer.args
+    # Measure again only if the model is not the one that was evaluated last.
     history = [row for row in state.log_history if "eval_loss" in row]
     is_last = history and history[-1]["step"] == state.global_step
     last = history[-1] if is_last and not args.load_best_model_at_end else trainer.evaluate()
@@ -65,6 +66,7 @@ def collect_facts(
     They are made to be published: only the settings listed here are shown, an address without user
     and query, which may be secrets, and an absolute path by its last part.
     """
+    # The command that repeats the training, and the size of a step.
     start = ["--from", str(start_from)] if start_from else []
     batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     return {
@@ -103,6 +105,7 @@ def _is_hub_dataset(data: str) -> bool:
 def _repeat_evaluation(data_args: DataArguments) -> list[str] | None:
     """Return the arguments of `hf-nanogpt eval` that measure on the same text, if it can."""
     default, folder = DataArguments(), Path(data_args.data)
+    # Not on tokens without their text, nor on what `eval` has no flags for.
     if holds_tokens(folder):
         return None
     if data_args.streaming or data_args.dataset_config or data_args.dataset_split != "train":

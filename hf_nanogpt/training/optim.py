@@ -122,6 +122,7 @@ class MuonAdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
+            # A parameter without a gradient is left as it is.
             params = [p for p in group["params"] if p.grad is not None]
             for sharded in (False, True):  # tensor parallelism has both; no call takes both at once
                 same = [p for p in params if isinstance(p, DTensor) is sharded]
@@ -131,8 +132,10 @@ class MuonAdamW(torch.optim.Optimizer):
         return loss
 
     def _muon(self, params: list[torch.Tensor], group: dict[str, Any]) -> None:
+        # Momentum rises linearly during the warm-up.
         missing = 1 - group["steps"] / group["momentum_warmup"] if group["momentum_warmup"] else 0
         momentum = group["momentum"] - 0.1 * max(0.0, missing)
+        # Collect the matrices of each shape, to orthogonalise them together.
         shapes = defaultdict(list)
         for p in params:
             shapes[p.shape].append(p)
@@ -151,6 +154,7 @@ class MuonAdamW(torch.optim.Optimizer):
             torch._foreach_add_(same, list(updates.unbind()), alpha=-group["lr"] * scale)
 
     def _adamw(self, params: list[torch.Tensor], group: dict[str, Any]) -> None:
+        # torch's own fused AdamW takes the states as lists.
         for p in params:
             if not self.state[p]:
                 self.state[p] = {
@@ -203,10 +207,12 @@ def build_optimizer(
         known = ", ".join(OPTIM_DEFAULTS)
         hint = did_you_mean(recipe, OPTIM_DEFAULTS)
         raise UserError(f"recipe={recipe!r} is unknown.{hint} Known: {known}.")
+    # What the caller leaves open comes from the recipe.
     defaults = OPTIM_DEFAULTS[recipe]
     lr = defaults.learning_rate if learning_rate is None else learning_rate
     decay = defaults.weight_decay if weight_decay is None else weight_decay
     betas = (defaults.adam_beta1, defaults.adam_beta2) if betas is None else betas
+    # Groups without parameters, such as embeddings under LoRA, are left out.
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     split = _split_for_adamw if recipe == "adamw" else _split_for_muon
     groups = split(named, model.config, lr, decay)

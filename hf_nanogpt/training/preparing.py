@@ -82,6 +82,7 @@ def prepare_model(
 
     With a chat template, its `generate()` stops at the end of a message.
     """
+    # `known` is how many tokens of the tokenizer the model has rows for.
     if start:
         model, known = start.model, start.num_tokens
     else:
@@ -90,6 +91,7 @@ def prepare_model(
         config = make_config(architecture, vocab_size=len(tokenizer), **special)
         set_seed(args.seed)
         model, known = NanoGPTForCausalLM(config), len(tokenizer)
+    # The chat template may have added tokens to the tokenizer of a checkpoint.
     if data_args.chat_template:
         fit_model(model, tokenizer, known=known)
     return model
@@ -108,9 +110,11 @@ def prepare_blocks(
         UserError: nothing can be learnt from the blocks, or they never end.
     """
     train, validation = tokenize_sides(data_args, corpus, tokenizer)
+    # The seed shuffles a stream; blocks on disk are shuffled by Trainer.
     seed = args.seed if args.data_seed is None else args.data_seed
     cut: dict[str, Any] = {"context_length": length, "eos_token_id": tokenizer.eos_token_id}
     blocks = cut_blocks(train, seed=seed, **cut)
+    # Refuse blocks from which nothing can be learnt, and a training without an end.
     if isinstance(blocks, PackedStream):
         if args.max_steps <= 0:
             raise UserError(f"max_steps={args.max_steps}: a stream has no end, so give max_steps.")

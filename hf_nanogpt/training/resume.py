@@ -103,10 +103,12 @@ class ResumableTrainer(Trainer):
     def _save_checkpoint(self, model, trial):
         if self._saved_step == self.state.global_step:
             return  # never write over a whole checkpoint
+        # Weights or a loss that are not finite must not take the place of good ones.
         finite = all(bool(p.isfinite().all()) for p in self.model.parameters())
         loss = self._tr_loss if finite else self._tr_loss * math.nan
         self._running_losses = self.accelerator.gather(loss.reshape(1)).tolist()
         self._check_finite(sum(self._running_losses))
+        # Trainer writes all files, trainer_state.json last, with the record of `_save_rng_state`.
         run = self._get_output_dir(trial)
         folder = Path(run) / f"checkpoint-{self.state.global_step}"
         self.state.save_to_json = partial(save_state, self.state)
@@ -216,6 +218,7 @@ class _ResumeCallback(TrainerCallback):
             state.best_model_checkpoint = str(best) if best.is_dir() else None
         if not record:
             return
+        # Trainer starts the loss since the last log from 0.
         losses = record["running_losses"]
         if len(losses) == args.world_size:
             trainer._tr_loss += losses[args.process_index]

@@ -106,6 +106,7 @@ def train(
             clear_unfinished(args.output_dir, last_checkpoint)
         seconds = _fit(trainer, last_checkpoint)
 
+        # Gather what metrics.json and the card say, and write the folder.
         length, written = trainer.speed.context_length, [*as_flags(settings), *flags]
         metrics = {
             **collect_metrics(trainer, seconds, sample_before=before),
@@ -148,11 +149,13 @@ def _prepare(
 ) -> tuple[NanoGPTTrainer, str]:
     """Return the trainer of a model on its data, and the prompt of the samples."""
     start = load_start(start_from, architecture) if start_from else None
+    # Refuse an impossible architecture before preparing data for it.
     context, length = check_architecture(architecture, data_args, start)
 
     # Data, tokenizer, model.
     with args.main_process_first(desc="preparing the data"):
         known_tokenizer = start.tokenizer if start else None
+        # A resumed run has one already, and does not train it again.
         if last_checkpoint:
             known_tokenizer = read_tokenizer(Path(last_checkpoint))
         corpus = prepare_data(data_args)
@@ -166,6 +169,7 @@ def _prepare(
     if last_checkpoint:
         check_settings_match(last_checkpoint, settings)
 
+    # With LoRA, new tokens need embeddings that are trained too.
     if args.lora and start:
         set_seed(args.seed)
         grown, (_, revision) = len(tokenizer) > start.num_tokens, split_revision(str(start_from))

@@ -43,6 +43,7 @@ def describe_settings(
     """Return everything that decides what a training learns, as it comes back from JSON."""
     values = args.to_dict()
     accumulated = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    # Arguments, architecture, tokenizer, data.
     settings = {
         **{name: values[name] for name in (*_DECISIVE, *_LENGTH, *_GROUPING[:2])},
         "processes": args.world_size,
@@ -73,6 +74,7 @@ def _identify(blocks: PackedBlocks | PackedStream) -> str:
 
 def check_settings_match(checkpoint: str, settings: dict[str, Any]) -> None:
     """Raise a `UserError`, or warn, if `checkpoint` was trained with other settings."""
+    # What the checkpoint was trained with.
     record = read_record(checkpoint)
     if not record:
         raise UserError(
@@ -87,6 +89,7 @@ def check_settings_match(checkpoint: str, settings: dict[str, Any]) -> None:
     def list_changes(names: list[str]) -> str:
         return ", ".join(f"{name}={settings[name]} (was {before.get(name)})" for name in names)
 
+    # Refuse what would change the run; warn of what may change.
     if decisive := [name for name in changed if name not in (*_LENGTH, *_GROUPING)]:
         raise UserError(
             f"{checkpoint} was trained with other settings, so this would be a different run: "

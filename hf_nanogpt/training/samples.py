@@ -57,6 +57,7 @@ class SampleCallback(TrainerCallback):
     def _sample(self, args, state, *, model, processing_class, **kwargs) -> None:
         if not self.active:
             return
+        # The time that a sample takes is not training.
         with self.speed.paused():
             text = draw_sample(
                 model, processing_class, self.prompt, max_new_tokens=40, seed=args.seed
@@ -64,6 +65,7 @@ class SampleCallback(TrainerCallback):
             self.active = bool(text)  # what did not work once will not work later
             if not text:
                 return
+            # Rewrite the whole file: it may hold samples after the step of a resumed run.
             self.rows.append(json.dumps({"step": state.global_step, "text": text}) + "\n")
             with warn_if_unwritable(str(self.path)):
                 replace_file(self.path, "".join(self.rows).encode())
@@ -104,6 +106,7 @@ def choose_prompt(
     if not (learnt := is_learnt(held_out)).all():
         end = learnt.argmax() or len(held_out) // 2  # without an answer, half of the question
         return tokenizer.decode(decode_ids(held_out[:end]))
+    # Of a text, the first three words, which are not too long.
     words = tokenizer.decode(held_out, skip_special_tokens=True).split()
     return " ".join(words[:3])[: min(40, len(held_out) // 2)]
 
@@ -123,6 +126,7 @@ def draw_sample(
     """
     was_training = model.training
     try:
+        # Leave at least one token of the context to write into.
         room = model.config.max_position_embeddings - max(1, len(tokenizer(prompt)["input_ids"]))
         [text] = generate_text(
             model.eval(),

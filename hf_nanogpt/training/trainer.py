@@ -39,6 +39,7 @@ class NanoGPTTrainer(HubTrainer):
     optimizer: torch.optim.Optimizer | None
 
     def __init__(self, model=None, args=None, *, speed: SpeedCallback | None = None, **kwargs):
+        # With a tokenizer, blocks are packed and metrics exact, unless the user chose otherwise.
         tokenizer = kwargs.get("processing_class")
         self.byte_counts = None
         if isinstance(tokenizer, PreTrainedTokenizerBase):
@@ -58,9 +59,11 @@ class NanoGPTTrainer(HubTrainer):
             config.use_cache = use_cache  # Trainer replaces it, and it would be saved
         if self.is_fsdp_enabled:
             _prepare_fsdp(self.accelerator.state.fsdp_plugin)
+        # Our progress bar replaces the stock one, and printing of all that is logged.
         self.remove_callback(PrinterCallback)
         if self.pop_callback(StockProgressCallback) is not None:
             self.add_callback(ProgressCallback)
+        # By default, TensorBoard writes into the current folder.
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
                 callback.logging_dir = os.path.join(self.args.output_dir, "tensorboard")
@@ -98,6 +101,7 @@ class NanoGPTTrainer(HubTrainer):
 
     def get_eval_dataloader(self, eval_dataset=None):
         """Evaluate on every block: without the last batch, the result would not be exact."""
+        # Trainer reads the flag here, for training and evaluation alike.
         kept, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
         try:
             return super().get_eval_dataloader(eval_dataset)
@@ -121,7 +125,7 @@ class NanoGPTTrainer(HubTrainer):
         model = self.accelerator.unwrap_model(self.model)
         if not self.is_fsdp_enabled:
             return model
-        state_dict = self.accelerator.get_state_dict(self.model)  # every process takes part
+        state_dict = self.accelerator.get_state_dict(self.model)  # all processes send their part
         if not self.args.should_save:
             return model
         whole = NanoGPTForCausalLM.from_pretrained(
