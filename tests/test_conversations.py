@@ -174,7 +174,9 @@ def test_evaluation_repeats_what_training_measured_on_answers(chat, table):
 
 def test_the_exported_model_keeps_the_template_and_the_end(chat, tmp_path):
     export_checkpoint(chat.output_dir, tmp_path / "native")
-    ours, native = (AutoTokenizer.from_pretrained(f) for f in (chat.output_dir, tmp_path / "native"))
+    ours, native = (
+        AutoTokenizer.from_pretrained(f) for f in (chat.output_dir, tmp_path / "native")
+    )
     assert native.chat_template == ours.chat_template and "generation" in native.chat_template
     settings = GenerationConfig.from_pretrained(tmp_path / "native")
     assert settings.eos_token_id == [0, 258]
@@ -205,7 +207,10 @@ def test_a_template_that_the_tokenizer_has_is_kept(chat, base, table, tmp_path):
 
 
 BAD = {
-    "unknown role": ([{"role": "robot", "content": "hi"}], "role='robot': it must be one of system"),
+    "unknown role": (
+        [{"role": "robot", "content": "hi"}],
+        "role='robot': it must be one of system",
+    ),
     "no role": ([{"content": "hi"}], "row 2 has a message with role=None"),
     "no content": ([{"role": "user"}], "row 2 has a message with content=None"),
     "empty": ([], "row 2 has messages=\\[\\]: give a list of messages"),

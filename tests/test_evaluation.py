@@ -15,7 +15,7 @@ from hf_nanogpt import (
     token_byte_counts,
     train_tokenizer,
 )
-from hf_nanogpt.data import documents
+from hf_nanogpt.data import documents as documents_module
 
 ROWS = [f"Document {i}: naïve 東京 🦊,\r\nwith {'many ' * (i % 5)}words.\n" for i in range(10)]
 DOCUMENTS = Dataset.from_dict({"text": ROWS})
@@ -159,7 +159,7 @@ def test_a_uniform_model_has_the_entropy_of_its_vocabulary():
 def test_a_file_counts_the_bytes_it_has(model, tmp_path, monkeypatch, name):
     text = "\ufeff" + "".join(ROWS) + "\rno newline at the end \ue000"
     if name == "pieces.txt":
-        monkeypatch.setattr(documents, "_PIECE", 97)
+        monkeypatch.setattr(documents_module, "_PIECE", 97)
     path = tmp_path / name
     path.write_bytes((json.dumps({"body": text}) if name == "t.jsonl" else text).encode())
     result = evaluate(model, str(path), tokenizer=TOKENIZER, text_column="body")

@@ -3,6 +3,7 @@
 import math
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from conftest import tiny_model
@@ -11,6 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import ByT5Tokenizer
 
 from hf_nanogpt import PackedCollator, load_text, pack_documents, train_tokenizer
+from hf_nanogpt.data.encoding import encode_unlearnt, is_learnt
 
 ROWS = [f"Document {i}: naïve 東京 🦊,\r\nwith {'many ' * (i % 7)}words.\n" for i in range(60)]
 TOKENIZER = train_tokenizer([], kind="byte")
@@ -76,6 +78,17 @@ def test_a_tokenizer_written_in_python_packs_too():
     assert row["input_ids"].tolist() == [eos, *letters[:3], eos, *letters[3:], eos]
 
 
+def test_tokens_that_are_not_learnt_keep_their_ids_and_have_no_label():
+    ids = np.array([0, 7, 65000], dtype=np.int32)
+    marked = encode_unlearnt(ids)
+    assert marked.dtype == ids.dtype and not is_learnt(marked).any() and is_learnt(ids).all()
+    assert (encode_unlearnt(marked) == marked).all()
+    mixed = np.concatenate((marked, ids))
+    batch = PackedCollator(None)([{"input_ids": mixed}])
+    assert batch["input_ids"].tolist() == [[*ids, *ids]]
+    assert batch["labels"].tolist() == [[-100] * 3 + ids.tolist()]
+
+
 def test_the_collator_pads_the_last_block_and_restarts_positions():
     blocks = pack_documents(Dataset.from_dict({"text": DOCUMENTS}), TOKENIZER, context_length=50)
     rows = list(blocks)
@@ -93,15 +106,15 @@ def test_the_collator_pads_the_last_block_and_restarts_positions():
         assert batch["position_ids"][i].tolist() == positions + [0] * (50 - count)
 
 
-@pytest.mark.parametrize("given", [{}, {"use_cache": True}, {"use_cache": False}], ids=str)
-def test_packed_documents_do_not_see_each_other(family, given):
+@pytest.mark.parametrize("settings", [{}, {"use_cache": True}, {"use_cache": False}], ids=str)
+def test_packed_documents_do_not_see_each_other(family, settings):
     model = tiny_model(family, vocab_size=len(TOKENIZER))
     blocks = pack_documents(Dataset.from_dict({"text": DOCUMENTS}), TOKENIZER, context_length=30)
     loader = DataLoader(blocks, batch_size=3, collate_fn=PackedCollator(EOS))
     with torch.no_grad():
         for batch in loader:
             del batch["labels"]
-            logits = model(**batch, **given).logits
+            logits = model(**batch, **settings).logits
             for row, ids in enumerate(batch["input_ids"]):
                 starts = [0, *(i for i in range(1, len(ids)) if ids[i] == EOS), len(ids)]
                 for start, end in pairwise(starts):

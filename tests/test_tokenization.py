@@ -126,7 +126,7 @@ def test_a_vocab_size_that_the_text_cannot_give_is_refused():
 
 
 def test_an_unknown_kind_is_answered_with_the_nearest():
-    with pytest.raises(ValueError, match="kind='bep' must be .*Did you mean bpe"):
+    with pytest.raises(ValueError, match=r"kind='bep' must be .*Did you mean bpe"):
         train_tokenizer(CORPUS, kind="bep")
 
 

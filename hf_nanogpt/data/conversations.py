@@ -52,9 +52,8 @@ def add_chat_template(
         logger.warning_once(f"The tokenizer already has a chat template: {name} is not used.")
         return
     known, tokenizer.chat_template = len(tokenizer), template
-    tokenizer.add_special_tokens(
-        {"extra_special_tokens": [_START, _END]}, replace_extra_special_tokens=False
-    )
+    special = {"extra_special_tokens": [_START, _END]}
+    tokenizer.add_special_tokens(special, replace_extra_special_tokens=False)
     if model is not None:
         fit_model(model, tokenizer, known=known)
 
@@ -94,13 +93,8 @@ def read_conversations(table: Documents, columns: list[str], *, data: str) -> Do
         UserError: a row has no messages, or a message has an unknown role or no text. A stream
             raises it when the row is read.
     """
-    return table.map(
-        _check_row,
-        with_indices=True,
-        fn_kwargs={"data": data},
-        remove_columns=columns,
-        features=_FEATURES,
-    )
+    settings: Any = {"fn_kwargs": {"data": data}, "remove_columns": columns, "features": _FEATURES}
+    return table.map(_check_row, with_indices=True, **settings)
 
 
 def _check_row(row: dict[str, Any], index: int, *, data: str) -> dict[str, Any]:

@@ -74,9 +74,9 @@ def check_fraction(name: str, fraction: float) -> None:
 def load_documents(args: DataArguments) -> tuple[Documents, Documents]:
     """Load `args.data` and return its training and validation documents, rows with a `text`.
 
-    Whether a document is held out depends only on a checksum of its text, not on the order. If
-    there are fewer than 20, the end is held out: of text files the end of each, of a table the last
-    rows.
+    Whether a document is held out depends only on a checksum of its text, not on the order. With
+    fewer than 20 documents, the end is held out: the end of each text file, or the last rows of a
+    table.
 
     Raises:
         UserError: the source is missing, empty, not text, or too small to hold anything out.

@@ -13,16 +13,12 @@ shorter, but cannot resume in the middle of a corpus.)
 
 import json
 import os
-import signal
-import threading
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
 from itertools import repeat
-from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +38,13 @@ from .corpus import Corpus, prepare_tokenizer, tokenize_sides
 from .documents import DataArguments, load_documents
 from .encoding import DocumentEncoder
 from .packing import Tokens
+from .processes import run_in_order
 from .sources import TOKENIZED, find_files
 from .token_files import find_token_files, load_token_files
 from .tokenization import TRAINED, load_tokenizer
 
 _CHARACTERS = 10_000_000  # of text in one file: the most that an interruption costs a process
+_PACKAGES = ("datasets", "pyarrow", "tokenizers", "transformers")  # that decide the content
 _NOT_THE_CONTENT = ("context_length", "num_proc")  # settings that change nothing in the folder
 
 
@@ -169,14 +167,12 @@ def tokenize_corpus(
     _check_source(folder, args, description, documents)
     try:
         tokenizer = _prepare(folder, args, description, documents)
-        packages = ("datasets", "pyarrow", "tokenizers", "transformers")
-        description |= {
-            "vocab_size": len(tokenizer),
-            "versions": {"hf_nanogpt": __version__} | {name: version(name) for name in packages},
-            "splits": {
-                name: _write_split(folder / name, side, tokenizer, args.num_proc, show_progress)
-                for name, side in (("train", documents), ("validation", held_out))
-            },
+        versions = {name: version(name) for name in _PACKAGES}
+        description["vocab_size"] = len(tokenizer)
+        description["versions"] = {"hf_nanogpt": __version__} | versions
+        description["splits"] = {
+            name: _write_split(folder / name, side, tokenizer, args.num_proc, show_progress)
+            for name, side in (("train", documents), ("validation", held_out))
         }
         with staged_folder(folder) as staged:
             _write_json(staged / TOKENIZED, description)
@@ -231,7 +227,7 @@ def _check_source(
 def _prepare(
     folder: Path, args: DataArguments, description: dict[str, Any], documents: Documents
 ) -> PreTrainedTokenizerBase:
-    """Return the tokenizer in the folder; an earlier run, or else this one, writes it there."""
+    """Return the tokenizer in the folder, and write it there unless an earlier run did."""
     clear_abandoned(folder)
     if not (folder / "tokenizer").is_dir():
         tokenizer = prepare_tokenizer(args, Corpus(documents, documents))
@@ -258,25 +254,10 @@ def _write_split(
     counts = Counter(tokens=0, bytes=0, documents=0, shards=0)
     rows = None if isinstance(documents, IterableDataset) else len(documents)
     title = f"Tokenising {folder.name}"
-    pool, most = _make_pool(num_proc), 2 * (num_proc or 0)
-    waiting: deque[Future] = deque()
-
     with tqdm(desc=title, total=rows, unit=" rows", disable=not show_progress) as bar:
-
-        def finish_one() -> None:
-            found, rows = waiting.popleft().result()
+        for found in run_in_order(write, enumerate(_group(documents)), num_proc):
+            bar.update(found.pop("rows"))
             counts.update(found)
-            bar.update(rows)
-
-        try:
-            for number, (texts, starts) in enumerate(_group(documents)):
-                waiting.append(pool.submit(write, number, texts, starts))
-                if len(waiting) > most:  # the waiting texts are in memory
-                    finish_one()
-            while waiting:
-                finish_one()
-        finally:
-            pool.shutdown(cancel_futures=True)
     return dict(counts)
 
 
@@ -298,22 +279,24 @@ def _group(documents: Documents) -> Iterator[tuple[list[str], list[bool]]]:
 
 
 def _write_shard(
-    folder: Path, encode: DocumentEncoder, number: int, texts: list[str], starts: list[bool]
-) -> tuple[dict[str, int], int]:
-    """Write one file unless it exists, and return the counts of its content and the rows."""
-    path = folder / _name(number)
+    folder: Path, encode: DocumentEncoder, number: int, documents: tuple[list[str], list[bool]]
+) -> dict[str, int]:
+    """Write one file unless it exists, and return the counts of its content."""
+    path, (texts, starts) = folder / _name(number), documents
     if path.exists():
         tokens = len(_open_shard(path))
     else:
         rows: list[np.ndarray] = []
         for i in range(0, len(texts), 64):  # few at a time, as lists of numbers are large
             rows += encode({"text": texts[i : i + 64], "starts": starts[i : i + 64]})["input_ids"]
-        tokens = _write_rows(path, rows)
+        tokens = sum(map(len, rows))
+        _write_rows(path, rows)
     size = sum(len(text.encode()) for text in texts)
-    return {"tokens": tokens, "bytes": size, "documents": sum(starts), "shards": 1}, len(texts)
+    counts = {"tokens": tokens, "bytes": size, "documents": sum(starts), "shards": 1}
+    return counts | {"rows": len(texts)}
 
 
-def _write_rows(path: Path, rows: list[np.ndarray]) -> int:
+def _write_rows(path: Path, rows: list[np.ndarray]) -> None:
     ends = np.cumsum([0, *map(len, rows)], dtype=np.int32)
     column = pa.ListArray.from_arrays(pa.array(ends), pa.array(np.concatenate(rows)))
     batch = pa.record_batch([column], names=["input_ids"])
@@ -321,26 +304,7 @@ def _write_rows(path: Path, rows: list[np.ndarray]) -> int:
     with pa.OSFile(str(part), "wb") as file, pa.ipc.new_stream(file, batch.schema) as writer:
         writer.write_batch(batch)
     os.replace(part, path)
-    return int(ends[-1])
 
 
 def _name(number: int) -> str:
     return f"{number:05}.arrow"
-
-
-def _make_pool(num_proc: int | None) -> Executor:
-    if num_proc is None or num_proc == 1:
-        return ThreadPoolExecutor(1)
-    return ProcessPoolExecutor(num_proc, initializer=_start_worker)
-
-
-def _start_worker() -> None:
-    """Use one thread, and end when the parent process does, even if that is killed."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is handled by the parent
-
-    def follow_parent() -> None:
-        parent_process().join()  # type: ignore[union-attr]
-        os._exit(1)
-
-    threading.Thread(target=follow_parent, daemon=True).start()

@@ -1,13 +1,13 @@
 """Tokenizers: trained on the user's text, or loaded; and how many bytes their tokens stand for.
 
-All that are trained here work in the same way: a byte-level BPE over 256 byte symbols. They differ
-in the merges: learned ones (`bpe`), those that join the bytes of each character seen (`char`), or
-none (`byte`). So each can encode every Unicode text, gives it back exactly, and loads anywhere as a
-plain `tokenizer.json`.
+Each one trained here is a byte-level BPE over 256 byte symbols. They differ in their merges:
+learned ones (`bpe`), those that join the bytes of each character seen (`char`), or none (`byte`).
+So each encodes every Unicode text, decodes it exactly, and loads anywhere as a `tokenizer.json`.
 """
 
 import json
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Literal, cast, get_args
 
@@ -91,12 +91,18 @@ def train_tokenizer(
     if kind not in TRAINED:
         raise UserError(f"kind={kind!r} must be bpe, char or byte.{did_you_mean(kind, TRAINED)}")
     if kind == "bpe":
-        return _wrap(_train_bpe(texts, vocab_size))
-    characters: set[str] = set()
-    if kind == "char":
-        for text in texts:
-            characters.update(text)
-    return _wrap(_join_characters(characters))
+        tokenizer = _train_bpe(texts, vocab_size)
+    else:
+        characters = set(chain.from_iterable(texts)) if kind == "char" else set()
+        tokenizer = _join_characters(characters)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        pad_token=END_OF_TEXT,
+        padding_side="left",  # to generate
+        clean_up_tokenization_spaces=False,
+    )
 
 
 def _train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -124,7 +130,7 @@ def _train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def _join_characters(characters: set[str]) -> Tokenizer:
-    """Make a BPE whose only merges join the bytes of each of `characters` (ASCII needs none)."""
+    """Make a BPE with only the merges that join the bytes of each character (ASCII needs none)."""
     vocabulary = [END_OF_TEXT, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     merges: dict[tuple[str, str], None] = {}  # an ordered set
     spell = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str
@@ -145,18 +151,6 @@ def _byte_level(model: models.BPE) -> Tokenizer:
     return tokenizer
 
 
-def _wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
-    """Give the tokenizer the interface of transformers; it pads on the left, to generate."""
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=END_OF_TEXT,
-        eos_token=END_OF_TEXT,
-        pad_token=END_OF_TEXT,
-        padding_side="left",
-        clean_up_tokenization_spaces=False,
-    )
-
-
 def token_byte_counts(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
     """Return the bytes of text that each token stands for, (len(tokenizer),); 0 if special.
 
@@ -173,11 +167,11 @@ def token_byte_counts(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
         anchor = next(i for i in range(size) if i not in special)
         start = len(tokenizer.decode([anchor]).encode())
         counts = [
-            # <0x0A> is a byte, which may not decode on its own
+            # <0x0A> stands for a byte, which alone may not decode
             1 if token.startswith("<0x") else len(tokenizer.decode([anchor, i]).encode()) - start
             for i, token in enumerate(tokens)
         ]
-    for i, token in tokenizer.added_tokens_decoder.items():  # these stand for their own letters
+    for i, token in tokenizer.added_tokens_decoder.items():  # these stand for what they spell
         counts[i] = len(token.content.encode())
     return torch.tensor([0 if i in special else count for i, count in enumerate(counts)])
 

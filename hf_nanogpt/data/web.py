@@ -66,17 +66,11 @@ def _download(url: str, folder: Path, name: str) -> Path:
         "GET", url, headers=headers, follow_redirects=True, timeout=_TIMEOUT
     ) as answer:
         answer.raise_for_status()
-        version = _version(answer.headers)
+        # What changes with the content; some servers do not say.
+        date = (answer.headers.get("Last-Modified"), answer.headers.get("Content-Length"))
+        version = answer.headers.get("ETag") or (" ".join(map(str, date)) if date[0] else "")
         path = folder / f"{name}-{_digest(version)}"
         return path if version and path.is_file() else _save(answer, path, url, version)
-
-
-def _version(headers: Any) -> str:
-    """Return what changes with the content at an address; nothing if the server does not say."""
-    if etag := headers.get("ETag"):
-        return etag
-    changed = headers.get("Last-Modified")
-    return f"{changed} {headers.get('Content-Length')}" if changed else ""
 
 
 def _save(answer: Any, path: Path, url: str, version: str) -> Path:
