@@ -57,7 +57,7 @@ def adapted(base, text, tmp_path_factory) -> Path:
 
 
 def lora() -> peft.LoraConfig:
-    """An adapter with random weights, which changes the model."""
+    """An adapter that is born random, and so changes the model."""
     return peft.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False)
 
 
