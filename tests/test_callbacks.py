@@ -1,4 +1,4 @@
-"""What one sees of training: speed, samples and the plot, none of which may change the training."""
+"""What a training shows: speed, samples and the plot, none of which may change the training."""
 
 import importlib.util
 import json
@@ -21,7 +21,9 @@ from hf_nanogpt import NanoGPTTrainingArguments, train, train_tokenizer
 from hf_nanogpt.checkpoint.folder import check_output_dir
 from hf_nanogpt.flops import GPU_PEAKS, count_flops, find_peak
 from hf_nanogpt.training import callbacks as callbacks_module
-from hf_nanogpt.training.callbacks import PlotCallback, SpeedCallback, draw_sample, plot_losses
+from hf_nanogpt.training import samples as samples_module
+from hf_nanogpt.training.callbacks import PlotCallback, SpeedCallback, plot_losses
+from hf_nanogpt.training.samples import draw_sample
 
 ROOT = Path(__file__).parent.parent
 SMALL = {
@@ -130,26 +132,26 @@ def test_peak_is_measured_on_a_cpu_and_not_guessed_elsewhere():
     assert find_peak(torch.device("cpu"), torch.bfloat16) > 1e7
     assert find_peak(torch.device("meta")) is None
     assert GPU_PEAKS["NVIDIA A100-SXM4-80GB"] == 312e12
-    assert len(GPU_PEAKS) == len(set(GPU_PEAKS)) and min(GPU_PEAKS.values()) > 1e13
+    assert min(GPU_PEAKS.values()) > 1e13
 
 
-def test_sample_takes_the_room_there_is_and_says_where_there_is_none():
+def test_sample_is_shortened_to_fit_the_context_and_failures_are_logged():
     model, tokenizer = tiny_model("nano", vocab_size=257).train(), train_tokenizer([], kind="byte")
     before = torch.get_rng_state()
     text = draw_sample(model, tokenizer, "x" * 60, max_new_tokens=40, seed=0)
     assert text.startswith("x" * 60) and model.training
-    with CaptureLogger(callbacks_module.logger) as log:
+    with CaptureLogger(samples_module.logger) as log:
         assert draw_sample(model, tokenizer, "x" * 64, max_new_tokens=40, seed=0) == ""
-    assert "no sample" in log.out and "64 tokens" in log.out
+    assert "cannot write a sample" in log.out and "64 tokens" in log.out
     with torch.no_grad():
         model.lm_head.weight.fill_(float("nan"))
-    with CaptureLogger(callbacks_module.logger) as log:
+    with CaptureLogger(samples_module.logger) as log:
         assert draw_sample(model, tokenizer, "x", max_new_tokens=4, seed=0) == ""
     assert "NaN" in log.out
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_plot_appears_while_training_runs_and_costs_little(tmp_path):
+def test_plot_appears_during_training_and_costs_little(tmp_path):
     args = NanoGPTTrainingArguments(output_dir=str(tmp_path / "run"))
     plot, control = PlotCallback(SpeedCallback()), TrainerControl()
     rows = [{"loss": 5 / step, "step": step, "num_input_tokens_seen": step} for step in (1, 2)]
@@ -172,7 +174,7 @@ def test_plot_is_drawn_of_any_history(tmp_path):
         assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_samples_and_plots_on_a_full_disk_stop_no_training(tmp_path):
+def test_a_full_disk_for_samples_and_plots_does_not_stop_training(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
     for name in ("samples.jsonl.part", "loss.png.part"):
@@ -188,13 +190,13 @@ def test_samples_and_plots_on_a_full_disk_stop_no_training(tmp_path):
         assert not (folder / "loss.png").exists()
         train(output_dir=str(folder), sample_steps=2, resume=True, **SMALL)
     for name in ("samples.jsonl", "loss.png"):
-        told = f"{folder / name} could not be written, and training goes on: [Errno 28]"
+        told = f"{folder / name} could not be written; training continues: [Errno 28]"
         assert log.out.count(told) == 1
     assert _steps(folder) == [2, 4, 6, 8, 10, 12]  # there was room again
     assert (folder / "model.safetensors").is_file()
 
 
-def test_folder_of_a_run_that_was_stopped_early_can_be_trained_anew(tmp_path):
+def test_the_folder_of_a_run_that_was_stopped_early_can_be_used_again(tmp_path):
     for name in ("loss.png", "loss.png.part", "samples.jsonl"):
         (tmp_path / name).touch()
     check_output_dir(tmp_path, overwrite=True)
@@ -205,7 +207,7 @@ def test_bad_settings_are_refused_before_the_data_is_read(tmp_path):
     bad = {
         ("sample_steps", -1.0): "sample_steps=-1",
         ("sample_steps", 2.5): "sample_steps=2.5",
-        ("report_to", "tracio"): "did you mean trackio",
+        ("report_to", "tracio"): "Did you mean trackio",
         ("report_to", "paper"): "trackio, tensorboard or wandb",
     }
     for name, extra in (("trackio", "'hf-nanogpt[track]'"), ("wandb", "wandb")):

@@ -173,7 +173,7 @@ def test_checkpoints_of_a_lora_training_hold_the_adapter_only(adapted):
 
 
 @pytest.mark.parametrize("lora", [False, True])
-def test_metrics_tell_before_and_after_as_eval_measures_them(lora, base, adapted, text, tmp_path):
+def test_metrics_before_and_after_are_those_that_eval_measures(lora, base, adapted, text, tmp_path):
     folder = adapted if lora else tmp_path / "tuned"
     if not lora:
         tune(base, text, folder, sample_prompt="import ")
@@ -208,7 +208,7 @@ def test_the_summary_shows_before_and_after_side_by_side(base, text, tmp_path, c
 
 
 @pytest.mark.parametrize("lora", [False, True])
-def test_a_resumed_run_equals_one_of_a_piece(lora, base, text, adapted, tmp_path):
+def test_a_resumed_run_equals_an_uninterrupted_one(lora, base, text, adapted, tmp_path):
     whole = adapted
     if not lora:
         whole = tmp_path / "whole"
@@ -228,7 +228,7 @@ def test_a_resumed_run_equals_one_of_a_piece(lora, base, text, adapted, tmp_path
     assert not (stopped / "adapter").exists()
 
 
-def test_another_adapter_or_another_start_is_no_resumption(base, adapted, text, tmp_path):
+def test_another_adapter_or_another_start_cannot_be_resumed(base, adapted, text, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(base, other)
     model = AutoModelForCausalLM.from_pretrained(base)
@@ -267,7 +267,7 @@ def test_what_is_pushed_after_lora_is_a_whole_model(hub, base, text, tmp_path):
 
 
 def make_llama_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer as Llama's: spaces are marks, unknown characters bytes, no ByteLevel."""
+    """A tokenizer like Llama's: spaces are marks, unknown characters are bytes, no ByteLevel."""
     letters = sorted({chr(i) for i in range(33, 127)} | {"▁"})
     words = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *letters]
     ids = {word: i for i, word in enumerate(words)}
@@ -281,7 +281,7 @@ def make_llama_tokenizer() -> PreTrainedTokenizerFast:
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "qwen3"])
-def test_a_converted_model_is_tuned_and_goes_home_again(name, text, tmp_path):
+def test_a_converted_model_is_tuned_and_exported_again(name, text, tmp_path):
     words = make_llama_tokenizer()
     native = make_reference(name)
     native.resize_token_embeddings(len(words))
@@ -307,10 +307,10 @@ def test_a_converted_model_is_tuned_and_goes_home_again(name, text, tmp_path):
     [
         ({"lora_rank": 0}, "lora_rank=0"),
         ({"lora_alpha": -1}, "lora_alpha=-1"),
-        ({"lora_rank": 4, "lora": False}, "lora_rank=4 has a meaning with --lora only"),
-        ({"start_from": None}, "give one by --from CHECKPOINT"),
+        ({"lora_rank": 4, "lora": False}, "lora_rank=4 has no effect without --lora"),
+        ({"start_from": None}, "name one by --from CHECKPOINT"),
         ({"start_from": "./nowhere"}, "no checkpoint at nowhere"),
-        ({"lora_rnak": 4}, "did you mean --lora_rank"),
+        ({"lora_rnak": 4}, "Did you mean --lora_rank"),
     ],
 )
 def test_wrong_settings_are_refused_before_anything_is_written(
@@ -323,18 +323,18 @@ def test_wrong_settings_are_refused_before_anything_is_written(
 
 
 def test_the_start_is_never_overwritten(base, text):
-    with pytest.raises(ValueError, match=r"holds .* the model to go on with"):
+    with pytest.raises(ValueError, match=r"holds .* the model to start from"):
         tune(base, text, base, overwrite=True)
     assert (base / "model.safetensors").exists()
 
 
-def test_an_adapter_alone_is_no_checkpoint(adapted, capsys):
+def test_an_adapter_alone_is_refused_as_a_checkpoint(adapted, capsys):
     for folder in (adapted / "adapter", adapted / "checkpoint-6"):
         assert main(["generate", str(folder), "def "]) == 2
         assert "has an adapter, not a whole model" in capsys.readouterr().err
 
 
-def test_without_the_extra_lora_says_what_to_install(base, text, tmp_path, monkeypatch, capsys):
+def test_lora_without_peft_says_what_to_install(base, text, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "peft", None)
     argv = ["train", "finetune", "--lora", f"--from={base}", f"--data={text}"]
     assert main([*argv, f"--output_dir={tmp_path / 'run'}"]) == 2

@@ -1,4 +1,4 @@
-"""A training killed, interrupted or failed at any moment goes on as if nothing had happened.
+"""A training that is killed, interrupted or fails at any moment resumes as if nothing happened.
 
 Children of a process that has imported everything run the real command and really get the signal;
 only the moment is arranged, by a function of the library that is made to send it to itself.
@@ -67,7 +67,7 @@ SETTINGS = {
     "use_cpu": True,
 }
 KILLED = -signal.SIGKILL
-# What gets the signal, and of its calls those that count.
+# The function that gets the signal; only calls with this text in their arguments count.
 MOMENTS = {
     "batch": (NanoGPTTrainer, "training_step", ""),
     "evaluation": (NanoGPTTrainer, "prediction_step", ""),
@@ -146,9 +146,9 @@ def _note_batches(path: Path) -> None:
 
 
 def _arrange(name: str, count: int, *faults: signal.Signals | str) -> None:
-    """Send signals at call number `count` of a moment; if it writes a file, half is written.
+    """Send signals at call number `count` of a moment; if it writes a file, only half is written.
 
-    A fault in digits is the size of a file from which on the disk is full.
+    A fault in digits is the file size at which the disk is full.
     """
     owner, method, where = MOMENTS[name]
     original, calls = getattr(owner, method), []
@@ -174,7 +174,7 @@ def _arrange(name: str, count: int, *faults: signal.Signals | str) -> None:
 
 @pytest.fixture(scope="module")
 def whole(run, tmp_path_factory) -> Path:
-    """The run that nothing happens to."""
+    """An uninterrupted run."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
     code, printed = run(folder)
     assert code == 0, printed
@@ -182,14 +182,14 @@ def whole(run, tmp_path_factory) -> Path:
 
 
 def _history(folder: Path) -> list[dict]:
-    """Return all that was logged, but for what tells time."""
+    """Return everything that was logged, except times."""
     state = json.loads((folder / "checkpoint-17" / "trainer_state.json").read_text())
     odd = ("_runtime", "_per_second", "mfu")
     return [{k: v for k, v in row.items() if not k.endswith(odd)} for row in state["log_history"]]
 
 
 def _batches(folder: Path) -> dict[str, list[str]]:
-    """Return the batches of each step, as a process did it last."""
+    """Return the batches of each step, from the last process that did it."""
     batches: dict[str, dict[str, list[str]]] = {}
     for line in folder.with_suffix(".batches").read_text().splitlines():
         step, process, tokens = line.split()
@@ -224,7 +224,7 @@ def _assert_same(folder: Path, whole: Path) -> None:
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else None,
 )
-def test_a_killed_and_resumed_run_equals_one_of_a_piece(run, whole, tmp_path, moment, last):
+def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(run, whole, tmp_path, moment, last):
     folder = tmp_path / "run"
     assert run(folder, moment=(*moment, signal.SIGKILL))[0] == KILLED
     found = find_last_checkpoint(folder)
@@ -235,7 +235,7 @@ def test_a_killed_and_resumed_run_equals_one_of_a_piece(run, whole, tmp_path, mo
     _assert_same(folder, whole)
 
 
-def test_a_run_killed_again_and_again_equals_one_of_a_piece(run, whole, tmp_path):
+def test_a_run_killed_several_times_equals_an_uninterrupted_one(run, whole, tmp_path):
     folder = tmp_path / "run"
     for count in (16, 15, 13):
         assert run(folder, "--resume", moment=("batch", count, signal.SIGKILL))[0] == KILLED
@@ -248,11 +248,11 @@ def test_resuming_a_finished_run_does_no_step_and_changes_nothing(run, whole, tm
     folder = shutil.copytree(whole, tmp_path / "run")
     shutil.copy(whole.with_suffix(".batches"), folder.with_suffix(".batches"))
     code, printed = run(folder, "--resume")
-    assert code == 0 and "All steps of this training are done" in printed
+    assert code == 0 and "has done all its steps" in printed
     _assert_same(folder, whole)
 
 
-def test_a_stream_resumed_in_its_second_pass_goes_on_there(run, tmp_path):
+def test_a_stream_resumed_in_its_second_pass_continues_there(run, tmp_path):
     rows = tmp_path / "rows.jsonl"
     texts = [f"row {i}: " + "what is read as a stream " * 2 for i in range(40)]
     rows.write_text("\n".join(json.dumps({"text": text}) for text in texts), encoding="utf-8")
@@ -280,7 +280,7 @@ def test_a_stream_resumed_in_its_second_pass_goes_on_there(run, tmp_path):
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else None,
 )
-def test_an_interrupted_run_saves_tells_how_to_go_on_and_does(
+def test_an_interrupted_run_saves_prints_how_to_resume_and_resumes(
     run, whole, tmp_path, moment, signum, last
 ):
     folder = tmp_path / "run"
@@ -294,7 +294,7 @@ def test_an_interrupted_run_saves_tells_how_to_go_on_and_does(
     _assert_same(folder, whole)
 
 
-def test_the_command_to_go_on_shows_no_secret():
+def test_the_command_to_resume_shows_no_secret():
     given = ["--data=https://me:pw@host/x?sign=1", "--hub-token", "hf_x", "--seed", "1"]
     given += ["--hub_token=hf_x", "--data", "https://me:pw@host/y"]
     shown = _resume_command(given)
@@ -327,7 +327,7 @@ def test_a_second_signal_stops_at_once(run, tmp_path):
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoint-5"]
 
 
-def test_a_signal_before_the_training_ends_it_plainly(run, tmp_path):
+def test_a_signal_before_training_ends_the_command_in_one_line(run, tmp_path):
     code, printed = run(tmp_path / "run", moment=("data", 1, signal.SIGINT))
     assert code == 130 and printed.strip() == "Interrupted."
     assert not (tmp_path / "run").exists()
@@ -369,7 +369,7 @@ def _make_trainer(folder: Path, **settings) -> NanoGPTTrainer:
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_in_python_an_interruption_is_raised_and_handlers_are_as_before(tmp_path, signum):
+def test_in_python_an_interruption_is_raised_and_handlers_are_restored(tmp_path, signum):
     trainer, handlers = _make_trainer(tmp_path / "run"), list(map(signal.getsignal, (1, 2, 15)))
     with pytest.raises(KeyboardInterrupt) as caught, stop_on_signals(trainer):
         signal.raise_signal(signum)
@@ -444,14 +444,14 @@ def test_more_steps_and_other_groups_of_the_same_batch_are_allowed_with_a_warnin
     code, printed = run(folder, "--resume", max_steps=19, save_steps=4, **other)
     assert code == 0
     assert "max_steps=19 (was 17): the learning rate follows the new schedule" in printed
-    assert "gradient_accumulation_steps=1 (was 2): equal up to rounding" in printed
+    assert "gradient_accumulation_steps=1 (was 2): equal up to rounding only" in printed
     assert (folder / "checkpoint-19").is_dir()
 
 
 def test_fewer_steps_than_are_done_are_refused(run, part, tmp_path):
     folder = shutil.copytree(part, tmp_path / "run")
     code, printed = run(folder, "--resume", max_steps=5)
-    assert code == 2 and "max_steps=5 is not possible" in printed and "7 steps" in printed
+    assert code == 2 and "max_steps=5 is too low" in printed and "7 steps" in printed
 
 
 def test_a_checkpoint_without_what_resuming_needs_is_refused(run, tmp_path):
@@ -468,7 +468,7 @@ def test_a_loss_that_is_not_finite_stops_training_and_is_not_saved(run, tmp_path
     folder = tmp_path / "run"
     code, printed = run(folder, learning_rate=1e30, save_steps=1, logging_steps=50)
     assert code == 2 and "The loss is nan at step" in printed
-    assert "the last good checkpoint is" in printed and "lower than 1e+30" in printed
+    assert "the last good checkpoint is" in printed and "below 1e+30" in printed
     for path in folder.glob("*/model.safetensors"):
         assert all(weight.isfinite().all() for weight in load_file(path).values())
 
@@ -484,7 +484,9 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_evaluated(tmp_path):
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "optimizer.pt", "trainer_state.json"])
-def test_a_full_disk_is_told_in_a_sentence_and_what_was_saved_stays(run, whole, tmp_path, file):
+def test_a_full_disk_is_reported_in_a_sentence_and_saved_checkpoints_stay(
+    run, whole, tmp_path, file
+):
     folder = tmp_path / "run"
     size = (whole / "checkpoint-17" / file).stat().st_size
     code, printed = run(folder, moment=("checkpoint", 2, str(size // 2)), save_total_limit=2)
@@ -541,7 +543,7 @@ def test_a_flipped_byte_in_any_file_is_found_by_name(whole, tmp_path):
     assert find_damage(step) == "trainer_state.json"
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_resumed(run, whole, tmp_path):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_resumed(run, whole, tmp_path):
     folder = tmp_path / "run"
     moment = ("batch", 31, signal.SIGKILL)
     assert run(folder, save_total_limit=3, moment=moment)[0] == KILLED
@@ -552,7 +554,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_resumed(run, whole, tm
     _assert_same(folder, whole)
 
 
-def test_a_damaged_best_model_is_not_taken(run, tmp_path):
+def test_a_damaged_best_model_is_not_loaded(run, tmp_path):
     best = {"load_best_model_at_end": True, "greater_is_better": True}  # so that it is the first
     best |= {"save_total_limit": 9, "eval_steps": 4, "save_steps": 4}
     folder = tmp_path / "run"
@@ -575,7 +577,7 @@ class _Attack:
 
 
 def _reseal(step: Path) -> None:
-    """Write the checksums of what is there, as whoever made the checkpoint can."""
+    """Write the checksums of the files as they are, as an attacker can."""
     path = step / "trainer_state.json"
     state = json.loads(path.read_text())
     record = state["stateful_callbacks"][RECORD]
@@ -638,7 +640,7 @@ def test_a_file_of_the_wrong_type_or_shape_is_refused_in_a_sentence(
     _reseal(path.parent)
     code, printed = run(folder, "--resume", max_steps=8)
     assert code == 2 and "Traceback" not in printed, printed
-    assert f"{path.parent} cannot be resumed from, as " in printed
+    assert f"Cannot resume from {path.parent}: " in printed
 
 
 @pytest.mark.parametrize(

@@ -36,11 +36,11 @@ def random_matrix(*shape: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("fused", [True, False])
 def test_the_adamw_recipe_equals_torch(fused):
     model = tiny_model("gpt2")
-    twin = copy.deepcopy(model)
+    clone = copy.deepcopy(model)
     ours = build_optimizer(model, recipe="adamw", learning_rate=3e-3, eps=1e-7)
     settings = {"lr": 3e-3, "betas": (0.9, 0.95), "eps": 1e-7, "fused": fused}
-    matrices = [p for p in twin.parameters() if p.ndim == 2]
-    vectors = [p for p in twin.parameters() if p.ndim == 1]
+    matrices = [p for p in clone.parameters() if p.ndim == 2]
+    vectors = [p for p in clone.parameters() if p.ndim == 1]
     groups = [
         {"params": matrices, "weight_decay": 0.1},
         {"params": vectors, "weight_decay": 0.0},
@@ -50,8 +50,8 @@ def test_the_adamw_recipe_equals_torch(fused):
         for group in (*ours.param_groups, *torchs.param_groups):
             group["lr"] = 3e-3 / (seed + 1)  # as a schedule does
         step(ours, model, seed)
-        step(torchs, twin, seed)
-        for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
+        step(torchs, clone, seed)
+        for (name, p), q in zip(model.named_parameters(), clone.parameters(), strict=True):
             if fused:
                 assert p.equal(q), name
             else:  # another order of the same operations
@@ -60,9 +60,9 @@ def test_the_adamw_recipe_equals_torch(fused):
 
 def test_the_muon_recipe_gives_embeddings_head_and_norms_to_adamw():
     model = tiny_model("nano")
-    twin = copy.deepcopy(model)
+    clone = copy.deepcopy(model)
     ours = build_optimizer(model, learning_rate=0.01, betas=(0.7, 0.9))
-    named = {n: p for n, p in twin.named_parameters() if p.ndim == 1 or "layers." not in n}
+    named = {n: p for n, p in clone.named_parameters() if p.ndim == 1 or "layers." not in n}
     rest = [p for n, p in named.items() if "embed_tokens" not in n]
     groups = [
         {"params": [named["model.embed_tokens.weight"]], "lr": 0.05},
@@ -71,7 +71,7 @@ def test_the_muon_recipe_gives_embeddings_head_and_norms_to_adamw():
     torchs = torch.optim.AdamW(groups, betas=(0.7, 0.9), weight_decay=0.0, fused=True)
     for seed in range(5):
         step(ours, model, seed)
-        step(torchs, twin, seed)
+        step(torchs, clone, seed)
     after = dict(model.named_parameters())
     assert len(named) == 2 + 3 * 4 + 1
     assert all(after[name].equal(p) for name, p in named.items())
@@ -231,20 +231,20 @@ def test_an_unknown_recipe_is_refused_with_the_nearest():
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_a_reloaded_state_goes_on_bitwise_the_same(recipe):
+def test_a_reloaded_state_continues_bitwise_the_same(recipe):
     model = tiny_model("nano")
     optimizer = build_optimizer(model, recipe=recipe, momentum_warmup=5)
     for seed in range(3):
         step(optimizer, model, seed)
     saved = io.BytesIO()
     torch.save(optimizer.state_dict(), saved)
-    twin = copy.deepcopy(model)
-    resumed = build_optimizer(twin, recipe=recipe, learning_rate=123.0)
+    clone = copy.deepcopy(model)
+    resumed = build_optimizer(clone, recipe=recipe, learning_rate=123.0)
     resumed.load_state_dict(torch.load(io.BytesIO(saved.getvalue()), weights_only=True))
     for seed in range(3, 6):
         step(optimizer, model, seed)
-        step(resumed, twin, seed)
-    for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
+        step(resumed, clone, seed)
+    for (name, p), q in zip(model.named_parameters(), clone.parameters(), strict=True):
         assert p.equal(q), name
         for key, value in optimizer.state[p].items():
             assert value.dtype == resumed.state[q][key].dtype

@@ -4,7 +4,8 @@ import pytest
 from conftest import ROOT
 
 from hf_nanogpt import NanoGPTForCausalLM, build_optimizer, list_recipes
-from hf_nanogpt.training.arguments import make_config, parse_settings
+from hf_nanogpt.training.arguments import parse_settings
+from hf_nanogpt.training.preparing import make_config
 
 RECIPES = ROOT / "hf_nanogpt" / "recipes"
 

@@ -1,4 +1,4 @@
-"""Nothing that only shows may stop what trains, and no closed or full stream is a traceback."""
+"""Output that cannot be written never stops a training and never shows a traceback."""
 
 import io
 import json

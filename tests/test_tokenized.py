@@ -263,7 +263,7 @@ def test_settings_that_do_not_go_with_tokens_are_refused(table, tmp_path):
     [
         (["{data}"], "hf-nanogpt tokenize DATA FOLDER"),
         (["{data}", "--tokenizer=char"], "hf-nanogpt tokenize DATA FOLDER"),
-        (["{data}", "out", "--tokeniser=char"], "did you mean --tokenizer"),
+        (["{data}", "out", "--tokeniser=char"], "Did you mean --tokenizer"),
         (["{data}", "out", "--num_proc=0"], "num_proc=0 must be a whole number, at least 1"),
         (["missing.txt", "out"], "was not found"),
     ],

@@ -253,7 +253,7 @@ def test_two_processes_see_different_data_and_agree(text_file, tmp_path):
     assert metrics["train_tokens"] == 2 * 3 * 4 * 32
 
 
-def test_training_goes_on_from_a_checkpoint(checkpoint, text_file, tmp_path):
+def test_training_continues_from_a_checkpoint(checkpoint, text_file, tmp_path):
     settings = {name: SMALL[name] for name in ("disable_tqdm", "logging_steps", "num_threads")}
     settings |= {"data": str(text_file), "max_steps": 3, "learning_rate": 1e-9}
     result = train("finetune", start_from=checkpoint, output_dir=str(tmp_path / "a"), **settings)

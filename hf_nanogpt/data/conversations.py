@@ -54,13 +54,8 @@ def add_chat_template(
     known, tokenizer.chat_template = len(tokenizer), template
     special = {"extra_special_tokens": [_START, _END]}
     tokenizer.add_special_tokens(special, replace_extra_special_tokens=False)
-    if model is None:
-        return
-    _add_rows(model, known, len(tokenizer))
-    if model.can_generate():
-        eos = model.generation_config.eos_token_id
-        stops = [*(eos if isinstance(eos, list) else [eos]), tokenizer.convert_tokens_to_ids(_END)]
-        model.generation_config.eos_token_id = sorted({stop for stop in stops if stop is not None})
+    if model is not None:
+        fit_model(model, tokenizer, known=known)
 
 
 def check_chat_template(name: str | None) -> None:
@@ -70,13 +65,25 @@ def check_chat_template(name: str | None) -> None:
 
 
 @torch.no_grad()
-def _add_rows(model: PreTrainedModel, known: int, size: int) -> None:
+def fit_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, known: int) -> None:
+    """Fit a model to a tokenizer that has got our template after its first `known` tokens.
+
+    The model's rows for the new tokens start as the mean of the others, and its `generate()` stops
+    at the end of a message. Nothing changes for a tokenizer with another template.
+    """
+    if tokenizer.chat_template != _CHATML.read_text(encoding="utf-8"):
+        return
+    size = len(tokenizer)
     if size > model.config.vocab_size:  # a padded vocabulary may have room already
         model.resize_token_embeddings(size, mean_resizing=False)
     if size > known:
         for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
             if layer is not None:  # a classifier does not predict tokens
                 layer.weight[known:size] = layer.weight[:known].mean(dim=0)
+    if model.can_generate():
+        eos = model.generation_config.eos_token_id
+        stops = [*(eos if isinstance(eos, list) else [eos]), tokenizer.convert_tokens_to_ids(_END)]
+        model.generation_config.eos_token_id = sorted({stop for stop in stops if stop is not None})
 
 
 def read_conversations(table: Documents, columns: list[str], *, data: str) -> Documents:

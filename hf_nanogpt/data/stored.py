@@ -33,14 +33,15 @@ from .. import __version__
 from ..checkpoint.folder import check_writable, clear_abandoned, staged_folder
 from ..errors import UserError, one_line, without_secrets
 from ..untrusted import read_json
-from .conversations import MESSAGES, Documents, add_chat_template
+from .conversations import MESSAGES, Documents
+from .corpus import Corpus, prepare_tokenizer, tokenize_sides
 from .documents import DataArguments, load_documents
 from .encoding import DocumentEncoder
-from .packing import Tokens, tokenize_documents
+from .packing import Tokens
 from .processes import run_in_order
 from .sources import TOKENIZED, find_files
 from .token_files import find_token_files, load_token_files
-from .tokenization import TRAINED, load_tokenizer, make_tokenizer
+from .tokenization import TRAINED, load_tokenizer
 
 _CHARACTERS = 10_000_000  # of text in one file: the most that an interruption costs a process
 _PACKAGES = ("datasets", "pyarrow", "tokenizers", "transformers")  # that decide the content
@@ -53,23 +54,21 @@ _NOT_THE_CONTENT = ("context_length", "num_proc")  # settings that change nothin
 def load_tokens(
     args: DataArguments, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> tuple[PreTrainedTokenizerBase, Tokens, Tokens]:
-    """Return the tokenizer and the tokens of both sides: to train on, and to validate on.
+    """Return the tokenizer and the tokens of both sides: to train on, and to validate on."""
+    corpus = prepare_data(args)
+    tokenizer = prepare_tokenizer(args, corpus, tokenizer)
+    return tokenizer, *tokenize_sides(args, corpus, tokenizer)
 
-    Text is tokenised by `tokenizer`; without one, by the tokenizer that `args` names, which is
-    trained or loaded here. A folder of tokens has its own tokenizer; a `tokenizer` that is passed
-    must contain it, and is returned instead. The one returned has the chat template that `args`
-    asks for, unless it already had one; a model that goes with it is up to the caller.
+
+def prepare_data(args: DataArguments) -> Corpus:
+    """Load the text, or open the tokens, that `args` names.
 
     Raises:
         UserError: as `load_documents`; or a folder of tokens is incomplete or does not fit.
     """
     folder = Path(args.data).expanduser()
     if not holds_tokens(folder):
-        documents, held_out = load_documents(args)
-        tokenizer = tokenizer or make_tokenizer(args, documents)
-        add_chat_template(tokenizer, args.chat_template)
-        tokenise = partial(tokenize_documents, tokenizer=tokenizer, num_proc=args.num_proc)
-        return tokenizer, tokenise(documents), tokenise(held_out)
+        return Corpus(*load_documents(args))
     if (folder / TOKENIZED).is_file():
         stored, train, validation = _load_folder(folder, args)
     else:
@@ -79,14 +78,7 @@ def load_tokens(
             f"validation_data={without_secrets(args.validation_data)} cannot be used with "
             f"data={args.data}, which already holds tokens to validate on: leave it out."
         )
-    if tokenizer and not stored.get_vocab().items() <= tokenizer.get_vocab().items():
-        raise UserError(
-            f"data={args.data} was tokenised by another tokenizer than the one of the checkpoint: "
-            "give the data that the checkpoint was trained on."
-        )
-    tokenizer = tokenizer or stored
-    add_chat_template(tokenizer, args.chat_template)
-    return tokenizer, train, validation
+    return Corpus(train, validation, stored)
 
 
 def holds_tokens(folder: Path) -> bool:
@@ -238,8 +230,7 @@ def _prepare(
     """Return the tokenizer in the folder, and write it there unless an earlier run did."""
     clear_abandoned(folder)
     if not (folder / "tokenizer").is_dir():
-        tokenizer = make_tokenizer(args, documents)
-        add_chat_template(tokenizer, args.chat_template)
+        tokenizer = prepare_tokenizer(args, Corpus(documents, documents))
         with staged_folder(folder) as staged:
             tokenizer.save_pretrained(staged / "tokenizer")
             _write_json(staged / TOKENIZED, description)

@@ -1,4 +1,4 @@
-"""What a model card has to tell of a training besides its results, as JSON for `metrics.json`."""
+"""What `metrics.json` and the model card say about a training: its results and how to repeat it."""
 
 import platform
 import re
@@ -14,22 +14,59 @@ from ..data.documents import DataArguments
 from ..data.stored import holds_tokens
 from ..hub.publishable import publish_command, publish_place
 from .arguments import NanoGPTTrainingArguments
+from .trainer import NanoGPTTrainer
+
+
+def collect_metrics(
+    trainer: NanoGPTTrainer, seconds: float, *, sample_before: str | None
+) -> dict[str, Any]:
+    """Return the figures of a training that is done.
+
+    With `sample_before`, what the model to start from wrote, its own figures are under `before`.
+    """
+    state, args = trainer.state, trainer.args
+    # Measure again only if the model is not the one that was evaluated last.
+    history = [row for row in state.log_history if "eval_loss" in row]
+    is_last = history and history[-1]["step"] == state.global_step
+    last = history[-1] if is_last and not args.load_best_model_at_end else trainer.evaluate()
+    metrics = {
+        **_pick_figures(last),
+        "eval_tokens": last["eval_tokens"],
+        "eval_bytes": last["eval_bytes"],
+        "num_parameters": trainer.model.num_parameters(),
+        "train_steps": state.global_step,
+        "train_tokens": state.num_input_tokens_seen,
+        "train_seconds": round(seconds, 2),
+        **trainer.speed.summarize(state),
+    }
+    history = [row for row in state.log_history if "eval_loss" in row]  # with the one just made
+    if sample_before is not None and history[0]["step"] == 0:
+        metrics["before"] = _pick_figures(history[0]) | {"sample": sample_before}
+    return metrics
+
+
+def _pick_figures(row: dict[str, float]) -> dict[str, float]:
+    return {
+        "eval_loss": row["eval_loss"],
+        "perplexity": row["eval_perplexity"],
+        "bits_per_byte": row["eval_bits_per_byte"],
+    }
 
 
 def collect_facts(
     recipe: str,
     flags: Sequence[str],
-    *,
-    start_from: str | Path | None = None,
+    start_from: str | Path | None,
     data_args: DataArguments,
     args: NanoGPTTrainingArguments,
-    context_length: int,
+    context_length: int | None,
 ) -> dict[str, Any]:
     """Return data, command, settings, hardware and versions of a training.
 
-    They are made to be published: only listed settings are shown, an address without user and
-    query, which may be secrets, and an absolute path by its last part.
+    They are made to be published: only the settings listed here are shown, an address without user
+    and query, which may be secrets, and an absolute path by its last part.
     """
+    # The command that repeats the training, and the size of a step.
     start = ["--from", str(start_from)] if start_from else []
     batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     return {
@@ -61,25 +98,26 @@ def _describe_adapter(args: NanoGPTTrainingArguments) -> str | None:
 
 
 def _is_hub_dataset(data: str) -> bool:
-    """Say whether data that was loaded came from the Hub: it looks so, and is no path here."""
+    """Say whether data came from the Hub: it looks like an id, and is not a path."""
     return not Path(data).exists() and bool(re.fullmatch(r"[\w.-]+/[\w.-]+", data))
 
 
 def _repeat_evaluation(data_args: DataArguments) -> list[str] | None:
-    """Return the arguments of `hf-nanogpt eval` that measure on the same text, where it can."""
+    """Return the arguments of `hf-nanogpt eval` that measure on the same text, if it can."""
     default, folder = DataArguments(), Path(data_args.data)
+    # Not on tokens without their text, nor on what `eval` has no flags for.
     if holds_tokens(folder):
         return None
     if data_args.streaming or data_args.dataset_config or data_args.dataset_split != "train":
         return None
-    words = ["--data", publish_place(data_args.validation_data or data_args.data)]
+    flags = ["--data", publish_place(data_args.validation_data or data_args.data)]
     if not data_args.validation_data:
-        words += ["--held_out", str(data_args.validation_fraction)]
+        flags += ["--held_out", str(data_args.validation_fraction)]
     if data_args.text_column != default.text_column:
-        words += ["--text_column", data_args.text_column]
+        flags += ["--text_column", data_args.text_column]
     if data_args.context_length:
-        words += ["--context_length", str(data_args.context_length)]
-    return words
+        flags += ["--context_length", str(data_args.context_length)]
+    return flags
 
 
 def _describe_hardware(args: NanoGPTTrainingArguments) -> str:

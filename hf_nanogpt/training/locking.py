@@ -17,26 +17,26 @@ logger = logging.get_logger(__name__)
 
 @contextmanager
 def lock_output_dir(output_dir: str | Path) -> Iterator[None]:
-    """Keep every other training out of a folder, which is made if need be.
+    """Keep every other training out of a folder, and create the folder if it does not exist.
 
-    A training that is killed leaves the file `.lock`, which then holds nobody back. Folders that
-    were made and stay empty are removed at the end.
+    A killed training leaves the file `.lock` behind, which then blocks nobody. Folders that were
+    created here and are still empty are removed at the end.
 
     Raises:
         UserError: another training has the folder, or it cannot be written to.
     """
     folder = Path(output_dir)
     check_writable(folder, name="output_dir")
-    made = [p for p in (folder, *folder.parents) if not os.path.exists(p)]
+    created = [p for p in (folder, *folder.parents) if not os.path.exists(p)]
     lock = _take_lock(folder)
     try:
         yield
     finally:
         with suppress(OSError):  # somebody has removed the folder
-            (folder / LOCK).unlink()  # while it is still ours
+            (folder / LOCK).unlink()  # before the lock is free, or it could be another's file
         os.close(lock)
-        with suppress(OSError):  # something is in it
-            for path in made:
+        with suppress(OSError):  # the folder is not empty
+            for path in created:
                 path.rmdir()
 
 
@@ -45,9 +45,9 @@ def _take_lock(folder: Path) -> int:
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            # A link would lead out of the folder.
+            # Do not follow a link: it would lead out of the folder.
             file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-        except FileNotFoundError:  # another training, which has just ended, made the folder
+        except FileNotFoundError:  # another training has just ended and removed its folder
             continue
         except OSError as error:
             raise UserError(
@@ -61,20 +61,20 @@ def _take_lock(folder: Path) -> int:
             holder = "".join(filter(str.isprintable, text)) or "another process"
             os.close(file)
             raise UserError(
-                f"output_dir={folder} is in use: {holder} trains there. Wait until it has ended, "
-                "or choose another output_dir."
+                f"output_dir={folder} is in use: {holder} trains there. Wait for it to end, or "
+                "choose another output_dir."
             ) from error
-        except OSError as error:  # of a file system without locks
+        except OSError as error:  # a file system without locks
             logger.warning(
                 f"{folder} cannot be locked ({error.strerror}): make sure that no other training "
                 "writes there."
             )
         if _is_open(path, file):
-            with suppress(OSError):  # on a full disk others do not learn who has it
+            with suppress(OSError):  # on a full disk, others do not learn who has the lock
                 os.ftruncate(file, 0)
                 os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
             return file
-        os.close(file)  # whoever had it has removed it before it was locked here
+        os.close(file)  # the former holder removed the file before it was locked here: try again
 
 
 def _is_open(path: Path, file: int) -> bool:

@@ -1,8 +1,7 @@
-"""LoRA through PEFT: small trainable matrices beside a model's frozen ones, merged at the end."""
+"""LoRA (Hu et al. 2021, arXiv:2106.09685) through PEFT: train small matrices, then merge them."""
 
 import warnings
 import zlib
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,49 +9,21 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checkpoint.folder import explain_write_errors, staged_folder
-from ..errors import UserError
-
-
-@dataclass
-class LoraArguments:
-    """Whether to train all weights or a LoRA adapter (Hu et al. 2021, arXiv:2106.09685)."""
-
-    lora: bool = field(
-        default=False, metadata={"help": "Train a LoRA adapter of --from, not all of its weights."}
-    )
-    lora_rank: int = field(default=8, metadata={"help": "Rank of what each matrix can change by."})
-    lora_alpha: int = field(default=16, metadata={"help": "The change is scaled by alpha / rank."})
-
-    def __post_init__(self):
-        for name in ("lora_rank", "lora_alpha"):
-            value = getattr(self, name)
-            if value < 1:
-                raise UserError(f"{name}={value} is not possible: give 1 or more.")
-            if not self.lora and value != LoraArguments.__dataclass_fields__[name].default:
-                raise UserError(f"{name}={value} has a meaning with --lora only: add it.")
-        if self.lora:
-            _check_peft()
-
-
-def _check_peft() -> None:
-    try:
-        import peft  # noqa: F401
-    except ImportError as error:
-        raise UserError("lora=True needs a package: pip install 'hf-nanogpt[finetune]'.") from error
+from .arguments import NanoGPTTrainingArguments
 
 
 def add_adapter(
     model: PreTrainedModel,
-    args: LoraArguments,
+    args: NanoGPTTrainingArguments,
     *,
     with_embeddings: bool = False,
     revision: str | None = None,
 ) -> torch.nn.Module:
-    """Return the model with a new adapter, which alone is trainable and changes nothing yet.
+    """Return the model with a new adapter, which changes nothing yet; only it is trainable.
 
     Args:
-        with_embeddings: embedding and head are trained whole beside it, as new tokens need it.
-        revision: of the model on the Hub, for whoever loads the adapter.
+        with_embeddings: train the whole embedding and head too, as new tokens need it.
+        revision: the model's revision on the Hub, for whoever loads the adapter.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -72,9 +43,9 @@ def add_adapter(
 def merge_adapter(
     model: Any, tokenizer: PreTrainedTokenizerBase, output_dir: str | Path, *, save: bool
 ) -> PreTrainedModel:
-    """Return the model of a `PeftModel` with the adapter added in, kept as `output_dir/adapter`.
+    """Return the model with its adapter merged in; save the adapter as `output_dir/adapter`.
 
-    The tokenizer beside it tells PEFT how many rows the embedding has to have below it.
+    The tokenizer saved with it tells PEFT how many rows the embedding of the base model needs.
     """
     run = Path(output_dir)
     if save:
@@ -84,8 +55,8 @@ def merge_adapter(
     return model.merge_and_unload()
 
 
-def describe_adapter(model: Any, args: LoraArguments) -> str | None:
-    """Return what a LoRA training cannot be resumed without: its shape and the weights below."""
+def describe_adapter(model: Any, args: NanoGPTTrainingArguments) -> str | None:
+    """Return what a resumed LoRA training must have in common: its shape and the base weights."""
     if not args.lora:
         return None
     checksum = 0

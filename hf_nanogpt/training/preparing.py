@@ -1,0 +1,130 @@
+"""What a training needs before its first step: data, tokenizer, model and the blocks to learn."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from ..checkpoint.folder import load_checkpoint
+from ..configuration_nanogpt import NanoGPTConfig
+from ..data.conversations import fit_model
+from ..data.corpus import Corpus, tokenize_sides
+from ..data.documents import DataArguments
+from ..data.encoding import is_learnt
+from ..data.packing import PackedBlocks, PackedStream, cut_blocks
+from ..errors import UserError
+from ..evaluation import check_context_length
+from ..modeling_nanogpt import NanoGPTForCausalLM
+from ..presets import load_preset
+from .arguments import NanoGPTTrainingArguments
+
+Blocks: TypeAlias = PackedBlocks | PackedStream
+
+
+@dataclass(frozen=True)
+class Start:
+    """The checkpoint that training continues from; `num_tokens` is the size of its vocabulary."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    num_tokens: int
+
+
+def load_start(checkpoint: str | Path, architecture: dict[str, Any]) -> Start:
+    """Load the checkpoint that training continues from, in float32, as the optimizer needs it."""
+    if architecture:
+        raise UserError(
+            f"{checkpoint} has its own architecture, so {', '.join(architecture)} cannot be set: "
+            "leave it out, and use a recipe without it, such as finetune."
+        )
+    model, tokenizer = load_checkpoint(checkpoint)
+    if (model_type := model.config.model_type) != NanoGPTConfig.model_type:
+        raise UserError(
+            f"{checkpoint} is a model of type {model_type!r}: convert it first by hf-nanogpt "
+            f"convert {checkpoint} FOLDER, then train --from FOLDER."
+        )
+    if tokenizer is None or tokenizer.eos_token_id is None:
+        raise UserError(f"{checkpoint} has no tokenizer with an eos_token to end documents with.")
+    return Start(model.float().train(), tokenizer, len(tokenizer))
+
+
+def check_architecture(
+    architecture: dict[str, Any], data_args: DataArguments, start: Start | None
+) -> tuple[int, int]:
+    """Return the context of the model to train and the length of its blocks, in tokens.
+
+    An impossible architecture is refused here, not after minutes of preparing data for it. Only the
+    vocabulary is not known yet.
+    """
+    if start:
+        config = start.model.config
+    else:
+        config = make_config(architecture, vocab_size=data_args.vocab_size)
+    length = check_context_length(config, data_args.context_length)
+    return config.max_position_embeddings, length
+
+
+def make_config(architecture: dict[str, Any], **fields: Any) -> NanoGPTConfig:
+    """Return the configuration of parsed architecture settings, with `fields` added."""
+    overrides = {name: value for name, value in architecture.items() if name != "preset"}
+    return load_preset(architecture.get("preset", "nano"), **overrides, **fields)
+
+
+def prepare_model(
+    architecture: dict[str, Any],
+    data_args: DataArguments,
+    args: NanoGPTTrainingArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    start: Start | None,
+) -> PreTrainedModel:
+    """Return a new model for the tokenizer's vocabulary, or the one that training continues from.
+
+    With a chat template, its `generate()` stops at the end of a message.
+    """
+    # `known` is how many tokens of the tokenizer the model has rows for.
+    if start:
+        model, known = start.model, start.num_tokens
+    else:
+        names = ("bos_token_id", "eos_token_id", "pad_token_id")
+        special = {name: getattr(tokenizer, name) for name in names}
+        config = make_config(architecture, vocab_size=len(tokenizer), **special)
+        set_seed(args.seed)
+        model, known = NanoGPTForCausalLM(config), len(tokenizer)
+    # The chat template may have added tokens to the tokenizer of a checkpoint.
+    if data_args.chat_template:
+        fit_model(model, tokenizer, known=known)
+    return model
+
+
+def prepare_blocks(
+    data_args: DataArguments,
+    args: NanoGPTTrainingArguments,
+    corpus: Corpus,
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+) -> tuple[Blocks, Blocks]:
+    """Tokenise the corpus, and cut it into the blocks to train and to validate on.
+
+    Raises:
+        UserError: nothing can be learnt from the blocks, or they never end.
+    """
+    train, validation = tokenize_sides(data_args, corpus, tokenizer)
+    # The seed shuffles a stream; blocks on disk are shuffled by Trainer.
+    seed = args.seed if args.data_seed is None else args.data_seed
+    cut: dict[str, Any] = {"context_length": length, "eos_token_id": tokenizer.eos_token_id}
+    blocks = cut_blocks(train, seed=seed, **cut)
+    # Refuse blocks from which nothing can be learnt, and a training without an end.
+    if isinstance(blocks, PackedStream):
+        if args.max_steps <= 0:
+            raise UserError(f"max_steps={args.max_steps}: a stream has no end, so give max_steps.")
+    elif len(blocks) == 1 and (tokens := len(blocks[0]["input_ids"])) < length:
+        raise UserError(
+            f"The training text has {tokens} tokens, fewer than one block of context_length="
+            f"{length}: give more text, or a smaller block_size or context_length."
+        )
+    elif not any(is_learnt(blocks[i]["input_ids"]).any() for i in range(len(blocks))):
+        raise UserError(
+            "The training data has no message of the assistant, so there is nothing to learn."
+        )
+    return blocks, cut_blocks(validation, **cut)

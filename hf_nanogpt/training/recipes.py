@@ -1,0 +1,64 @@
+"""Recipes: YAML files of settings that could also be given as flags.
+
+A recipe is read as if it stood on the command line before the flags, so both are checked alike and
+flags win.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError, did_you_mean
+from ..untrusted import parse_yaml
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+_SECTIONS = ("data", "model", "training", "lora")
+
+
+def list_recipes() -> list[str]:
+    """Return the names of the recipes that come with the package."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def read_recipe(recipe: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the settings of a recipe, and those that replace some of them with `--lora`."""
+    path = Path(recipe)
+    if path.suffix not in (".yaml", ".yml"):
+        path = RECIPES / f"{recipe}.yaml"
+    if not path.is_file():
+        known = list_recipes()
+        raise UserError(
+            f"recipe={recipe} is unknown.{did_you_mean(str(recipe), known)} Known: "
+            f"{', '.join(known)}, or the path of a .yaml file."
+        )
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"recipe={recipe} is not valid YAML: {error}") from error
+    sections = parse_yaml(text, where=f"recipe={recipe}")
+    # An empty section is None.
+    if (
+        not isinstance(sections, dict)
+        or set(sections) - set(_SECTIONS)
+        or not all(isinstance(section, dict | None) for section in sections.values())
+    ):
+        raise UserError(
+            f"recipe={recipe} must have the sections {', '.join(_SECTIONS)}, each with settings, "
+            "and no others."
+        )
+    lora_defaults = sections.pop("lora", None) or {}
+    defaults = {name: value for part in sections.values() for name, value in (part or {}).items()}
+    return defaults, lora_defaults
+
+
+def as_flags(settings: dict[str, Any]) -> list[str]:
+    """Return settings as they are written on the command line."""
+    flags = []
+    for name, value in settings.items():
+        if value is None:
+            continue
+        if isinstance(value, dict):
+            value = json.dumps(value)
+        values = value if isinstance(value, list | tuple) else [value]
+        flags += [f"--{name}={values[0]}"] if len(values) == 1 else [f"--{name}", *map(str, values)]
+    return flags

@@ -1,0 +1,249 @@
+"""Checkpoints that a training resumes from exactly, to the bit.
+
+Trainer's checkpoints hold weights, optimizer, schedule and random numbers. Added here: a record of
+the files that belong to a checkpoint, so that half a checkpoint is never taken for a whole one; the
+loss summed since the last log; and the settings, so that a resumed run is the same run. A file that
+does not fit, or that somebody else wrote, is refused in one sentence.
+"""
+
+import math
+import os
+import pickle
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.fsdp import FSDPModule
+from torch.optim import Optimizer
+from transformers import Trainer, TrainerCallback, TrainerState
+from transformers.utils import logging
+
+from ..checkpoint.checksums import RECORD, find_damage, save_state, sum_file
+from ..checkpoint.folder import explain_write_errors, find_last_checkpoint
+from ..errors import UserError, explain_errors
+from ..untrusted import path_inside
+
+logger = logging.get_logger(__name__)
+
+# States of our optimizers that have the shape of their parameter.
+_LIKE_PARAMETER = ("exp_avg", "exp_avg_sq", "momentum_buffer")
+
+
+class ResumableTrainer(Trainer):
+    """A Trainer that resumes exactly and never saves weights or a loss that is not finite.
+
+    `settings` (see run_settings.py) are kept in its checkpoints.
+    """
+
+    def __init__(self, *args, settings: dict[str, Any] | None = None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.settings = settings or {}
+        self.started = time.perf_counter()
+        self._running_losses: list[float] = []
+        self._saved_step = -1
+        self.add_callback(_ResumeCallback(self))
+
+    def train(self, *args, **kwargs):
+        """Train as `Trainer` does, with the callback that restores a run as the last one.
+
+        It may evaluate as training begins, when all other callbacks must be ready.
+        """
+        self.add_callback(self.pop_callback(_ResumeCallback))
+        return super().train(*args, **kwargs)
+
+    def set_initial_training_values(self, args, dataloader):
+        """Turn shares of all steps into steps: Trainer compares them with the checkpoint's."""
+        *values, max_steps = super().set_initial_training_values(args, dataloader)
+        for name in ("logging_steps", "eval_steps", "save_steps"):
+            if 0 < (share := getattr(args, name) or 0) < 1:
+                setattr(args, name, math.ceil(max_steps * share))
+        return (*values, max_steps)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log as `Trainer` does, unless the training or validation loss is not finite."""
+        for name in ("loss", "eval_loss"):
+            self._check_finite(logs.get(name, 0.0), name)
+        super().log(logs, start_time)
+
+    def _check_finite(self, value: float, name: str = "loss") -> None:
+        if math.isfinite(value):
+            return
+        rate, last = self.args.learning_rate, find_last_checkpoint(self.args.output_dir)
+        raise UserError(
+            f"The {name} is {value} at step {self.state.global_step}, so training stops "
+            f"({f'the last good checkpoint is {last}' if last else 'there is no checkpoint yet'}): "
+            f"train again with a learning_rate below {rate:g}, for example {rate / 3:.1g}."
+        )
+
+    def _run_epoch(self, *args, **kwargs):
+        # Trainer checks max_steps only after a step: resumed at the end, it would train once more.
+        if self.state.global_step < self.state.max_steps:
+            return super()._run_epoch(*args, **kwargs)
+        self.control.should_training_stop = True
+
+    # Saving
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Save model and tokenizer as `Trainer` does, but no training_args.bin.
+
+        That file is a pickle and may hold a token; what resuming needs is in `settings`, as JSON.
+        """
+        if not (self.args.should_save or self.is_distributed_loading_by_transformers):
+            return
+        folder, is_main = output_dir or self.args.output_dir, self.args.should_save
+        model = _as_our_class(self.model) if isinstance(self.model, FSDPModule) else self.model
+        model.save_pretrained(folder, state_dict=state_dict, is_main_process=is_main)
+        if is_main and self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+
+    def _save_checkpoint(self, model, trial):
+        if self._saved_step == self.state.global_step:
+            return  # never write over a whole checkpoint
+        # Weights or a loss that are not finite must not take the place of good ones.
+        finite = all(bool(p.isfinite().all()) for p in self.model.parameters())
+        loss = self._tr_loss if finite else self._tr_loss * math.nan
+        self._running_losses = self.accelerator.gather(loss.reshape(1)).tolist()
+        self._check_finite(sum(self._running_losses))
+        # Trainer writes all files, trainer_state.json last, with the record of `_save_rng_state`.
+        run = self._get_output_dir(trial)
+        folder = Path(run) / f"checkpoint-{self.state.global_step}"
+        self.state.save_to_json = partial(save_state, self.state)
+        with explain_write_errors(folder, run=run):
+            super()._save_checkpoint(model, trial)
+        self._saved_step = self.state.global_step
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # Only trainer_state.json is missing now: once it exists, all processes have written theirs.
+        self.accelerator.wait_for_everyone()
+        if not self.args.should_save:
+            return
+        paths = sorted(p for p in Path(output_dir).rglob("*") if p.is_file())
+        files = {p.relative_to(output_dir).as_posix(): p for p in paths}
+        self.state.stateful_callbacks[RECORD] = {
+            "settings": self.settings,
+            "seconds": time.perf_counter() - self.started,
+            "running_losses": self._running_losses,
+            "last_logged": self._globalstep_last_logged,
+            "sizes": {name: p.stat().st_size for name, p in files.items()},
+            "checksums": {name: sum_file(p) for name, p in files.items()},
+        }
+
+    # Loading
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
+        with _explain_loading(resume_from_checkpoint, "the weights"):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint) -> None:
+        with _explain_loading(checkpoint, "optimizer.pt or scheduler.pt"):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            if checkpoint and self.optimizer is not None:
+                _check_shapes(self.optimizer)
+
+    def _load_scaler(self, checkpoint) -> None:
+        with _explain_loading(checkpoint, "scaler.pt"):
+            super()._load_scaler(checkpoint)
+
+    def _load_rng_state(self, checkpoint) -> None:
+        with _explain_loading(checkpoint, "the rng_state"):
+            super()._load_rng_state(checkpoint)
+
+    def _load_best_model(self) -> None:
+        if damaged := find_damage(self.state.best_model_checkpoint):
+            raise UserError(
+                f"{self.state.best_model_checkpoint}/{damaged} is damaged, and that is the best "
+                "model: run again with --resume --load_best_model_at_end False to keep the last."
+            )
+        super()._load_best_model()
+
+
+def _as_our_class(model: Any) -> Any:
+    """Return a model to save a sharded one's state dict by; it has no weights of its own.
+
+    FSDP2 gives a model a class of its own, in a file of torch's, and both names would be saved.
+    """
+    with torch.device("meta"):
+        plain = type(model).__bases__[-1](model.config).to(model.dtype)
+    plain.generation_config = model.generation_config
+    return plain
+
+
+@contextmanager
+def _explain_loading(checkpoint: str | Path | None, file: str) -> Iterator[None]:
+    try:
+        with explain_errors(f"Cannot resume from {checkpoint}: {file} cannot be used"):
+            yield
+    except UserError as error:
+        if isinstance(error.__cause__, pickle.UnpicklingError):  # torch runs no code in a file
+            raise UserError(
+                f"{checkpoint} holds more than tensors and numbers in {file}, which was not "
+                "loaded: do not use it."
+            ) from error
+        raise
+
+
+def _check_shapes(optimizer: Optimizer) -> None:
+    """Refuse averages that do not fit their parameter: otherwise the first step would fail."""
+    inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+    for parameter, state in inner.state.items():
+        for name in _LIKE_PARAMETER:
+            if name in state and state[name].shape != parameter.shape:
+                raise UserError(
+                    f"{name} has the shape {tuple(state[name].shape)}, and its parameter "
+                    f"{tuple(parameter.shape)}"
+                )
+
+
+class _ResumeCallback(TrainerCallback):
+    """Restore what `Trainer` leaves out when it loads a checkpoint."""
+
+    def __init__(self, trainer: ResumableTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        trainer, record = self.trainer, state.stateful_callbacks.get(RECORD, {})
+        trainer.started = time.perf_counter() - record.get("seconds", 0.0)
+        trainer._saved_step = state.global_step or -1
+        if state.global_step == 0:
+            return
+        _check_steps_left(state)
+        state.compute_steps(args, state.max_steps)  # flags win over what the checkpoint says
+        if state.best_global_step is not None:  # the folder may have been moved since
+            best = path_inside(args.output_dir, f"checkpoint-{state.best_global_step}")
+            state.best_model_checkpoint = str(best) if best.is_dir() else None
+        if not record:
+            return
+        # Trainer starts the loss since the last log from 0.
+        losses = record["running_losses"]
+        if len(losses) == args.world_size:
+            trainer._tr_loss += losses[args.process_index]
+            trainer._globalstep_last_logged = record["last_logged"]
+        if state.stateful_callbacks["TrainerControl"]["args"]["should_evaluate"]:
+            self._repeat_evaluation(args, state, control)
+
+    def _repeat_evaluation(self, args, state, control) -> None:
+        """Do the evaluation after the checkpoint's step, which a signal cut short."""
+        trainer, control.should_evaluate = self.trainer, True
+        trainer._maybe_log_save_evaluate(
+            trainer._tr_loss, None, trainer.model_wrapped, None, state.epoch, None, time.time()
+        )
+        if args.should_save:  # in the checkpoint too, or resuming again would evaluate again
+            state.stateful_callbacks["TrainerControl"] = control.state()
+            path = Path(args.output_dir) / f"checkpoint-{state.global_step}/trainer_state.json"
+            save_state(state, f"{path}.new")
+            os.replace(f"{path}.new", path)
+
+
+def _check_steps_left(state: TrainerState) -> None:
+    if state.global_step > state.max_steps:
+        raise UserError(
+            f"max_steps={state.max_steps} is too low: the checkpoint to resume from has already "
+            f"done {state.global_step} steps."
+        )
+    if state.global_step == state.max_steps:
+        logger.warning("This training has done all its steps: only the results are written.")

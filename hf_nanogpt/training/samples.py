@@ -1,0 +1,144 @@
+"""Samples of what a model writes while it learns."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.utils import logging
+
+from ..analysis.plots import replace_file
+from ..data.documents import DataArguments
+from ..data.encoding import decode_ids, is_learnt
+from ..data.sources import STDLIB
+from ..errors import UserError, printable
+from ..generation import generate_text
+from .arguments import NanoGPTTrainingArguments
+from .callbacks import SpeedCallback, warn_if_unwritable
+
+logger = logging.get_logger(__name__)
+
+
+class SampleCallback(TrainerCallback):
+    """Show how the model continues a prompt as it learns, and collect the texts in samples.jsonl.
+
+    A sample comes at each evaluation, or every `args.sample_steps`. It does not change training by
+    a bit. Do not use it where weights are sharded: one process alone cannot gather them.
+    """
+
+    def __init__(self, prompt: str, speed: SpeedCallback):
+        self.prompt, self.speed = prompt, speed
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.path = Path(args.output_dir) / "samples.jsonl"
+        self.active = state.is_world_process_zero
+        every = args.sample_steps
+        self.every = math.ceil(every * state.max_steps) if every and every < 1 else every
+        # From an earlier run, keep the samples up to the checkpoint that it resumes from.
+        rows: list[str] = []
+        with warn_if_unwritable(f"The former content of {self.path}"):
+            if self.path.is_file():
+                rows = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+        self.rows = [row for row in rows if _read_step(row) <= state.global_step]
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        if self.every is None:
+            self._sample(args, state, **kwargs)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.every and state.global_step % self.every == 0:
+            self._sample(args, state, **kwargs)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.active = False
+
+    def _sample(self, args, state, *, model, processing_class, **kwargs) -> None:
+        if not self.active:
+            return
+        # The time that a sample takes is not training.
+        with self.speed.paused():
+            text = draw_sample(
+                model, processing_class, self.prompt, max_new_tokens=40, seed=args.seed
+            )
+            self.active = bool(text)  # what did not work once will not work later
+            if not text:
+                return
+            # Rewrite the whole file: it may hold samples after the step of a resumed run.
+            self.rows.append(json.dumps({"step": state.global_step, "text": text}) + "\n")
+            with warn_if_unwritable(str(self.path)):
+                replace_file(self.path, "".join(self.rows).encode())
+            if not args.disable_tqdm:
+                with warn_if_unwritable("A sample"):
+                    tqdm.write(printable(_shorten(text, self.prompt)))
+
+
+def _read_step(row: str) -> float:
+    """Return the step in a line of samples.jsonl, or infinity if it is not such a line."""
+    try:
+        return float(json.loads(row)["step"])
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return math.inf
+
+
+def _shorten(text: str, prompt: str) -> str:
+    """Return three lines of a text, starting with the last two of a longer prompt."""
+    lines, asked = ([line for line in part.splitlines() if line.strip()] for part in (text, prompt))
+    first = max(0, len(asked) - 2)
+    return "\n".join(f"  | {line}" for line in lines[first : first + 3])
+
+
+def choose_prompt(
+    args: NanoGPTTrainingArguments,
+    data_args: DataArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    held_out: np.ndarray,
+) -> str:
+    """Return the prompt of the samples: the user's, or the start of a held-out block.
+
+    Of a conversation, that is everything before the first answer.
+    """
+    if args.sample_prompt is not None:
+        return args.sample_prompt
+    if data_args.data == STDLIB:
+        return "def main("
+    if not (learnt := is_learnt(held_out)).all():
+        end = learnt.argmax() or len(held_out) // 2  # without an answer, half of the question
+        return tokenizer.decode(decode_ids(held_out[:end]))
+    # Of a text, the first three words, which are not too long.
+    words = tokenizer.decode(held_out, skip_special_tokens=True).split()
+    return " ".join(words[:3])[: min(40, len(held_out) // 2)]
+
+
+def draw_sample(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    *,
+    max_new_tokens: int,
+    seed: int,
+) -> str:
+    """Return the prompt with what the model writes after it, shorter if the context is short.
+
+    If the prompt fills the context or the weights have become NaN, a warning says so and the result
+    is empty: training does not fail because of a sample.
+    """
+    was_training = model.training
+    try:
+        # Leave at least one token of the context to write into.
+        room = model.config.max_position_embeddings - max(1, len(tokenizer(prompt)["input_ids"]))
+        [text] = generate_text(
+            model.eval(),
+            tokenizer,
+            prompt,
+            max_new_tokens=max(1, min(max_new_tokens, room)),
+            temperature=0.7,
+            seed=seed,
+        )
+        return text
+    except (UserError, RuntimeError) as error:
+        logger.warning_once(f"The model cannot write a sample: {error}")
+        return ""
+    finally:
+        model.train(was_training)
