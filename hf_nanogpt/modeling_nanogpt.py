@@ -37,15 +37,13 @@ from .configuration_nanogpt import NanoGPTConfig
 # model accepts both names and returns the one that the installed release uses. Before 5.24, `cache`
 # was the paged cache of continuous batching, which only the attention function reads.
 CACHE = "cache" if "cache" in BaseModelOutputWithPast.__annotations__ else "past_key_values"
-# The keyword arguments that `forward` accepts beyond those in its signature.
+# The keyword arguments that `forward` takes beyond its signature: for the loss; for the attention
+# functions of flash attention, continuous batching and vLLM; and, as in Llama, some to ignore.
 KEYWORDS = frozenset(TransformersKwargs.__annotations__) | {
-    # for the loss
     *("num_items_in_batch", "shift_labels", "ignore_index"),
-    # for the attention functions of flash attention, continuous batching and vLLM
     *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"),
     *("cache", "block_table", "read_index", "write_index", "logits_indices"),
     *("logits_processor_args", "max_seqlen_q", "max_seqlen_k", "attention_instances"),
-    # from tokenizers and `generate`; ignored, as Llama does
     *("token_type_ids", "tokenizer", "assistant_tokenizer", "return_dict"),
 }
 
@@ -135,12 +133,9 @@ class NanoGPTRotaryEmbedding(nn.Module):
         base, dim = config.rope_parameters["rope_theta"], config.head_dim
         return 1.0 / (base ** (torch.arange(0, dim, 2, dtype=torch.float) / dim)), 1.0
 
-    @torch.no_grad()
-    @dynamic_rope_update
-    def forward(
-        self, x: torch.Tensor, position_ids: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        freqs = position_ids[..., None].float() * self.inv_freq.to(x.device).float()
+    @dynamic_rope_update  # some scalings depend on the longest position seen
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        freqs = position_ids[..., None].float() * self.inv_freq.to(x.device).float()  # (B, T, D/2)
         emb = torch.cat((freqs, freqs), dim=-1)  # (B, T, D)
         cos = emb.cos() * self.attention_scaling
         sin = emb.sin() * self.attention_scaling
@@ -289,15 +284,10 @@ class NanoGPTDecoderLayer(GradientCheckpointingLayer):
         self.mlp = NanoGPTMLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(
-        self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
-    ) -> torch.Tensor:
-        """Pass on states (B, T, C); `kwargs` are the arguments of the attention.
-
-        The weights that attention returns as well are recorded by a hook, if somebody asked for
-        them (`_can_record_outputs` below).
-        """
+    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+        """Map states (B, T, C) to states; `kwargs` are the arguments of attention."""
         residual = hidden_states
+        # Attention returns its weights too: a hook records them if `output_attentions` asks for it.
         if self.norm_position == "pre":  # as in Llama
             hidden_states, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
             hidden_states = residual = residual + self.dropout(hidden_states)
@@ -408,9 +398,7 @@ class NanoGPTModel(NanoGPTPreTrainedModel):
         `position_ids` (B, T) that start again at 0 mark packed documents, which do not see each
         other as long as `attention_mask` is None.
 
-        Raises:
-            ValueError: both inputs or none are given, or the cache cannot be used as asked.
-            TypeError: a keyword argument that no part of the model reads.
+        Raises ValueError for inputs that contradict each other, TypeError for an unknown keyword.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
@@ -437,19 +425,18 @@ class NanoGPTModel(NanoGPTPreTrainedModel):
         elif attention_mask is None and "cu_seq_lens_q" not in kwargs:
             self._check_packing(position_ids, filled)
 
-        # One mask for each layer type: (B, 1, T, S), which adds the padding and the borders of
-        # documents to "not the future"; or None where the kernel's own causal mask
-        # (`is_causal`) is all it takes. `generate` makes them itself for static caches.
+        # The causal mask of each layer type, (B, 1, T, S): it hides the future, what is outside the
+        # window, padding and other documents. It is None if the kernel's own causal mask will do
+        # (`is_causal`). For a static cache `generate` has made the masks already.
         causal_masks = attention_mask
         if not isinstance(causal_masks, dict):
-            # transformers looks for packed documents only if it is given no cache.
-            cache = filled if attention_mask is None else past_key_values
             causal_masks = create_masks_for_generate(
                 config=self.config,
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                **{CACHE: cache},
+                # transformers looks for packed documents only if there is no cache.
+                **{CACHE: filled if attention_mask is None else past_key_values},
             )
         if not isinstance(causal_masks, dict):  # 5.5 to 5.12, if all layers are of one type
             causal_masks = dict.fromkeys(self.config.layer_types, causal_masks)
@@ -478,12 +465,9 @@ class NanoGPTModel(NanoGPTPreTrainedModel):
         )
 
     def _check_packing(self, position_ids: torch.Tensor, cache: Cache | None):
-        """Raise if packed documents would see each other.
-
-        A static or filled cache cannot keep them apart. Flash attention can, if the batch is one
-        sequence or `cu_seq_lens_q` says where they begin.
-        """
+        """Raise if packed documents would see each other."""
         rows, length = position_ids.shape
+        # Flash attention keeps those of one sequence apart, or of any with `cu_seq_lens_q`.
         flash = rows > 1 and "flash" in self.config._attn_implementation
         if not (flash or isinstance(cache, Cache)) or torch.compiler.is_compiling():
             return
@@ -497,7 +481,7 @@ class NanoGPTModel(NanoGPTPreTrainedModel):
             )
 
     def _check_positions(self, position_ids: torch.Tensor):
-        """Raise before a learned table is read past its end (on a GPU this would have to wait)."""
+        """Raise before a learned table is read past its end; on a GPU a look would cost time."""
         if position_ids.device.type != "cpu" or torch.compiler.is_compiling():
             return
         limit = self.config.max_position_embeddings
@@ -512,10 +496,9 @@ class NanoGPTModel(NanoGPTPreTrainedModel):
 def slice_logits_to_keep(
     hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor
 ) -> torch.Tensor:
-    """Keep some positions of (B, T, C): the last `logits_to_keep` (0 keeps all), or an index.
+    """Return the last `logits_to_keep` positions of (B, T, C) (0 keeps all), or those of an index.
 
-    An index has one dimension for all sequences or two for each its own; one of booleans (B, T)
-    flattens the positions that are True to (N, C).
+    An index is of shape (N,), of (B, N) with a row for each sequence, or (B, T) and boolean.
     """
     if isinstance(logits_to_keep, int):
         return hidden_states[:, -logits_to_keep:]

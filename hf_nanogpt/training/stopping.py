@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.distributed.fsdp import FSDPModule
 from transformers import TrainerCallback
 from transformers.utils import logging
 
@@ -146,7 +147,14 @@ class InterruptibleTrainer(GuardedTrainer):
         if not (self.args.should_save or self.is_distributed_loading_by_transformers):
             return
         folder, is_main = output_dir or self.args.output_dir, self.args.should_save
-        self.model.save_pretrained(folder, state_dict=state_dict, is_main_process=is_main)
+        model = self.model
+        if isinstance(model, FSDPModule):
+            # FSDP2 made a class in a file of torch's, and both names would be saved. This model has
+            # our class and no weights, which are all in `state_dict`.
+            with torch.device("meta"):
+                model = type(self.model).__bases__[-1](self.model.config).to(self.model.dtype)
+            model.generation_config = self.model.generation_config
+        model.save_pretrained(folder, state_dict=state_dict, is_main_process=is_main)
         if is_main and self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
 
