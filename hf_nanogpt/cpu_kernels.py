@@ -82,7 +82,9 @@ class CPURMSNorm(NanoGPTRMSNorm):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if not _runs_eagerly(hidden_states) or self.weight.dtype != torch.float32:
             return super().forward(hidden_states)
-        return _RMSNorm.apply(hidden_states, self.weight, self.variance_epsilon)
+        # Calling an autograd function costs more than the arithmetic of a single token.
+        norm = _RMSNorm.apply if torch.is_grad_enabled() else _RMSNorm.forward
+        return norm(hidden_states, self.weight, self.variance_epsilon)
 
 
 class _Rotation(torch.autograd.Function):
@@ -116,4 +118,5 @@ def apply_rotary_pos_emb_on_cpu(
     if not _runs_eagerly(q) or cos.requires_grad or sin.requires_grad:
         return apply_rotary_pos_emb(q, k, cos, sin)
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    return _Rotation.apply(q, cos, sin), _Rotation.apply(k, cos, sin)
+    rotate = _Rotation.apply if torch.is_grad_enabled() else _Rotation.forward
+    return rotate(q, cos, sin), rotate(k, cos, sin)

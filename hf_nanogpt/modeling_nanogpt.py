@@ -1,4 +1,4 @@
-"""NanoGPT: one decoder-only transformer whose configuration spells out the whole GPT family.
+"""NanoGPT: one decoder-only transformer that becomes any of the GPT family by configuration.
 
 It reads top-down and can be laid beside transformers' `modeling_llama.py`: norm, rotary positions,
 attention, MLP, layer, model, heads. Comments say what differs. In shapes, B is the number of
@@ -89,17 +89,11 @@ class NanoGPTRMSNorm(nn.Module):
         return f"{size}, eps={self.variance_epsilon}"
 
 
-class NanoGPTLayerNorm(nn.LayerNorm):
-    """Layer norm with weight and bias, as in GPT-1 to GPT-3."""
-
-
 def build_norm(config: NanoGPTConfig, size: int) -> nn.Module:
-    """Make the norm that `config.norm_type` names, over a last dimension of `size`.
-
-    The class names matter: transformers initialises what is called `...RMSNorm` or `...LayerNorm`.
-    """
-    if config.norm_type == "layernorm":
-        return NanoGPTLayerNorm(size, eps=config.norm_eps)
+    """Make the norm that `config.norm_type` names, over a last dimension of `size`."""
+    # transformers initialises both by their class names, which have to end in RMSNorm or LayerNorm.
+    if config.norm_type == "layernorm":  # GPT-1 to GPT-3
+        return nn.LayerNorm(size, eps=config.norm_eps)
     return NanoGPTRMSNorm(size, config.norm_eps, weighted=config.norm_type == "rmsnorm")
 
 
@@ -350,10 +344,7 @@ class NanoGPTPreTrainedModel(PreTrainedModel):
             init.uniform_(module.weight, -bound, bound)
 
     def save_pretrained(self, save_directory, *args, **kwargs):
-        """Save as transformers does, and list all classes that can load the folder.
-
-        transformers itself would list only the class that is saved.
-        """
+        """Save as transformers does, but list all the classes that can load the folder."""
         self.config.auto_map = {"AutoConfig": "configuration_nanogpt.NanoGPTConfig"} | {
             auto_class: f"modeling_nanogpt.{cls.__name__}"
             for auto_class, cls in AUTO_CLASSES.items()

@@ -22,7 +22,6 @@ from hf_nanogpt.modeling_nanogpt import (
     NanoGPTAttention,
     NanoGPTForCausalLM,
     NanoGPTForTokenClassification,
-    NanoGPTLayerNorm,
     NanoGPTModel,
     NanoGPTRMSNorm,
     NanoGPTRotaryEmbedding,
@@ -93,7 +92,7 @@ def test_norm_equals_its_formula(norm_type):
         expected = x / (x.square().mean(-1, keepdim=True) + 0.3).sqrt()
         expected = expected * weight if norm_type == "rmsnorm" else expected
     torch.testing.assert_close(norm(x), expected, rtol=0, atol=1e-5)
-    assert isinstance(norm, NanoGPTLayerNorm if norm_type == "layernorm" else NanoGPTRMSNorm)
+    assert isinstance(norm, nn.LayerNorm if norm_type == "layernorm" else NanoGPTRMSNorm)
 
 
 def test_gated_and_plain_mlp_equal_their_formulas():
