@@ -1,7 +1,7 @@
-"""Adapt a checkpoint with PEFT by a loop of one's own; keep the adapter alone, or merge it.
+"""Adapt a checkpoint with PEFT and a training loop; save the adapter, then merge it.
 
 Run: python examples/lora.py CHECKPOINT TEXT FOLDER
-(hf-nanogpt train finetune --lora --from CHECKPOINT --data TEXT does more, with less to type.)
+(`hf-nanogpt train finetune --lora --from CHECKPOINT --data TEXT` does more with less typing.)
 """
 
 import sys
@@ -16,7 +16,9 @@ from hf_nanogpt import PackedCollator, generate_text, load_checkpoint, load_text
 def adapt(checkpoint, text, folder, *, context_length=64, batch_size=8, learning_rate=2e-3):
     """Train once over a text; yield the loss of each step, and write the adapter to `folder`."""
     model, tokenizer = load_checkpoint(checkpoint)
-    model = get_peft_model(model.train(), LoraConfig(task_type="CAUSAL_LM"))
+    # All matrices but the output head. PEFT has defaults for the models it lists, and not for ours.
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear")
+    model = get_peft_model(model.train(), config)
     model.print_trainable_parameters()
 
     blocks = pack_documents(load_text(text), tokenizer, context_length=context_length)
@@ -39,5 +41,5 @@ if __name__ == "__main__":
         print(f"step {step}: loss {loss:.3f}")
     model = AutoPeftModelForCausalLM.from_pretrained(folder)  # the checkpoint and the adapter
     tokenizer = load_checkpoint(checkpoint)[1]
-    whole = model.merge_and_unload()  # a model like any other: save it, export it, serve it
+    whole = model.merge_and_unload()  # a normal model again: save it, export it, serve it
     print(generate_text(whole, tokenizer, "The ", max_new_tokens=40, seed=0)[0])

@@ -2,7 +2,6 @@
 
 import difflib
 import math
-import sys
 from dataclasses import fields
 from typing import Literal
 
@@ -11,24 +10,16 @@ from transformers import GenerationConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
-# Names that the base class consumes from the keyword arguments without having a field for them.
-_BASE_KEYWORDS = {
-    "attn_implementation",
-    "auto_map",
-    "experts_implementation",
-    "name_or_path",
-    "num_labels",
-    "output_attentions",
-    "partial_rotary_factor",
-    "per_layer_config",
-    "quantization_config",
-    "rope_scaling",
-    "rope_theta",
-    "torch_dtype",
+# Names that the base class takes as keyword arguments without having a field for them.
+BASE_KEYWORDS = {
+    *("attn_implementation", "auto_map", "experts_implementation", "name_or_path", "num_labels"),
+    *("output_attentions", "partial_rotary_factor", "per_layer_config", "quantization_config"),
+    *("rope_scaling", "rope_theta", "torch_dtype"),
 }
-
-# All matrices inside the layers; a configuration without a gate or with one finds its own.
-_LORA_TARGETS = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
+SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim"),
+    *("num_attention_heads", "num_key_value_heads", "max_position_embeddings", "sliding_window"),
+)
 
 
 @strict
@@ -37,29 +28,27 @@ class NanoGPTConfig(PreTrainedConfig):
 
     `None` means "derive": `intermediate_size` (4 x `hidden_size`, or 8/3 of it rounded up to a
     multiple of 32 for `mlp_type="glu"`), `num_key_value_heads` (`num_attention_heads`), `head_dim`
-    (`hidden_size / num_attention_heads`), `layer_types` (all sliding where `sliding_window` is set,
+    (`hidden_size / num_attention_heads`), `layer_types` (all sliding if `sliding_window` is set,
     otherwise all full) and `rope_parameters` (base 10000).
 
     The short names of nanoGPT (`n_layer`, `n_head`, `n_embd`, `block_size`, `bias`) and of GPT-2
-    (`n_positions`, `n_inner`) are accepted too. A name that is no field raises a `ValueError`.
+    (`n_positions`, `n_inner`) work too. An unknown name raises a `ValueError`.
 
-    Fields that need a word:
+    Fields that need an explanation:
         position_embedding_type: `"rope"` rotates q and k (RoFormer, arXiv:2104.09864); `"learned"`
             adds a table of `max_position_embeddings` vectors, as GPT-1 to GPT-3 do.
         norm_type: `"rmsnorm"` (arXiv:1910.07467), `"rmsnorm_unweighted"` or `"layernorm"`.
         norm_position: `"pre"` normalises the input of each sublayer and the final state (GPT-2 and
-            after), `"post"` the sum after each sublayer (GPT-1).
+            later), `"post"` the sum after each sublayer (GPT-1).
         embedding_norm: normalise the embeddings before the first layer (nanochat).
         qk_norm: normalise each query and key head before the rotation (Qwen3, nanochat).
         mlp_type: `"glu"` is down(act(gate(x)) * up(x)) (arXiv:2002.05202), `"mlp"` is
             down(act(up(x))).
         dropout: probability, after the embeddings, the attention weights and each sublayer.
-        sliding_window: positions that a `"sliding_attention"` layer sees, its own included.
-        initializer_range: standard deviation of GPT-2's normal initialisation, the projections
-            into the residual stream scaled by 1/sqrt(2 x layers) where `norm_position="pre"`.
-            `None` selects the one made for Muon: embeddings N(0, 1), matrices uniform with variance
-            0.36 / fan-in, zero for the projections into the residual stream and the head, so that
-            the first loss is exactly ln(vocab_size).
+        sliding_window: number of positions that a `"sliding_attention"` layer sees, with its own.
+        initializer_range: standard deviation of GPT-2's normal initialisation; `None` selects the
+            initialisation made for Muon, which starts at a loss of exactly ln(vocab_size). The
+            table of both is at `NanoGPTPreTrainedModel._init_weights`.
     """
 
     model_type = "nanogpt"
@@ -109,6 +98,7 @@ class NanoGPTConfig(PreTrainedConfig):
     pad_token_id: int | None = None
 
     def __post_init__(self, **kwargs):
+        # The base class would resolve short names only after we have derived the other fields.
         for alias, name in self.attribute_map.items():
             if alias in kwargs:
                 setattr(self, name, kwargs.pop(alias))
@@ -116,19 +106,19 @@ class NanoGPTConfig(PreTrainedConfig):
             self.attention_bias = self.mlp_bias = kwargs.pop("bias")
         self._refuse_unknown_names(kwargs)
         self._check_sizes()
-        self._derive()
+        self._derive_missing()
         super().__post_init__(**kwargs)
         if self.position_embedding_type == "learned":
-            self.rope_parameters = None
+            self.rope_parameters = None  # the base class has filled them in
         self.validate_architecture()
         self.base_model_tp_plan = self._tensor_parallel_plan()
 
-    def _refuse_unknown_names(self, kwargs):
-        """Raise on a misspelt field; what else a saved file carries is left to the base class."""
+    def _refuse_unknown_names(self, kwargs: dict):
+        """Raise on a misspelt field; the base class keeps the extra keys of a saved file."""
         if "model_type" in kwargs or self.transformers_version is not None:
-            return
+            return  # from a file
         known = {field.name for field in fields(self)} | {*self.attribute_map, "bias"}
-        allowed = _BASE_KEYWORDS | set(GenerationConfig._get_default_generation_params())
+        allowed = BASE_KEYWORDS | set(GenerationConfig._get_default_generation_params())
         for name in kwargs:
             if name.startswith("_") or name in allowed:
                 continue
@@ -138,46 +128,35 @@ class NanoGPTConfig(PreTrainedConfig):
 
     def _check_sizes(self):
         """Raise on a size that is not positive, before anything is divided by it."""
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "head_dim",
-            "max_position_embeddings",
-            "sliding_window",
-        ):
+        for name in SIZES:
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(
-                    f"{name}={value} is not possible: give a whole number of 1 or more."
-                )
+                raise ValueError(f"{name}={value} must be a whole number, at least 1.")
 
-    def _derive(self):
+    def _derive_missing(self):
         """Fill in every field that was left at `None`."""
         if self.head_dim is None:
             if self.hidden_size % self.num_attention_heads:
                 raise ValueError(
-                    f"hidden_size (n_embd)={self.hidden_size} is not divisible by "
-                    f"num_attention_heads (n_head)={self.num_attention_heads}: choose a multiple "
-                    "of it, or set head_dim."
+                    f"hidden_size (n_embd)={self.hidden_size} must be a multiple of "
+                    f"num_attention_heads (n_head)={self.num_attention_heads}. Change one of them, "
+                    "or set head_dim."
                 )
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
-        if self.intermediate_size is None:
-            glu = self.mlp_type == "glu"
-            self.intermediate_size = (
-                32 * math.ceil(self.hidden_size / 12) if glu else 4 * self.hidden_size
-            )
+        if self.intermediate_size is None and self.mlp_type == "glu":
+            # 8/3 of the width: three matrices then cost as much as two of 4 times the width.
+            self.intermediate_size = 32 * math.ceil(self.hidden_size / 12)
+        elif self.intermediate_size is None:
+            self.intermediate_size = 4 * self.hidden_size
         if self.layer_types is None:
-            kind = "full_attention" if self.sliding_window is None else "sliding_attention"
-            self.layer_types = [kind] * self.num_hidden_layers
+            full = self.sliding_window is None
+            layer_type = "full_attention" if full else "sliding_attention"
+            self.layer_types = [layer_type] * self.num_hidden_layers
 
     def validate_architecture(self):
-        """Check the fields that depend on each other; runs when made, when saved and when built."""
+        """Check the fields that depend on each other: in a new object, a saved one, and a model."""
         self._check_numbers()
         self._check_layers()
         if self.position_embedding_type == "rope":
@@ -186,9 +165,9 @@ class NanoGPTConfig(PreTrainedConfig):
     def _check_numbers(self):
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
-                f"num_key_value_heads={self.num_key_value_heads} does not divide "
-                f"num_attention_heads={self.num_attention_heads}: choose one of its divisors, or "
-                "leave it out."
+                f"num_key_value_heads={self.num_key_value_heads} must divide "
+                f"num_attention_heads={self.num_attention_heads}. Choose one of its divisors, or "
+                "leave num_key_value_heads out."
             )
         if self.hidden_act not in ACT2FN:
             raise ValueError(
@@ -205,19 +184,19 @@ class NanoGPTConfig(PreTrainedConfig):
         allowed = {"full_attention", "sliding_attention"}
         if set(self.layer_types) - allowed or len(self.layer_types) != self.num_hidden_layers:
             raise ValueError(
-                f"layer_types={self.layer_types} must be a list of num_hidden_layers="
-                f"{self.num_hidden_layers} entries out of {sorted(allowed)}."
+                f"layer_types={self.layer_types} must list num_hidden_layers="
+                f"{self.num_hidden_layers} entries, each one of {sorted(allowed)}."
             )
         if "sliding_attention" in self.layer_types and self.sliding_window is None:
             raise ValueError(
-                "sliding_window=None does not go with 'sliding_attention' in layer_types: "
-                "set sliding_window to the positions that these layers see."
+                "layer_types has 'sliding_attention', but sliding_window is None: set "
+                "sliding_window to the number of positions that these layers see."
             )
 
     def _check_rope(self):
         if self.head_dim % 2:
             raise ValueError(
-                f"head_dim={self.head_dim} is odd, and RoPE rotates pairs: choose an even head_dim "
+                f"head_dim={self.head_dim} is odd, but RoPE rotates pairs. Choose an even head_dim "
                 "(hidden_size / num_attention_heads), or position_embedding_type='learned'."
             )
         rope, known = self.rope_parameters, {"default", *ROPE_INIT_FUNCTIONS}
@@ -229,33 +208,20 @@ class NanoGPTConfig(PreTrainedConfig):
         partial = rope.get("partial_rotary_factor") not in (None, 1.0)
         if partial and rope["rope_type"] != "proportional":
             raise ValueError(
-                f"rope_parameters={rope}: whole heads are rotated; leave out "
-                "partial_rotary_factor (only rope_type='proportional' takes it)."
+                f"rope_parameters={rope}: this model rotates whole heads. Leave out "
+                "partial_rotary_factor; only rope_type='proportional' takes it."
             )
 
-    def to_dict(self):
-        """Describe the configuration; PEFT, which asks so, is told where adapters go by default."""
-        # PEFT has a table of this and no way to ask a model. It may be imported at any time, before
-        # us or after, and importing it ourselves would cost all who do without it.
-        if peft := sys.modules.get("peft.utils.constants"):
-            table = peft.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-            table.setdefault(self.model_type, _LORA_TARGETS)
-        return super().to_dict()
-
-    def _tensor_parallel_plan(self):
-        """Say how each linear of a layer is split over devices (rotary and norms need no split)."""
-        attention = {f"layers.*.self_attn.{name}_proj": "colwise" for name in "qkv"}
+    def _tensor_parallel_plan(self) -> dict[str, str]:
+        """Say how tensor parallelism splits each matrix of a layer over the devices."""
+        plan = {f"layers.*.self_attn.{name}_proj": "colwise" for name in "qkv"}
         if self.qk_norm and self.norm_type != "rmsnorm_unweighted":
-            norms = ("q_norm", "k_norm")
-            attention |= {
-                f"layers.*.self_attn.{n}": "replicated_with_grad_allreduce" for n in norms
-            }
-        columns = ("gate_proj", "up_proj") if self.mlp_type == "glu" else ("up_proj",)
-        mlp = {f"layers.*.mlp.{name}": "colwise" for name in columns}
-        rows = {"layers.*.self_attn.o_proj": "rowwise", "layers.*.mlp.down_proj": "rowwise"}
-        return attention | mlp | rows
+            # Every device has these weights whole, and the gradient of its own heads.
+            for name in ("q_norm", "k_norm"):
+                plan[f"layers.*.self_attn.{name}"] = "replicated_with_grad_allreduce"
+        for name in ("gate_proj", "up_proj") if self.mlp_type == "glu" else ("up_proj",):
+            plan[f"layers.*.mlp.{name}"] = "colwise"
+        return plan | {"layers.*.self_attn.o_proj": "rowwise", "layers.*.mlp.down_proj": "rowwise"}
 
 
 NanoGPTConfig.register_for_auto_class()
-
-__all__ = ["NanoGPTConfig"]

@@ -1,8 +1,9 @@
-"""NanoGPT: one decoder-only transformer that is the whole GPT family by configuration.
+"""NanoGPT: one decoder-only transformer that becomes any of the GPT family by configuration.
 
-Read it top-down: norm, positions, attention, MLP, layer, model, heads. Shapes are written with
-B rows, T query positions, S key positions, C = hidden_size, H heads (G key-value heads), D =
-head_dim and V = vocab_size.
+It reads top-down and can be laid beside transformers' `modeling_llama.py`: norm, rotary positions,
+attention, MLP, layer, model, heads. Comments say what differs. In shapes, B is the number of
+sequences, T of query positions, S of key positions, C = hidden_size, H the number of query heads,
+G of key-value heads, D = head_dim and V = vocab_size.
 """
 
 import math
@@ -10,10 +11,9 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_layers import (
@@ -32,97 +32,75 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_nanogpt import NanoGPTConfig
 
-# Where transformers 5.4 to 5.24 differ; nothing below this block asks for a release.
-# 5.24 renamed `past_key_values` to `cache`: as an argument of `forward` and of the functions that
-# make masks, and as a field of the outputs. The model takes both names and answers by the name that
-# the installed release has. Before 5.24, `cache` was the paged cache of continuous batching, which
-# concerned the attention function alone.
+# What differs between transformers 5.4 and 5.24; nothing below this block depends on the release.
+# 5.24 renamed `past_key_values` to `cache`, both as an argument and as a field of the outputs. The
+# model accepts both names and returns the one that the installed release uses. Before 5.24, `cache`
+# was the paged cache of continuous batching, which only the attention function reads.
 CACHE = "cache" if "cache" in BaseModelOutputWithPast.__annotations__ else "past_key_values"
-# What a model may be handed beyond the arguments that it names: for all models, for the loss, and
-# for paged attention and vLLM, which their attention functions read.
+# The keyword arguments that `forward` takes beyond its signature: for the loss; for the attention
+# functions of flash attention, continuous batching and vLLM; and, as in Llama, some to ignore.
 KEYWORDS = frozenset(TransformersKwargs.__annotations__) | {
     *("num_items_in_batch", "shift_labels", "ignore_index"),
     *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"),
     *("cache", "block_table", "read_index", "write_index", "logits_indices"),
     *("logits_processor_args", "max_seqlen_q", "max_seqlen_k", "attention_instances"),
-    # Tokenizers make the first, `generate` passes the others on; Llama ignores them as well.
     *("token_type_ids", "tokenizer", "assistant_tokenizer", "return_dict"),
 }
 
 
 def take_cache(past_key_values: Cache | None, kwargs: dict) -> Cache | None:
-    """Return the cache, under whichever of its names it came, and take it out of `kwargs`.
+    """Return the cache, whichever of its two names it came by, and remove it from `kwargs`.
 
     Raises:
-        TypeError: two caches were given, or a keyword argument that no part of the model reads.
+        TypeError: there are two caches, or a keyword argument that no part of the model reads.
     """
     if unknown := [name for name in kwargs if name not in KEYWORDS and kwargs[name] is not None]:
         raise TypeError(f"forward() got an unexpected keyword argument {unknown[0]!r}.")
     if CACHE != "cache" and not isinstance(kwargs.get("cache"), Cache | None):
-        return past_key_values  # the paged cache of an older release stays where it is
+        return past_key_values  # an older release's paged cache stays in `kwargs`
     cache = kwargs.pop("cache", None)
     if cache is not None and past_key_values is not None and cache is not past_key_values:
-        raise TypeError("forward() got two caches: give past_key_values or cache, not both.")
+        raise TypeError("forward() got two caches: pass past_key_values or cache, not both.")
     return past_key_values if cache is None else cache
 
 
-def _is_eager_cpu(x: torch.Tensor) -> bool:
-    """Say whether each small operation would be one more pass over memory, for nothing fuses."""
-    return x.device.type == "cpu" and x.dtype == torch.float32 and not torch.compiler.is_compiling()
+class NanoGPTRMSNorm(nn.Module):
+    """Scale vectors to a root mean square of 1, then by a weight where the norm has one."""
 
+    def __init__(self, hidden_size: int, eps: float = 1e-6, weighted: bool = True):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size)) if weighted else None
+        self.variance_epsilon = eps
 
-def _normalize(x, eps):
-    square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
-    scale = square.div_(x.shape[-1]).add_(eps).rsqrt_()
-    return x * scale, scale
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        input_dtype = hidden_states.dtype
+        hidden_states = hidden_states.to(torch.float32)
+        variance = hidden_states.pow(2).mean(-1, keepdim=True)
+        hidden_states = hidden_states * torch.rsqrt(variance + self.variance_epsilon)
+        hidden_states = hidden_states.to(input_dtype)
+        if self.weight is not None:
+            # The second cast is not in Llama: under autocast the weight is float32, and queries
+            # and keys must keep the dtype of the values.
+            hidden_states = (self.weight * hidden_states).to(input_dtype)
+        return hidden_states
 
-
-class _RMSNormFunction(torch.autograd.Function):
-    """Weighted root-mean-square norm in fewer passes over memory than autograd takes."""
-
-    @staticmethod
-    def forward(ctx, x, weight, eps):
-        normed, scale = _normalize(x, eps)
-        ctx.save_for_backward(normed, scale, weight)
-        return normed * weight
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        normed, scale, weight = ctx.saved_tensors
-        rows = (grad * normed).flatten(0, -2)
-        along = (rows @ weight).view_as(scale)
-        grad = torch.addcmul(grad * weight, normed, along, value=-1 / weight.numel())
-        return grad.mul_(scale), rows.sum(dim=0), None
-
-
-class NanoGPTRMSNorm(nn.RMSNorm):
-    """Root-mean-square norm, weighted or not; transformers' init looks for this name."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.weight is None or not _is_eager_cpu(x):
-            return super().forward(x)
-        if torch.is_grad_enabled():
-            return _RMSNormFunction.apply(x, self.weight, self.eps)
-        return _normalize(x, self.eps)[0].mul_(self.weight)
-
-
-class NanoGPTLayerNorm(nn.LayerNorm):
-    """Layer norm with weight and bias, as in GPT-1 to GPT-3."""
+    def extra_repr(self) -> str:
+        size = "no weight" if self.weight is None else tuple(self.weight.shape)
+        return f"{size}, eps={self.variance_epsilon}"
 
 
 def build_norm(config: NanoGPTConfig, size: int) -> nn.Module:
-    """Make the norm that the configuration names, over a last dimension of `size`."""
-    if config.norm_type == "layernorm":
-        return NanoGPTLayerNorm(size, eps=config.norm_eps)
-    weighted = config.norm_type == "rmsnorm"
-    return NanoGPTRMSNorm(size, eps=config.norm_eps, elementwise_affine=weighted)
+    """Make the norm that `config.norm_type` names, over a last dimension of `size`."""
+    # transformers initialises both by their class names, which have to end in RMSNorm or LayerNorm.
+    if config.norm_type == "layernorm":  # GPT-1 to GPT-3
+        return nn.LayerNorm(size, eps=config.norm_eps)
+    return NanoGPTRMSNorm(size, config.norm_eps, weighted=config.norm_type == "rmsnorm")
 
 
 class NanoGPTRotaryEmbedding(nn.Module):
-    """Cosines and sines of RoPE, with every scaling that `rope_parameters` can name.
+    """Cosines and sines of the rotary angles, with every scaling that `rope_parameters` can name.
 
-    The first half of the sines is negated: x * cos + (x with its halves exchanged) * sin rotates.
+    transformers recomputes the two buffers after loading, which it recognises by their names.
     """
 
     inv_freq: torch.Tensor
@@ -130,12 +108,14 @@ class NanoGPTRotaryEmbedding(nn.Module):
 
     def __init__(self, config: NanoGPTConfig):
         super().__init__()
-        self.config = config
         self.max_seq_len_cached = config.max_position_embeddings
         self.original_max_seq_len = config.max_position_embeddings
+        self.config = config
         self.rope_type = config.rope_parameters["rope_type"]
-        compute = ROPE_INIT_FUNCTIONS.get(self.rope_type, self.compute_default_rope_parameters)
-        inv_freq, self.attention_scaling = compute(config)
+        rope_init_fn: Callable = self.compute_default_rope_parameters
+        if self.rope_type != "default":
+            rope_init_fn = ROPE_INIT_FUNCTIONS[self.rope_type]
+        inv_freq, self.attention_scaling = rope_init_fn(config)
         self.register_buffer("inv_freq", inv_freq, persistent=False)
         self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
 
@@ -144,51 +124,30 @@ class NanoGPTRotaryEmbedding(nn.Module):
         config: NanoGPTConfig, **kwargs
     ) -> tuple[torch.Tensor, float]:
         """Return base^(-2i/D) for each pair i, shape (D/2,), and the factor for cos and sin (1)."""
-        pairs = torch.arange(0, config.head_dim, 2, dtype=torch.float)
-        return config.rope_parameters["rope_theta"] ** (-pairs / config.head_dim), 1.0
+        base, dim = config.rope_parameters["rope_theta"], config.head_dim
+        return 1.0 / (base ** (torch.arange(0, dim, 2, dtype=torch.float) / dim)), 1.0
 
-    @torch.no_grad()
-    @dynamic_rope_update
-    def forward(
-        self, x: torch.Tensor, position_ids: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        angles = position_ids[..., None].float() * self.inv_freq.to(x.device).float()
-        angles = torch.cat((-angles, angles), dim=-1)  # (B, T, D)
-        cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+    @dynamic_rope_update  # some scalings depend on the longest position seen
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        freqs = position_ids[..., None].float() * self.inv_freq.to(x.device).float()  # (B, T, D/2)
+        emb = torch.cat((freqs, freqs), dim=-1)  # (B, T, D)
+        cos = emb.cos() * self.attention_scaling
+        sin = emb.sin() * self.attention_scaling
         return cos.to(x.dtype), sin.to(x.dtype)
 
 
-class _RotaryFunction(torch.autograd.Function):
-    """The rotation of x, whose gradient is the rotation back."""
-
-    @staticmethod
-    def forward(ctx, x, cos, sin):
-        ctx.save_for_backward(cos, sin)
-        return _rotate(x, cos, sin, 1)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        return _rotate(grad, *ctx.saved_tensors, -1), None, None
+def rotate_half(x: torch.Tensor) -> torch.Tensor:
+    """Return (-x2, x1) for x = (x1, x2), the two halves of each head."""
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat((-x2, x1), dim=-1)
 
 
-def _rotate(x, cos, sin, sign):
-    half = x.shape[-1] // 2
-    rotated = x * cos
-    rotated[..., :half].addcmul_(x[..., half:], sin[..., :half], value=sign)
-    rotated[..., half:].addcmul_(x[..., :half], sin[..., half:], value=sign)
-    return rotated
-
-
-def apply_rotary_pos_emb(q, k, cos, sin):
+def apply_rotary_pos_emb(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Rotate q (B, H, T, D) and k (B, G, T, D) by their positions' cos and sin (B, T, D)."""
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    if _is_eager_cpu(q):
-        if torch.is_grad_enabled():
-            return _RotaryFunction.apply(q, cos, sin), _RotaryFunction.apply(k, cos, sin)
-        return _rotate(q, cos, sin, 1), _rotate(k, cos, sin, 1)
-    half = q.shape[-1] // 2
-    return q * cos + q.roll(half, -1) * sin, k * cos + k.roll(half, -1) * sin
+    return q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
 
 
 def eager_attention_forward(
@@ -201,19 +160,19 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs: Unpack[TransformersKwargs],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attend step by step, so that the weights can be looked at; the other kernels must agree."""
+    """Attend step by step and return the weights too; the fast kernels must give the same."""
     key = key.repeat_interleave(module.num_key_value_groups, dim=1)  # (B, H, S, D)
     value = value.repeat_interleave(module.num_key_value_groups, dim=1)
-    scores = query @ key.transpose(2, 3) * scaling  # (B, H, T, S)
+    attn_weights = query @ key.transpose(2, 3) * scaling  # (B, H, T, S)
     if attention_mask is not None:
-        scores = scores + attention_mask
-    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
-    return (weights @ value).transpose(1, 2).contiguous(), weights  # (B, T, H, D)
+        attn_weights = attn_weights + attention_mask  # 0 where seen, hugely negative where hidden
+    attn_weights = nn.functional.softmax(attn_weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    attn_weights = nn.functional.dropout(attn_weights, p=dropout, training=module.training)
+    return (attn_weights @ value).transpose(1, 2).contiguous(), attn_weights  # (B, T, H, D)
 
 
 class NanoGPTAttention(nn.Module):
-    """Causal self-attention, grouped-query where there are fewer key-value than query heads."""
+    """Causal self-attention; grouped-query if there are fewer key-value heads than query heads."""
 
     def __init__(self, config: NanoGPTConfig, layer_idx: int):
         super().__init__()
@@ -222,6 +181,7 @@ class NanoGPTAttention(nn.Module):
         self.head_dim = config.head_dim
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling = self.head_dim**-0.5
+        # For the attention functions of transformers: given no mask, they hide the future.
         self.is_causal = True
         sliding = config.layer_types[layer_idx] == "sliding_attention"
         self.sliding_window = config.sliding_window if sliding else None
@@ -231,9 +191,11 @@ class NanoGPTAttention(nn.Module):
         self.k_proj = nn.Linear(width, config.num_key_value_heads * self.head_dim, bias=bias)
         self.v_proj = nn.Linear(width, config.num_key_value_heads * self.head_dim, bias=bias)
         self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, width, bias=bias)
-        self.o_proj.is_residual_proj = True
+        self.o_proj.is_residual_proj = True  # for `_init_weights`, which sees only leaf modules
         self.q_norm = build_norm(config, self.head_dim) if config.qk_norm else None
         self.k_norm = build_norm(config, self.head_dim) if config.qk_norm else None
+        # An attribute so that `use_cpu_kernels` can replace it by a faster function.
+        self.apply_rotary_pos_emb = apply_rotary_pos_emb
 
     def forward(
         self,
@@ -243,34 +205,45 @@ class NanoGPTAttention(nn.Module):
         past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the attended states (B, T, C), and the weights if the kernel computes them.
+
+        `kwargs` are the caller's arguments for the attention function: `position_ids`, flash
+        attention's `cu_seq_lens_q`, the page tables of continuous batching. This file reads none.
+        """
         input_shape = hidden_states.shape[:-1]
-        heads = (*input_shape, -1, self.head_dim)
-        query, key = self.q_proj(hidden_states).view(heads), self.k_proj(hidden_states).view(heads)
+        hidden_shape = (*input_shape, -1, self.head_dim)  # (B, T, H or G, D)
+        query_states = self.q_proj(hidden_states).view(hidden_shape)
+        key_states = self.k_proj(hidden_states).view(hidden_shape)
         if self.q_norm is not None:
-            query, key = self.q_norm(query), self.k_norm(key)
-        query, key = query.transpose(1, 2), key.transpose(1, 2)  # (B, H, T, D), (B, G, T, D)
-        value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
-        if position_embeddings is not None:
-            query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+            query_states, key_states = self.q_norm(query_states), self.k_norm(key_states)
+        query_states, key_states = query_states.transpose(1, 2), key_states.transpose(1, 2)
+        value_states = self.v_proj(hidden_states).view(hidden_shape).transpose(1, 2)
+
+        if position_embeddings is not None:  # None with learned positions
+            cos, sin = position_embeddings
+            query_states, key_states = self.apply_rotary_pos_emb(query_states, key_states, cos, sin)
         if past_key_values is not None:
-            # A paged cache reads from `kwargs` which pages to write, and adds what to attend to.
-            key, value = past_key_values.update(key, value, self.layer_idx, kwargs=kwargs)
+            # From here on the keys are those of all S positions. A paged cache adds to `kwargs`.
+            key_states, value_states = past_key_values.update(
+                key_states, value_states, self.layer_idx, kwargs=kwargs
+            )
 
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
         attn_output, attn_weights = attention_interface(
             self,
-            query,
-            key,
-            value,
+            query_states,
+            key_states,
+            value_states,
             attention_mask,
             dropout=self.config.dropout if self.training else 0.0,
             scaling=self.scaling,
             sliding_window=self.sliding_window,
             **kwargs,
         )
-        return self.o_proj(attn_output.reshape(*input_shape, -1).contiguous()), attn_weights
+        attn_output = attn_output.reshape(*input_shape, -1).contiguous()  # (B, T, H * D)
+        return self.o_proj(attn_output), attn_weights
 
 
 class NanoGPTMLP(nn.Module):
@@ -283,9 +256,9 @@ class NanoGPTMLP(nn.Module):
         self.up_proj = nn.Linear(width, inner, bias=bias)
         self.down_proj = nn.Linear(inner, width, bias=bias)
         self.down_proj.is_residual_proj = True
-        # GPT-2's GELU written out takes eight passes over memory, torch's kernel for it one.
-        fused = {"gelu_new": "gelu_pytorch_tanh"}
-        self.act_fn = ACT2FN[fused.get(config.hidden_act, config.hidden_act)]
+        # The same function as GPT-2's "gelu_new", which passes over memory eight times.
+        hidden_act = "gelu_pytorch_tanh" if config.hidden_act == "gelu_new" else config.hidden_act
+        self.act_fn = ACT2FN[hidden_act]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.gate_proj is None:
@@ -305,57 +278,29 @@ class NanoGPTDecoderLayer(GradientCheckpointingLayer):
         self.mlp = NanoGPTMLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(
-        self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
-    ) -> torch.Tensor:
-        x = hidden_states  # (B, T, C)
-        if self.norm_position == "pre":
-            x = self._add(x, self.self_attn(self.input_layernorm(x), **kwargs)[0])
-            return self._add(x, self.mlp(self.post_attention_layernorm(x)))
-        x = self.input_layernorm(self._add(x, self.self_attn(x, **kwargs)[0]))
-        return self.post_attention_layernorm(self._add(x, self.mlp(x)))
-
-    def _add(self, x, change):
-        return x + (self.dropout(change) if self.training else change)
-
-
-class NanoGPTCacheLayer(DynamicLayer):
-    """A cache layer that writes new positions beside the old, where `DynamicLayer` copies them all.
-
-    It copies too where gradients are wanted, and after somebody else (beam search) replaced `keys`.
-    """
-
-    _wholes: tuple[torch.Tensor, torch.Tensor] | None = None  # with room for more positions
-    _last_keys: torch.Tensor | None = None
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        copying = torch.is_grad_enabled() or torch.compiler.is_compiling()
-        if self._wholes is not None and self._wholes[0].is_inference():
-            copying |= not torch.is_inference_mode_enabled()  # torch forbids writing to them
-        if copying or self.keys is None or self.keys is not self._last_keys:
-            self._wholes = None
-            super().update(key_states, value_states)
-        else:
-            start, added = self.keys.shape[2], key_states.shape[2]
-            if self._wholes is None or start + added > self._wholes[0].shape[2]:
-                more = (0, 0, 0, added + 256)
-                self._wholes = tuple(nn.functional.pad(x, more) for x in (self.keys, self.values))
-            for whole, new in zip(self._wholes, (key_states, value_states), strict=True):
-                whole.narrow(2, start, added).copy_(new)
-            self.keys, self.values = (x.narrow(2, 0, start + added) for x in self._wholes)
-        self._last_keys = self.keys
-        return self.keys, self.values
+    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+        """Map states (B, T, C) to states; `kwargs` are the arguments of attention."""
+        residual = hidden_states
+        # Attention returns its weights too: a hook records them if `output_attentions` asks for it.
+        if self.norm_position == "pre":  # as in Llama
+            hidden_states, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
+            hidden_states = residual = residual + self.dropout(hidden_states)
+            hidden_states = self.mlp(self.post_attention_layernorm(hidden_states))
+            return residual + self.dropout(hidden_states)
+        hidden_states, _ = self.self_attn(hidden_states, **kwargs)
+        hidden_states = residual = self.input_layernorm(residual + self.dropout(hidden_states))
+        return self.post_attention_layernorm(residual + self.dropout(self.mlp(hidden_states)))
 
 
 def is_empty(cache: Cache | None) -> bool:
-    """Say whether a cache has neither content nor, as a static one has, room for the future."""
+    """Return whether there is no cache, or one that holds nothing and has no fixed size."""
     if not isinstance(cache, Cache):
         return cache is None
     return not cache.is_compileable and cache.get_seq_length() == 0
 
 
 class NanoGPTPreTrainedModel(PreTrainedModel):
-    """What all heads share: initialisation, saving, and what transformers may do with the model."""
+    """What the model and its heads share: initialisation, saving, and what they support."""
 
     config: NanoGPTConfig
     base_model_prefix = "model"
@@ -371,41 +316,48 @@ class NanoGPTPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
-        """Initialise one leaf module; the two schemes are described at `initializer_range`."""
-        super()._init_weights(module)  # norms, biases, RoPE and GPT-2's normal distribution
+        """Initialise one leaf module: norms with 1, biases with 0, matrices by one of two schemes.
+
+            weights                 initializer_range=std           None, made for Muon
+            embeddings              N(0, std^2)                     N(0, 1); tied N(0, 0.02^2)
+            q, k, v, gate, up       N(0, std^2)                     uniform, variance 0.36 / fan-in
+            o, down                 N(0, std^2 / 2 layers)          0
+            lm_head                 N(0, std^2)                     0
+
+        o and down write into the residual stream; post-norm models keep std there.
+        """
+        super()._init_weights(module)  # the first scheme, but for o and down; std=None means 0.02
         std, tied = self.config.initializer_range, self.config.tie_word_embeddings
-        residual = getattr(module, "is_residual_proj", False)
+        is_residual_proj = getattr(module, "is_residual_proj", False)
+        is_lm_head = hasattr(module, "is_lm_head")
         if std is not None:
-            if residual and self.config.norm_position == "pre":
+            if is_residual_proj and self.config.norm_position == "pre":
                 init.normal_(module.weight, std=std / math.sqrt(2 * self.config.num_hidden_layers))
-        elif tied and (isinstance(module, nn.Embedding) or hasattr(module, "is_lm_head")):
-            pass  # one table serves both ends, and its logits must start small: GPT-2's 0.02
+        elif tied and (isinstance(module, nn.Embedding) or is_lm_head):
+            pass  # embeddings of size 1 would make large logits, and so a large first loss
         elif isinstance(module, nn.Embedding):
             init.normal_(module.weight, std=1.0)
-        elif residual or hasattr(module, "is_lm_head"):
+        elif is_residual_proj or is_lm_head:
             init.zeros_(module.weight)
         elif isinstance(module, nn.Linear):
             bound = 0.6 * math.sqrt(3 / module.in_features)
             init.uniform_(module.weight, -bound, bound)
 
     def save_pretrained(self, save_directory, *args, **kwargs):
-        """Save as transformers does, and make the folder load through every Auto class."""
-        kind = type(self)
-        if kind.__name__.startswith("FSDP"):  # `fully_shard` made it of ours, in a file of torch's
-            ours = kind.__bases__[-1]
-            kind.__name__, kind.__module__ = ours.__name__, ours.__module__
+        """Save as transformers does, but list all the classes that can load the folder."""
         self.config.auto_map = {"AutoConfig": "configuration_nanogpt.NanoGPTConfig"} | {
-            auto_class: f"modeling_nanogpt.{name}" for name, auto_class in _AUTO_CLASSES.items()
+            auto_class: f"modeling_nanogpt.{cls.__name__}"
+            for auto_class, cls in AUTO_CLASSES.items()
         }
         super().save_pretrained(save_directory, *args, **kwargs)
 
 
 class NanoGPTModel(NanoGPTPreTrainedModel):
-    """The stack of decoder layers between token ids and hidden states; no encoder anywhere."""
+    """The decoder layers between token ids and hidden states."""
 
     def __init__(self, config: NanoGPTConfig):
         super().__init__(config)
-        config.validate_architecture()  # fields may have been set since the configuration was made
+        config.validate_architecture()  # fields may have changed since the configuration was made
         learned = config.position_embedding_type == "learned"
         width, positions = config.hidden_size, config.max_position_embeddings
         self.embed_tokens = nn.Embedding(config.vocab_size, width)
@@ -432,19 +384,18 @@ class NanoGPTModel(NanoGPTPreTrainedModel):
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
-        """Map `input_ids` or `inputs_embeds`, one of the two, to hidden states (B, T, C).
+        """Map `input_ids` or `inputs_embeds` (not both) to hidden states (B, T, C).
 
-        `position_ids` (B, T) that start again at 0 mark packed documents, which then do not see
-        each other; that holds for `attention_mask=None`.
+        `position_ids` (B, T) that start again at 0 mark packed documents, which do not see each
+        other as long as `attention_mask` is None.
 
-        Raises:
-            ValueError: neither or both of the two were given, or a cache cannot be used as asked.
-            TypeError: a keyword argument that no part of the model reads.
+        Raises ValueError for inputs that contradict each other, TypeError for an unknown keyword.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+
         past_key_values = take_cache(past_key_values, kwargs)
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             # The backward pass runs each layer again, which would fill the cache twice.
@@ -456,30 +407,30 @@ class NanoGPTModel(NanoGPTPreTrainedModel):
             past_key_values, use_cache = None, False
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        is_new = is_empty(past_key_values)
-        if type(past_key_values) is DynamicCache and is_new and not torch.compiler.is_compiling():
-            for layer in past_key_values.layers:
-                if type(layer) is DynamicLayer:
-                    layer.__class__ = NanoGPTCacheLayer
-        if position_ids is None:
-            past_seen = 0 if is_new else past_key_values.get_seq_length()
-            steps = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)
-            position_ids = (steps + past_seen).unsqueeze(0)
-        elif attention_mask is None and "cu_seq_lens_q" not in kwargs:
-            self._check_packing(position_ids, None if is_new else past_key_values)
+        filled = None if is_empty(past_key_values) else past_key_values
 
-        masks = attention_mask  # `generate` hands over one mask per kind of layer for static caches
-        if not isinstance(masks, dict):
-            # transformers looks for packed documents only where it is given no cache.
-            masks = create_masks_for_generate(
+        if position_ids is None:
+            past_seen_tokens = 0 if filled is None else filled.get_seq_length()
+            steps = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)
+            position_ids = (steps + past_seen_tokens).unsqueeze(0)
+        elif attention_mask is None and "cu_seq_lens_q" not in kwargs:
+            self._check_packing(position_ids, filled)
+
+        # The causal mask of each layer type, (B, 1, T, S): it hides the future, what is outside the
+        # window, padding and other documents. It is None if the kernel's own causal mask will do
+        # (`is_causal`). For a static cache `generate` has made the masks already.
+        causal_masks = attention_mask
+        if not isinstance(causal_masks, dict):
+            causal_masks = create_masks_for_generate(
                 config=self.config,
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                **{CACHE: None if is_new and attention_mask is None else past_key_values},
+                # transformers looks for packed documents only if there is no cache.
+                **{CACHE: filled if attention_mask is None else past_key_values},
             )
-        if not isinstance(masks, dict):  # 5.5 to 5.12 make one mask where all layers are alike
-            masks = dict.fromkeys(self.config.layer_types, masks)
+        if not isinstance(causal_masks, dict):  # 5.5 to 5.12, if all layers are of one type
+            causal_masks = dict.fromkeys(self.config.layer_types, causal_masks)
 
         hidden_states, position_embeddings = inputs_embeds, None
         if self.embed_positions is not None:
@@ -488,11 +439,13 @@ class NanoGPTModel(NanoGPTPreTrainedModel):
         else:
             position_embeddings = self.rotary_emb(hidden_states, position_ids)
         hidden_states = self.dropout(self.embed_norm(hidden_states))
-        depth = self.config.num_hidden_layers  # assisted decoding lowers it to draft by early exit
+
+        # Assisted decoding lowers num_hidden_layers to draft with the first layers only.
+        depth = self.config.num_hidden_layers
         for layer, layer_type in zip(self.layers, self.config.layer_types[:depth], strict=False):
             hidden_states = layer(
                 hidden_states,
-                attention_mask=masks[layer_type],
+                attention_mask=causal_masks[layer_type],
                 position_embeddings=position_embeddings,
                 position_ids=position_ids,
                 past_key_values=past_key_values,
@@ -503,12 +456,9 @@ class NanoGPTModel(NanoGPTPreTrainedModel):
         )
 
     def _check_packing(self, position_ids: torch.Tensor, cache: Cache | None):
-        """Raise where packed documents would see each other.
-
-        A static or filled cache cannot keep them apart; flash attention does in a batch of one row,
-        or where `cu_seq_lens_q` and its kin say where they begin.
-        """
+        """Raise if packed documents would see each other."""
         rows, length = position_ids.shape
+        # Flash attention keeps those of one sequence apart, or of any with `cu_seq_lens_q`.
         flash = rows > 1 and "flash" in self.config._attn_implementation
         if not (flash or isinstance(cache, Cache)) or torch.compiler.is_compiling():
             return
@@ -522,7 +472,7 @@ class NanoGPTModel(NanoGPTPreTrainedModel):
             )
 
     def _check_positions(self, position_ids: torch.Tensor):
-        """Raise before a learned table is read past its end (on CPU; a GPU would have to wait)."""
+        """Raise before a learned table is read past its end; on a GPU a look would cost time."""
         if position_ids.device.type != "cpu" or torch.compiler.is_compiling():
             return
         limit = self.config.max_position_embeddings
@@ -537,10 +487,9 @@ class NanoGPTModel(NanoGPTPreTrainedModel):
 def slice_logits_to_keep(
     hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor
 ) -> torch.Tensor:
-    """Keep the last so many positions (0 keeps all) or those of an index, of (B, T, C).
+    """Return the last `logits_to_keep` positions of (B, T, C) (0 keeps all), or those of an index.
 
-    An index of one dimension serves all rows; one of two has its own positions for each row, or, of
-    booleans, flattens all that are True to (N, C).
+    An index is of shape (N,), of (B, N) with a row for each sequence, or (B, T) and boolean.
     """
     if isinstance(logits_to_keep, int):
         return hidden_states[:, -logits_to_keep:]
@@ -563,7 +512,7 @@ class NanoGPTForCausalLM(NanoGPTPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = NanoGPTModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.lm_head.is_lm_head = True
+        self.lm_head.is_lm_head = True  # for `_init_weights`
         self.post_init()
 
     @can_return_tuple
@@ -581,9 +530,9 @@ class NanoGPTForCausalLM(NanoGPTPreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         """Map tokens to logits (B, T, V) and, given `labels` (B, T), to the loss in nats per token.
 
-        Labels are not shifted: the model compares logits at t with the label at t + 1, and ignores
-        -100. `logits_to_keep` limits the logits to the last so many positions (0 keeps all), or to
-        the given indices.
+        The loss compares the logits at t with the label at t + 1 and ignores labels of -100: pass
+        the input ids as they are. `logits_to_keep` computes only the logits of some positions, see
+        `slice_logits_to_keep`.
         """
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
@@ -612,12 +561,12 @@ class NanoGPTForCausalLM(NanoGPTPreTrainedModel, GenerationMixin):
         )
 
 
-# The mixins below would build their trunk through AutoModel, which a model loaded as remote code is
-# not registered with: each head makes its own NanoGPTModel and keeps the mixin's forward.
+# Llama's heads are transformers' mixins and nothing else. Those build their model by `AutoModel`,
+# which does not know a model loaded as remote code: each head here builds its own.
 
 
 class NanoGPTForSequenceClassification(GenericForSequenceClassification, NanoGPTPreTrainedModel):
-    """Classify a text by the state of its last token that is no padding."""
+    """Classify a text by the state of its last token that is not padding."""
 
     def __init__(self, config: NanoGPTConfig):
         NanoGPTPreTrainedModel.__init__(self, config)
@@ -649,14 +598,14 @@ class NanoGPTForQuestionAnswering(GenericForQuestionAnswering, NanoGPTPreTrained
         self.post_init()
 
 
-_AUTO_CLASSES = {
-    "NanoGPTModel": "AutoModel",
-    "NanoGPTForCausalLM": "AutoModelForCausalLM",
-    "NanoGPTForSequenceClassification": "AutoModelForSequenceClassification",
-    "NanoGPTForTokenClassification": "AutoModelForTokenClassification",
-    "NanoGPTForQuestionAnswering": "AutoModelForQuestionAnswering",
+# Which of transformers' Auto classes makes which model. `register_for_auto_class` lets
+# `save_pretrained` copy this file into the folder, so that it loads without our package.
+AUTO_CLASSES: dict[str, type[NanoGPTPreTrainedModel]] = {
+    "AutoModel": NanoGPTModel,
+    "AutoModelForCausalLM": NanoGPTForCausalLM,
+    "AutoModelForSequenceClassification": NanoGPTForSequenceClassification,
+    "AutoModelForTokenClassification": NanoGPTForTokenClassification,
+    "AutoModelForQuestionAnswering": NanoGPTForQuestionAnswering,
 }
-for _name, _auto_class in _AUTO_CLASSES.items():
-    globals()[_name].register_for_auto_class(_auto_class)
-
-__all__ = ["NanoGPTPreTrainedModel", *_AUTO_CLASSES]
+for auto_class, model_class in AUTO_CLASSES.items():
+    model_class.register_for_auto_class(auto_class)

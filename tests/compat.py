@@ -108,11 +108,11 @@ def check_release(release: str, folders: list[Path]) -> dict[str, dict[str, str]
 # A change to the model's file for each, and a check that must then fail.
 BROKEN = {
     "mask": (
-        "attention_mask=masks[layer_type],",
+        "attention_mask=causal_masks[layer_type],",
         "attention_mask=hidden_states.new_zeros(1, 1, 1, 1),",
     ),
-    "sine": ("angles.sin() * self", "-angles.sin() * self"),
-    "cache": ("self.keys, self.values = (x.narrow", "self.values, self.keys = (x.narrow"),
+    "sine": ("emb.sin() * self", "-emb.sin() * self"),
+    "cache": ("0 if filled is None else filled.get_seq_length()", "0"),
 }
 NOTICED_BY = {"mask": "no_future_leak", "sine": "logits", "cache": "cache_by_hand"}
 

@@ -83,52 +83,6 @@ def test_greedy_token_is_the_largest_logit(family, tokens):
     )
 
 
-def test_cache_grows_in_place_and_gives_what_concatenation_gives(family, tokens):
-    model, sizes = tiny_model(family), [9, 1, 1, 6, 3]
-    cache = DynamicCache(config=model.config)
-    with torch.no_grad():
-        grown = in_chunks(model, tokens, sizes, cache)
-        for layer in cache.layers:
-            layer._last_keys = None  # as if somebody had replaced the keys: copied from now on
-        more = model(tokens[:, :4], past_key_values=cache).logits
-        expected = model(torch.cat((tokens, tokens[:, :4]), dim=1), use_cache=False).logits
-    torch.testing.assert_close(torch.cat((grown, more), dim=1), expected, rtol=0, atol=1e-5)
-
-
-def test_full_layer_keeps_its_memory_from_token_to_token(tokens):
-    model = tiny_model("nano")
-    cache = DynamicCache(config=model.config)
-    places = []
-    with torch.no_grad():
-        for token in tokens.split(1, dim=1):
-            model(token, past_key_values=cache)
-            places.append(cache.layers[0].keys.data_ptr())
-    assert len(set(places[1:])) == 1
-
-
-def test_cropped_cache_leaves_earlier_views_as_they_were(tokens):
-    model = tiny_model("nano")
-    cache = DynamicCache(config=model.config)
-    with torch.no_grad():
-        in_chunks(model, tokens, [10, 5, 5], cache)
-        keys = cache.layers[0].keys
-        before = keys.clone()
-        cache.crop(-8)
-        model(tokens[:, :3], past_key_values=cache)
-    assert torch.equal(keys, before)
-
-
-def test_cache_of_inference_mode_goes_on_outside(tokens):
-    model = tiny_model("nano")
-    cache = DynamicCache(config=model.config)
-    with torch.inference_mode():
-        in_chunks(model, tokens[:, :12], [10, 1, 1], cache)
-    with torch.no_grad():
-        rest = in_chunks(model, tokens[:, 12:], [1] * 8, cache)
-        expected = model(tokens, use_cache=False).logits[:, 12:]
-    torch.testing.assert_close(rest, expected, rtol=0, atol=1e-5)
-
-
 def test_copies_of_a_cache_go_separate_ways(tokens):
     model = tiny_model("nano")
     cache = DynamicCache(config=model.config)

@@ -67,7 +67,7 @@ def test_unknown_field_far_from_all_names_lists_the_fields():
 
 SIZES = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim"]
 SIZES += ["num_attention_heads", "num_key_value_heads", "max_position_embeddings", "sliding_window"]
-REFUSED = [({name: 0}, [f"{name}=0", "1 or more"]) for name in SIZES] + [
+REFUSED = [({name: 0}, [f"{name}=0", "at least 1"]) for name in SIZES] + [
     ({"n_embd": 10, "n_head": 4}, ["hidden_size (n_embd)=10", "n_head)=4", "or set head_dim"]),
     ({"n_head": 12, "num_key_value_heads": 5}, ["num_key_value_heads=5", "=12", "divisors"]),
     ({"n_embd": 12, "n_head": 4}, ["head_dim=3 is odd", "position_embedding_type='learned'"]),

@@ -7,6 +7,7 @@ from importlib.metadata import version
 import pytest
 import torch
 from conftest import tiny_model
+from transformers import DynamicCache
 
 from hf_nanogpt import modeling_nanogpt, train_tokenizer
 from hf_nanogpt.analysis import doctor
@@ -57,20 +58,21 @@ def test_a_mask_that_shows_the_future_is_found(model, monkeypatch):
     assert fails(NATIVE, findings)
 
 
-def test_a_sine_of_the_wrong_sign_is_found(model, monkeypatch):
+def test_a_sine_of_the_wrong_sign_is_found(model):
     rotate = modeling_nanogpt.apply_rotary_pos_emb
-    monkeypatch.setattr(
-        modeling_nanogpt, "apply_rotary_pos_emb", lambda q, k, cos, sin: rotate(q, k, cos, -sin)
-    )
+    for layer in model.model.layers:
+        layer.self_attn.apply_rotary_pos_emb = lambda q, k, cos, sin: rotate(q, k, cos, -sin)
     findings = list(check_model("broken", model))
     assert fails(NATIVE, findings)
 
 
 def test_a_cache_that_loses_what_it_holds_is_found(model, monkeypatch):
-    def forget(self, keys, values, *args, **kwargs):
-        return modeling_nanogpt.DynamicLayer.update(self, 0 * keys, values)
+    update = DynamicCache.update
 
-    monkeypatch.setattr(modeling_nanogpt.NanoGPTCacheLayer, "update", forget)
+    def forget(self, keys, values, *args, **kwargs):
+        return update(self, 0 * keys, values, *args, **kwargs)
+
+    monkeypatch.setattr(DynamicCache, "update", forget)
     findings = list(check_model("broken", model))
     assert fails(CACHED, findings)
 

@@ -262,7 +262,7 @@ def test_an_adapter_is_measured_in_pieces_as_whole(monkeypatch):
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(
         tiny_model("nano", vocab_size=SIZE),
-        peft.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False),
+        peft.LoraConfig(target_modules="all-linear", init_lora_weights=False),
     )
     batch = PackedCollator(TOKENIZER.eos_token_id)(
         [{"input_ids": row} for row in torch.randint(1, SIZE, (3, 40)).numpy()]

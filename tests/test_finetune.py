@@ -24,7 +24,6 @@ from hf_nanogpt.cli import main
 
 peft = pytest.importorskip("peft", reason="PEFT is missing: pip install 'hf-nanogpt[finetune]'")
 
-TABLE = peft.utils.constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 FAST = {"disable_tqdm": True, "num_threads": 1, "use_cpu": True, "sample_steps": 0}
 STEPS = {"max_steps": 8, "per_device_train_batch_size": 4, "logging_steps": 2, "save_steps": 3}
 
@@ -57,8 +56,10 @@ def adapted(base, text, tmp_path_factory) -> Path:
 
 
 def lora() -> peft.LoraConfig:
-    """An adapter that is born random, and so changes the model."""
-    return peft.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False)
+    """Return README's settings, but for an adapter that starts at random: it changes the model."""
+    return peft.LoraConfig(
+        task_type="CAUSAL_LM", target_modules="all-linear", init_lora_weights=False
+    )
 
 
 def logits(model) -> torch.Tensor:
@@ -70,9 +71,8 @@ def logits(model) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_lora_finds_every_matrix_of_the_layers_and_merges(family):
+def test_all_linear_means_every_matrix_of_the_layers_and_merges(family):
     model, plain = tiny_model(family), tiny_model(family)
-    TABLE.pop("nanogpt", None)  # as if PEFT had been imported after the model was built
     linear = {n for n, m in plain.named_modules() if isinstance(m, torch.nn.Linear)}
     adapted = peft.get_peft_model(model, lora())
     found = {n.removesuffix(".lora_A") for n, _ in model.named_modules() if n.endswith(".lora_A")}
@@ -87,6 +87,12 @@ takes_peft = pytest.mark.skipif(
     parse(peft.__version__) < parse(MIN_PEFT_VERSION),
     reason=f"this transformers takes adapters from PEFT {MIN_PEFT_VERSION} on only",
 )
+
+
+def test_peft_is_not_told_of_our_models_behind_its_back():
+    # Its table of default matrices by model type is its own: users must name `target_modules`.
+    with pytest.raises(ValueError, match="specify `target_modules`"):
+        peft.get_peft_model(tiny_model(), peft.LoraConfig(task_type="CAUSAL_LM"))
 
 
 def test_an_adapter_loads_with_its_model_by_peft(base, tmp_path):
@@ -112,7 +118,6 @@ def test_an_adapter_loads_with_its_model_by_transformers(base, tmp_path):
 @takes_peft
 def test_add_adapter_of_transformers_finds_the_matrices_too(base, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(base)
-    TABLE.pop("nanogpt", None)
     model.add_adapter(lora())
     model.save_pretrained(tmp_path)
     assert not (tmp_path / "config.json").exists()  # the adapter alone
@@ -126,9 +131,9 @@ def test_a_stranger_without_our_package_adapts_a_checkpoint(base, tmp_path):
 import sys; sys.modules["hf_nanogpt"] = None
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
-assert "peft" not in sys.modules
 from peft import LoraConfig, get_peft_model
-print(len(get_peft_model(model, LoraConfig(task_type="CAUSAL_LM")).targeted_module_names))
+config = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear")
+print(len(get_peft_model(model, config).targeted_module_names))
 """
     environment = os.environ | {"PYTHONPATH": "", "HF_HOME": str(tmp_path)}
     command = [sys.executable, "-c", code, str(base)]

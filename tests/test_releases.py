@@ -124,6 +124,30 @@ def test_everything_that_we_import_from_transformers_exists():
                 exec(f"from {node.module} import {names}")
 
 
+def find_tricks(tree: ast.AST) -> set[str]:
+    """Return what the code does behind other code's back: it renames classes, or looks around."""
+    found = set()
+    for node in ast.walk(tree):
+        match node:
+            case ast.Attribute(attr="__class__" | "__name__" | "__module__", ctx=ast.Store()):
+                found.add(f"assigns to {node.attr}")
+            case ast.Subscript(value=ast.Call(func=ast.Name(id="globals"))):
+                found.add("reads or writes globals()[...]")
+            case ast.Attribute(value=ast.Name(id="sys"), attr="argv" | "modules"):
+                found.add(f"sys.{node.attr}")
+    return found
+
+
+def test_only_the_command_line_looks_at_the_process_and_no_class_is_changed():
+    for path in PACKAGE.rglob("*.py"):
+        tricks = find_tricks(ast.parse(path.read_text(encoding="utf-8")))
+        if path.parent == PACKAGE / "cli" or path == PACKAGE / "__init__.py":
+            tricks -= {"sys.argv", "sys.modules"}
+        assert tricks == set(), path
+    broken = "x.__class__ = y\nglobals()['a'].b()\nsys.modules.get('peft')\nsys.argv"
+    assert len(find_tricks(ast.parse(broken))) == 4
+
+
 def test_the_newest_release_is_the_one_that_constraints_name():
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     assert f"transformers=={TESTED_TRANSFORMERS[-1]}" in lines

@@ -29,6 +29,7 @@ def add_adapter(
 
     config = LoraConfig(
         task_type="CAUSAL_LM",
+        target_modules="all-linear",  # all matrices but the output head
         r=args.lora_rank,
         lora_alpha=args.lora_alpha,
         modules_to_save=["embed_tokens", "lm_head"] if with_embeddings else None,
