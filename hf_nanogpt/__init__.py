@@ -19,7 +19,7 @@ if "hf_nanogpt_command" not in sys.modules:  # that module says why it registers
 if TYPE_CHECKING:
     from .analysis.explain import Explanation, explain_text
     from .analysis.tasks import evaluate_tasks
-    from .checkpoint.folder import load_checkpoint
+    from .checkpoint.loading import load_checkpoint
     from .configuration_nanogpt import NanoGPTConfig
     from .convert import convert_checkpoint, export_checkpoint
     from .data.conversations import add_chat_template
@@ -98,7 +98,7 @@ _WHERE = {
     ],
     "presets": ["list_presets", "load_preset"],
     "data.tokenization": ["token_byte_counts", "train_tokenizer"],
-    "checkpoint.folder": ["load_checkpoint"],
+    "checkpoint.loading": ["load_checkpoint"],
     "data.conversations": ["add_chat_template"],
     "data.documents": ["DataArguments", "load_documents", "load_text"],
     "data.packing": ["PackedCollator", "pack_documents"],

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import unwrap_peft_model
 
-from .checkpoint.folder import load_checkpoint
+from .checkpoint.loading import load_checkpoint
 from .data.conversations import Documents
 from .data.documents import DataArguments, check_fraction, load_documents, load_text
 from .data.encoding import encode_unlearnt

@@ -84,8 +84,8 @@ FAULTS = [
     Fault(
         "a saved folder names one Auto class only",
         "modeling_nanogpt.py",
-        "for auto_class, cls in AUTO_CLASSES.items()\n        }",
-        "for auto_class, cls in AUTO_CLASSES.items()\n            if isinstance(self, cls)\n        }",
+        "for auto_class, cls in AUTO_CLASSES.items()\n",
+        "for auto_class, cls in AUTO_CLASSES.items() if isinstance(self, cls)\n",
         "test_loading",
     ),
     Fault(

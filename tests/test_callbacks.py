@@ -18,7 +18,7 @@ from transformers import TrainerControl, TrainerState
 from transformers.testing_utils import CaptureLogger
 
 from hf_nanogpt import NanoGPTTrainingArguments, train, train_tokenizer
-from hf_nanogpt.checkpoint.folder import check_output_dir
+from hf_nanogpt.checkpoint.writing import check_output_dir
 from hf_nanogpt.flops import GPU_PEAKS, count_flops, find_peak
 from hf_nanogpt.training import callbacks as callbacks_module
 from hf_nanogpt.training import samples as samples_module

@@ -19,7 +19,7 @@ from test_hub import make_run, refuse
 from test_hub_training import PUSH, SMALL
 
 from hf_nanogpt import DataArguments, NanoGPTTrainingArguments, pull_checkpoint, push_to_hub, train
-from hf_nanogpt.checkpoint.folder import clear_abandoned, staged_folder
+from hf_nanogpt.checkpoint.writing import clear_abandoned, staged_folder
 from hf_nanogpt.cli import main
 from hf_nanogpt.hub.publishable import publish_command
 from hf_nanogpt.training.arguments import ModelArguments, parse_settings

@@ -33,12 +33,15 @@ from hf_nanogpt import (
     NanoGPTTrainingArguments,
     train_tokenizer,
 )
-from hf_nanogpt.checkpoint.checksums import RECORD, find_damage, sum_file, sum_state
-from hf_nanogpt.checkpoint.folder import (
-    clear_unfinished,
+from hf_nanogpt.checkpoint.steps import (
+    RECORD,
+    find_damage,
     find_intact_checkpoint,
     find_last_checkpoint,
+    sum_file,
+    sum_state,
 )
+from hf_nanogpt.checkpoint.writing import clear_unfinished
 from hf_nanogpt.cli import main
 from hf_nanogpt.cli.train import _resume_command
 from hf_nanogpt.training.stopping import stop_on_signals

@@ -23,7 +23,7 @@ from hf_nanogpt import (
     train,
     train_tokenizer,
 )
-from hf_nanogpt.checkpoint.folder import staged_folder
+from hf_nanogpt.checkpoint.writing import staged_folder
 from hf_nanogpt.cli import main
 from hf_nanogpt.data import stored
 from hf_nanogpt.data.encoding import DocumentEncoder

@@ -15,7 +15,7 @@ from conftest import ROOT, tiny_model
 from safetensors.torch import load_file, save_file
 
 from hf_nanogpt import convert_checkpoint, load_checkpoint, train_tokenizer
-from hf_nanogpt.checkpoint.folder import find_intact_checkpoint, find_last_checkpoint
+from hf_nanogpt.checkpoint.steps import find_intact_checkpoint, find_last_checkpoint
 from hf_nanogpt.cli import main
 from hf_nanogpt.errors import explain_errors, without_secrets
 from hf_nanogpt.training.arguments import parse_settings
@@ -73,7 +73,7 @@ EvilTokenizer = EvilModel
 """
 ANSWER_YES = """
 import json, sys
-from hf_nanogpt.checkpoint.folder import find_intact_checkpoint, find_last_checkpoint
+from hf_nanogpt.checkpoint.steps import find_intact_checkpoint, find_last_checkpoint
 from hf_nanogpt.cli import main
 assert sys.stdin.isatty()
 for words in json.loads(sys.argv[1]):

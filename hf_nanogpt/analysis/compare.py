@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..checkpoint.folder import check_checkpoint, load_checkpoint
+from ..checkpoint.loading import check_checkpoint, load_checkpoint
 from ..evaluation import evaluate
 from ..quantization import quantize_model
 from .tasks import TaskScore, check_lm_eval, evaluate_tasks

@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from .. import __version__
 from ..auto import TESTED_TRANSFORMERS
-from ..checkpoint.folder import load_checkpoint
-from ..convert import export_checkpoint, find_native_twin
+from ..checkpoint.loading import load_checkpoint
+from ..convert import export_checkpoint, find_native_format
 from ..errors import one_line
 from ..modeling_nanogpt import NanoGPTForCausalLM
 from ..presets import load_preset
@@ -144,7 +144,7 @@ def _check_leak(model: PreTrainedModel, ids: torch.Tensor) -> Result:
 
 
 def _check_native(model: PreTrainedModel, ids: torch.Tensor) -> Result:
-    if (name := find_native_twin(model.config)) is None:
+    if (name := find_native_format(model.config)) is None:
         return True, "no class of transformers has this architecture; not compared"
     with tempfile.TemporaryDirectory() as folder:
         ours, exported = Path(folder, "ours"), Path(folder, "native")

@@ -11,7 +11,7 @@ from unicodedata import east_asian_width
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..checkpoint.folder import check_writable
+from ..checkpoint.writing import check_writable
 from ..errors import UserError
 from ..generation import encode_prompt
 from .likeliest import make_candidates, rank_tokens, show_token, spell_tokens

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoint.folder import check_checkpoint, download, split_revision
 from ..checkpoint.foreign import CONFIG, read_config
+from ..checkpoint.loading import check_checkpoint, download, split_revision
 from ..configuration_nanogpt import NanoGPTConfig
-from ..convert import find_native_twin
+from ..convert import find_native_format
 from ..errors import UserError, did_you_mean, explain_errors
 from ..flops import count_flops
 from ..modeling_nanogpt import NanoGPTForCausalLM
@@ -40,7 +40,7 @@ def describe(model: str) -> dict[str, str]:
         f"{config.position_embedding_type} positions",
         "norm": f"{config.norm_type}, {config.norm_position}",
         "vocabulary": f"{config.vocab_size:,}, {tied} head",
-        "exports as": find_native_twin(config) or "no native format",
+        "exports as": find_native_format(config) or "no native format",
         "parameters": f"{total:,}",
         "  without embeddings": f"{total - embedding:,}",
         "FLOPs per token, serving": f"{flops:.4g} (at full context)",

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..checkpoint.folder import load_checkpoint
+from ..checkpoint.loading import load_checkpoint
 from ..errors import UserError, did_you_mean, explain_errors
 
 

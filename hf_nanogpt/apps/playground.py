@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..analysis.explain import show_token
 from ..analysis.likeliest import Step, choose_candidate, stream_steps
-from ..checkpoint.folder import load_checkpoint
+from ..checkpoint.loading import load_checkpoint
 from ..errors import UserError
 from .addresses import list_hosts, open_socket
 from .chat import find_turn_ends

@@ -10,6 +10,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from ..configuration_nanogpt import NanoGPTConfig
 from ..convert.native import make_native_config
+from ..cpu_kernels import use_cpu_kernels
 from ..modeling_nanogpt import NanoGPTForCausalLM
 from ..presets import load_preset
 
@@ -23,8 +24,10 @@ def make_contestants(sizes: dict[str, int]) -> dict[str, nn.Module]:
     # Llama has no norm of queries and keys; otherwise it is the same architecture as nano.
     _, llama = make_native_config(load_preset("nano", **settings, qk_norm=False), "llama")
     _, native_gpt2 = make_native_config(gpt2, "gpt2")
+    nano_model = NanoGPTForCausalLM(nano)
+    use_cpu_kernels(nano_model)  # as training does
     return {
-        NANO: NanoGPTForCausalLM(nano),
+        NANO: nano_model,
         "LlamaForCausalLM": AutoModelForCausalLM.from_config(llama),
         GPT2: NanoGPTForCausalLM(gpt2),
         "GPT2LMHeadModel": AutoModelForCausalLM.from_config(native_gpt2),

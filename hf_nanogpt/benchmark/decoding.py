@@ -11,8 +11,8 @@ import torch
 from transformers import PreTrainedModel, set_seed
 
 from ..analysis.info import load_config
-from ..checkpoint.folder import load_model
-from ..convert import export_checkpoint, find_native_twin
+from ..checkpoint.loading import load_model
+from ..convert import export_checkpoint, find_native_format
 from ..errors import UserError
 from ..generation import compiled_decoding
 from ..modeling_nanogpt import NanoGPTForCausalLM
@@ -166,7 +166,7 @@ def _make_contestants(ours: PreTrainedModel, *, compile: bool) -> list[Contestan
     contestants = [Contestant(OURS, ours, 4 * weights)]
     if compile:
         contestants.append(Contestant(COMPILED, ours, 4 * weights, compiled_decoding()))
-    if find_native_twin(ours.config) is not None:
+    if find_native_format(ours.config) is not None:
         with tempfile.TemporaryDirectory() as folder:
             ours.save_pretrained(Path(folder, "ours"))
             export_checkpoint(Path(folder, "ours"), Path(folder, "native"))

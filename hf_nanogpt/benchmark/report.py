@@ -15,7 +15,7 @@ from .. import __version__
 from ..analysis.compare import format_table
 from ..analysis.doctor import name_processor
 from ..analysis.plots import replace_file
-from ..checkpoint.folder import check_writable
+from ..checkpoint.writing import check_writable
 from ..errors import UserError
 
 

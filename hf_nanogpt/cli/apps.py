@@ -24,7 +24,7 @@ def run_chat(argv: list[str]) -> None:
 
     load_libraries()
     from ..apps.chat import Chat
-    from ..checkpoint.folder import load_checkpoint
+    from ..checkpoint.loading import load_checkpoint
 
     chat = Chat(*load_checkpoint(settings.pop("checkpoint")), **settings)
     if isinstance(sys.stdin, io.TextIOWrapper):
@@ -99,7 +99,7 @@ def run_serve(argv: list[str]) -> None:
     from ..apps.addresses import check_key_is_there, list_hosts, open_socket
     from ..apps.chat import NO_TEMPLATE
     from ..apps.serving import build_app, serve_app, write_request
-    from ..checkpoint.folder import load_checkpoint
+    from ..checkpoint.loading import load_checkpoint
 
     # Refuse a bad address before the model is loaded.
     key = args.api_key or os.environ.get("HF_NANOGPT_API_KEY")

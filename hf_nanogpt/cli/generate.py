@@ -33,7 +33,7 @@ def run_generate(argv: list[str]) -> None:
     prompt = _read_text(args.prompt)
 
     load_libraries()
-    from ..checkpoint.folder import load_checkpoint
+    from ..checkpoint.loading import load_checkpoint
     from ..generation import stream_text
 
     model, tokenizer = load_checkpoint(args.checkpoint)
@@ -82,7 +82,7 @@ def run_explain(argv: list[str]) -> None:
 
     load_libraries()
     from ..analysis.explain import check_page, explain_text, render_table, write_page
-    from ..checkpoint.folder import load_checkpoint
+    from ..checkpoint.loading import load_checkpoint
 
     page = None if args.html is None else check_page(args.html)
     model, tokenizer = load_checkpoint(args.checkpoint)

@@ -16,10 +16,9 @@ from ..untrusted import read_json
 from . import nanogpt
 from .folders import check_destination, load_tokenizer, write_folder
 from .models import export_native_model, import_nanogpt_model, import_native_model, read_our_config
-from .native import FORMATS, find_native_format, find_native_twin, make_native_config
+from .native import FORMATS, find_native_format, make_native_config
 
 __all__ = ["Conversion", "convert_checkpoint", "export_checkpoint", "find_native_format"]
-__all__ += ["find_native_twin"]
 
 SOURCE_FORMATS = [*FORMATS, "nanogpt"]
 TARGET_FORMATS = ["auto", *FORMATS]

@@ -87,6 +87,3 @@ def _build(config: NanoGPTConfig, native: Format) -> PreTrainedConfig:
 
 def _show(value: object) -> str:
     return repr(sorted(set(value)) if isinstance(value, list) else value)  # a list has all layers
-
-
-find_native_twin = find_native_format  # the former name, until all callers have the new one

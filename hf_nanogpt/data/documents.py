@@ -14,7 +14,7 @@ from huggingface_hub.errors import HTTPError
 from pyarrow import ArrowException
 from transformers.hf_argparser import HfArg
 
-from ..checkpoint.folder import unreachable
+from ..checkpoint.loading import unreachable
 from ..errors import UserError, one_line, without_secrets
 from .conversations import MESSAGES, Documents, check_chat_template, read_conversations
 from .sources import STDLIB, TABLES, find_files

@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from .. import __version__
-from ..checkpoint.folder import check_writable, clear_abandoned, staged_folder
+from ..checkpoint.writing import check_writable, clear_abandoned, staged_folder
 from ..errors import UserError, one_line, without_secrets
 from ..untrusted import read_json
 from .conversations import MESSAGES, Documents

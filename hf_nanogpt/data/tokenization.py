@@ -15,8 +15,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from ..checkpoint.folder import TOKENIZER_FILES, download, split_revision
 from ..checkpoint.foreign import read_tokenizer
+from ..checkpoint.loading import TOKENIZER_FILES, download, split_revision
 from ..errors import UserError, did_you_mean
 from .documents import DataArguments, Documents
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, snapshot_download
 
-from ..checkpoint.folder import split_revision
+from ..checkpoint.loading import split_revision
 from ..convert.folders import check_destination, written_folder
 from ..errors import UserError
 from ..hub_errors import FAILURES, explain_hub_error, retry

@@ -14,7 +14,8 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers import AutoConfig
 
-from ..checkpoint.folder import ARTIFACTS, LOADING, check_checkpoint, load_checkpoint
+from ..checkpoint.loading import LOADING, check_checkpoint, load_checkpoint
+from ..checkpoint.writing import ARTIFACTS
 from ..configuration_nanogpt import NanoGPTConfig
 from ..convert import export_checkpoint
 from ..errors import UserError, explain_errors

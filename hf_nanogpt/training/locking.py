@@ -9,7 +9,7 @@ from pathlib import Path
 
 from transformers.utils import logging
 
-from ..checkpoint.folder import LOCK, check_writable
+from ..checkpoint.writing import LOCK, check_writable
 from ..errors import UserError
 
 logger = logging.get_logger(__name__)

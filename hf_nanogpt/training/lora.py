@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..checkpoint.folder import explain_write_errors, staged_folder
+from ..checkpoint.writing import explain_write_errors, staged_folder
 from .arguments import NanoGPTTrainingArguments
 
 

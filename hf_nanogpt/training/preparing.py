@@ -6,8 +6,9 @@ from typing import Any, TypeAlias
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from ..checkpoint.folder import load_checkpoint
+from ..checkpoint.loading import load_checkpoint
 from ..configuration_nanogpt import NanoGPTConfig
+from ..cpu_kernels import use_cpu_kernels
 from ..data.conversations import fit_model
 from ..data.corpus import Corpus, tokenize_sides
 from ..data.documents import DataArguments
@@ -94,6 +95,7 @@ def prepare_model(
     # The chat template may have added tokens to the tokenizer of a checkpoint.
     if data_args.chat_template:
         fit_model(model, tokenizer, known=known)
+    use_cpu_kernels(model)
     return model
 
 

@@ -22,8 +22,8 @@ from torch.optim import Optimizer
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.utils import logging
 
-from ..checkpoint.checksums import RECORD, find_damage, save_state, sum_file
-from ..checkpoint.folder import explain_write_errors, find_last_checkpoint
+from ..checkpoint.steps import RECORD, find_damage, find_last_checkpoint, save_state, sum_file
+from ..checkpoint.writing import explain_write_errors
 from ..errors import UserError, explain_errors
 from ..untrusted import path_inside
 

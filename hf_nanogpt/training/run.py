@@ -13,16 +13,16 @@ from accelerate.utils import broadcast_object_list
 from transformers import set_seed
 from transformers.utils import logging
 
-from ..checkpoint.folder import (
+from ..checkpoint.foreign import read_tokenizer
+from ..checkpoint.loading import split_revision
+from ..checkpoint.steps import find_intact_checkpoint
+from ..checkpoint.writing import (
     check_output_dir,
     clear_output_dir,
     clear_unfinished,
     explain_write_errors,
-    find_intact_checkpoint,
-    split_revision,
     staged_folder,
 )
-from ..checkpoint.foreign import read_tokenizer
 from ..data.corpus import prepare_tokenizer
 from ..data.documents import DataArguments
 from ..data.stored import prepare_data

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from transformers.utils import logging
 
-from ..checkpoint.checksums import read_record
+from ..checkpoint.steps import read_record
 from ..configuration_nanogpt import NanoGPTConfig
 from ..data.documents import DataArguments
 from ..data.packing import PackedBlocks, PackedStream

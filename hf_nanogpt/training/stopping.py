@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from ..checkpoint.folder import find_last_checkpoint
+from ..checkpoint.steps import find_last_checkpoint
 from .resume import ResumableTrainer
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
