@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import ROOT, tiny_model
 
 from hf_nanogpt import list_presets, load_preset, train
 from hf_nanogpt.analysis.info import describe
@@ -100,6 +100,16 @@ def test_commands_work(workplace, monkeypatch, capsys):
             parse_settings(recipe, flags)
         else:
             assert main([verb, *flags]) == 0, capsys.readouterr().err
+
+
+def test_peft_adapts_every_matrix_but_the_head_as_shown():
+    peft = pytest.importorskip("peft")
+    [shown] = re.findall(r"`(LoraConfig\(.*?\))`", README)
+    config = eval(shown, {"LoraConfig": peft.LoraConfig})
+    model = peft.get_peft_model(tiny_model("nano"), config)
+    names = {name.rsplit(".lora_A")[0] for name, _ in model.named_parameters() if "lora_A" in name}
+    linear = {n for n, m in model.named_modules() if hasattr(m, "lora_A")}
+    assert names == linear and len(names) == 7 * model.config.num_hidden_layers
 
 
 def test_make_targets_and_paths_exist():
