@@ -219,6 +219,7 @@ def test_bad_settings_are_refused_before_the_data_is_read(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     importlib.util.find_spec("trackio") is None, reason="needs trackio: hf-nanogpt[track]"
 )

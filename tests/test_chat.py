@@ -166,6 +166,7 @@ def test_template_that_fails_or_never_ends_is_one_sentence(monkeypatch):
     assert sys.gettrace() is None
 
 
+@pytest.mark.slow
 def test_control_characters_do_not_reach_the_terminal(tmp_path):
     save_talker(tmp_path, block_size=256)
     spoken = {*TOKENIZER("\x1b[2J")["input_ids"]}
@@ -235,6 +236,7 @@ def test_bad_flag_is_refused_before_the_first_message(flag, tmp_path, capsys):
 # in the terminal
 
 
+@pytest.mark.slow
 def test_piped_lines_are_answered_in_turn(tmp_path):
     model, folder = talker(), save_talker(tmp_path / "talker")
     lines = ["hello", "", "/set max_new_tokens 5", "/frob", "and you?", "x" * 300, "/exit", "no"]
@@ -249,6 +251,7 @@ def test_piped_lines_are_answered_in_turn(tmp_path):
     assert ["'/frob'" in notes[0], "context is 256" in notes[1]] == [True, True]
 
 
+@pytest.mark.slow
 def test_terminal_ends_an_answer_at_ctrl_c_and_the_chat_at_ctrl_d(tmp_path):
     save_talker(tmp_path / "talker", block_size=20_000)
     screen, end = pty.openpty()

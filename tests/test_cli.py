@@ -428,6 +428,7 @@ def test_too_little_memory_is_a_sentence_that_says_what_to_lower(tmp_path, capsy
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the limit does not hold")
 def test_a_limit_of_memory_is_told_by_generate_and_eval(checkpoint, tmp_path):
     model = tmp_path / "model"

@@ -212,6 +212,7 @@ def hub_answers(tmp_path_factory) -> dict[str, list]:
     return dict(zip(HUB_CASES, map(json.loads, output.splitlines()), strict=True))
 
 
+@pytest.mark.slow
 def test_a_hub_dataset_gives_the_same_documents_as_its_file(hub_answers, tmp_path):
     expected = [texts(side) for side in load(write_table(tmp_path / "t.jsonl", ROWS))]
     assert hub_answers["whole"] == ["Dataset", *expected]
@@ -219,15 +220,18 @@ def test_a_hub_dataset_gives_the_same_documents_as_its_file(hub_answers, tmp_pat
     assert hub_answers["stream"] == ["IterableDataset", *expected]
 
 
+@pytest.mark.slow
 def test_a_hub_dataset_has_configurations_and_splits(hub_answers):
     assert hub_answers["config"] == ["Dataset", ["up"], ["down"]]
     assert hub_answers["split"] == ["Dataset", ["left"], ["right"]]
 
 
+@pytest.mark.slow
 def test_a_hub_id_may_have_a_dot(hub_answers):
     assert hub_answers["dotted"] == hub_answers["whole"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["no config", "no split", "no dataset"])
 def test_what_the_hub_does_not_have_is_refused(hub_answers, case):
     error, message = hub_answers[case]
@@ -327,6 +331,7 @@ def test_an_unknown_tokenizer_is_refused(name):
         load_tokenizer("bpee")
 
 
+@pytest.mark.slow
 def test_a_text_on_the_web_is_read_like_a_file(tmp_path):
     text = "".join(ROWS)
     script = (

@@ -111,6 +111,7 @@ def _check(name: str, folder: Path, arguments: dict, *flags: str) -> dict:
     return json.loads((folder / "figures.json").read_text())
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_losses_and_weights_of_one(settings, alone, tmp_path):
     flags = [f"--{name}={value}" for name, value in settings.items()]
     flags += ["--per_device_train_batch_size=4", f"--output_dir={tmp_path / 'two'}"]
@@ -127,6 +128,7 @@ def _find_commands(name: str) -> list[str]:
     return sorted({line for line in lines if line.startswith("accelerate ") and path in line})
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="without a GPU it is refused")
 @pytest.mark.parametrize("command", _find_commands("ddp_cpu.yaml"))
 def test_the_documented_command_trains_in_two_processes_together(settings, tmp_path, command):
@@ -185,10 +187,12 @@ def test_accelerate_launch_gives_the_losses_and_weights_of_one_process(checked, 
     _assert_same_run(folder / "ddp", alone["adamw"])
 
 
+@pytest.mark.slow
 def test_model_initialised_in_shards_starts_at_the_entropy_of_the_vocabulary(checked):
     assert checked[1]["first_loss"] == pytest.approx(math.log(61), abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not HAS_TENSOR_PARALLEL, reason=NO_TENSOR_PARALLEL)
 def test_tensor_parallel_model_gives_the_logits_of_the_whole_one(checked, family):
     with torch.no_grad():
@@ -197,6 +201,7 @@ def test_tensor_parallel_model_gives_the_logits_of_the_whole_one(checked, family
     torch.testing.assert_close(logits, expected, rtol=0, atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["fully_sharded", "tensor_parallel"])
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_sharded_model_trains_like_the_whole_one(checked, kind, recipe):
@@ -207,6 +212,7 @@ def test_sharded_model_trains_like_the_whole_one(checked, kind, recipe):
         assert losses[recipe] == pytest.approx(expected, abs=1e-5), family
 
 
+@pytest.mark.slow
 def test_fsdp_through_the_trainer_saves_and_resumes_whole_checkpoints(settings, alone, tmp_path):
     flags = ["--config_file", str(EXAMPLES / "fsdp2.yaml"), "--num_processes", "2"]
     halves = settings | {"per_device_train_batch_size": 4}
@@ -248,6 +254,7 @@ def test_gradient_checkpointing_changes_no_loss(settings, alone, tmp_path):
     assert _losses(tmp_path / "run") == pytest.approx(_losses(alone["muon"]), abs=1e-6)
 
 
+@pytest.mark.slow
 def test_compiled_model_is_compiled_once_and_gives_the_same_losses(settings, alone, tmp_path):
     with torch._dynamo.config.patch(error_on_recompile=True):
         train(

@@ -71,6 +71,7 @@ def expected(place: Path) -> str:
     return tokenizer.decode(model.generate(**ids, do_sample=False, max_new_tokens=40)[0]) + "\n"
 
 
+@pytest.mark.slow
 def test_onnxruntime_writes_the_text(workplace, monkeypatch, capsys):
     pytest.importorskip("onnxruntime", reason="pip install 'hf-nanogpt[onnx]'")
     assert run_commands("ONNX", workplace, monkeypatch) == expected(workplace)
@@ -80,12 +81,14 @@ def test_onnxruntime_writes_the_text(workplace, monkeypatch, capsys):
     assert main(["export", "runs/quickstart", "model.onnx", "--to", "onnx"]) == 2
 
 
+@pytest.mark.slow
 def test_llama_cpp_writes_the_text(workplace, monkeypatch):
     for package in ("gguf", "xllamacpp"):
         pytest.importorskip(package, reason="pip install 'hf-nanogpt[gguf]' xllamacpp")
     assert run_commands("llama.cpp", workplace, monkeypatch) == expected(workplace)
 
 
+@pytest.mark.slow
 def test_transformers_and_ctranslate2_write_the_text(workplace, monkeypatch):
     monkeypatch.chdir(workplace)
     section = "transformers, without this package"
@@ -121,6 +124,7 @@ PARTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", PARTS)
 def test_a_cache_loop_in_onnxruntime_gives_the_tokens_of_generate(family, tmp_path, monkeypatch):
     runtime = pytest.importorskip("onnxruntime", reason="pip install 'hf-nanogpt[onnx]'")
@@ -147,6 +151,7 @@ def test_a_cache_loop_in_onnxruntime_gives_the_tokens_of_generate(family, tmp_pa
     torch.testing.assert_close(torch.tensor(logits), own, atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["nano", "gpt2", "llama"])
 @pytest.mark.parametrize("kind", [None, "int8"])
 def test_ctranslate2_gives_the_tokens_of_generate(family, kind, tmp_path):
@@ -172,6 +177,7 @@ def test_ctranslate2_gives_the_tokens_of_generate(family, kind, tmp_path):
         assert result.sequences_ids[0] == (ids[:-1] if ids[-1] == 0 else ids)  # it drops the end
 
 
+@pytest.mark.slow
 def test_what_cannot_be_onnx_is_refused_and_leaves_nothing(tmp_path, monkeypatch):
     pytest.importorskip("onnxruntime", reason="pip install 'hf-nanogpt[onnx]'")
     rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}

@@ -126,6 +126,7 @@ def test_add_adapter_of_transformers_finds_the_matrices_too(base, tmp_path):
     assert_same(logits(again), logits(model))
 
 
+@pytest.mark.slow
 def test_a_stranger_without_our_package_adapts_a_checkpoint(base, tmp_path):
     code = """
 import sys; sys.modules["hf_nanogpt"] = None
@@ -199,6 +200,7 @@ def test_metrics_before_and_after_are_those_that_eval_measures(lora, base, adapt
     assert ("| LoRA | rank 8, alpha 16, merged |" in card) == lora
 
 
+@pytest.mark.slow
 def test_the_summary_shows_before_and_after_side_by_side(base, text, tmp_path, capsys):
     argv = ["train", "finetune", "--lora", "--from", str(base), "--data", text]
     argv += [f"--{name}={value}" for name, value in (FAST | STEPS).items()]
@@ -247,6 +249,7 @@ def test_another_adapter_or_another_start_cannot_be_resumed(base, adapted, text,
         tune(other, text, adapted, lora=True, **same)
 
 
+@pytest.mark.slow
 def test_the_best_adapter_is_loaded_and_merged_at_the_end(base, text, tmp_path):
     best = {"load_best_model_at_end": True, "eval_steps": 1, "save_steps": 1, "max_steps": 4}
     best["greater_is_better"] = True  # then it is an early one, as losses fall
@@ -259,6 +262,7 @@ def test_the_best_adapter_is_loaded_and_merged_at_the_end(base, text, tmp_path):
     assert measured.loss == pytest.approx(result.metrics["eval_loss"], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_what_is_pushed_after_lora_is_a_whole_model(hub, base, text, tmp_path):
     tune(base, text, tmp_path / "run", lora=True, push_to_hub=True, hub_model_id="user/tuned")
     files = set(hub.repos["user/tuned"].files())
@@ -285,6 +289,7 @@ def make_llama_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt2", "llama", "qwen3"])
 def test_a_converted_model_is_tuned_and_exported_again(name, text, tmp_path):
     words = make_llama_tokenizer()

@@ -159,6 +159,7 @@ def test_sampled_text_is_that_of_transformers_after_the_same_seed(own, given):
     assert generate_text(model, TOKENIZER, "the cat", **given) == expected
 
 
+@pytest.mark.slow
 def test_threads_with_seeds_of_their_own_get_the_texts_they_get_alone():
     model = talker()
 

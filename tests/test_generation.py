@@ -237,6 +237,7 @@ def test_banded_layers_keep_a_bounded_cache_while_they_generate(kind, batch):
 FORMS = ["gpt1", "gpt3", "nano", "nanochat"]  # post-norm, banded, rotary and gated, soft-capped
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FORMS)
 def test_exported_program_gives_the_same_logits_at_any_length(family, tokens):
     model = tiny_model(family)
@@ -250,6 +251,7 @@ def test_exported_program_gives_the_same_logits_at_any_length(family, tokens):
         torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("family", FORMS)
 def test_compiled_model_gives_the_same_logits_without_a_graph_break(family, tokens):
@@ -269,6 +271,7 @@ def test_compiled_model_gives_the_same_logits_without_a_graph_break(family, toke
     torch.testing.assert_close(torch.cat(steps, 1), expected[:, 17:], rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", ["fp32", pytest.param("int8", marks=needs_int8)])
 def test_compiled_decoding_gives_the_same_tokens(weights):
     ids = torch.arange(1, 25)[None]

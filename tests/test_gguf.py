@@ -147,6 +147,7 @@ def _assert_same_text(model, tokenizer, llama: LlamaCpp, *, tolerance: float) ->
     return worst
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["bpe", "char", "byte"])
 @pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3", "nano"])
 def test_llama_cpp_writes_the_same_text(family, kind, tmp_path):
@@ -159,6 +160,7 @@ def test_llama_cpp_writes_the_same_text(family, kind, tmp_path):
         assert llama.tokenize(text) == tokenizer(text).input_ids, text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_llama_cpp_understands_every_field(variant, tmp_path):
     family, overrides = VARIANTS[variant]
@@ -167,6 +169,7 @@ def test_llama_cpp_understands_every_field(variant, tmp_path):
     _assert_same_text(model, tokenizer, llama, tolerance=1e-2 if family == "gpt2" else 1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3"])
 def test_f16_is_half_the_size_and_nearly_the_same(family, tmp_path):
     model, tokenizer = _checkpoint(tmp_path, family)
@@ -180,6 +183,7 @@ def test_f16_is_half_the_size_and_nearly_the_same(family, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_q8_0_is_the_models_weights_in_whole_steps(tmp_path):
     from gguf import GGMLQuantizationType, GGUFReader, dequantize
 
@@ -237,6 +241,7 @@ def split_tokenizer(pattern: str | None, *, ignore_merges: bool = False, **parts
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("pattern", "more"),
     [

@@ -116,6 +116,7 @@ def test_a_sharded_checkpoint_replaces_an_unsharded_one_and_loads(hub, run, tmp_
     assert torch.equal(logits("user/gpt"), logits(str(run)))
 
 
+@pytest.mark.slow
 def test_where_the_package_is_missing_every_auto_class_loads_the_same_logits(hub, run, tmp_path):
     release = push_to_hub(run, "user/gpt", tag="v1")
     push_to_hub(make_run(tmp_path / "later", seed=1), "user/gpt")

@@ -338,6 +338,7 @@ sys.exit(main(sys.argv[2:]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("verb", "name"), [("export", "SIGKILL"), ("pull", "SIGTERM")])
 def test_a_command_that_was_stopped_while_writing_can_be_repeated(hub, run, tmp_path, verb, name):
     source = str(run)

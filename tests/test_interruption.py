@@ -238,6 +238,7 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(run, whole, tmp_pa
     _assert_same(folder, whole)
 
 
+@pytest.mark.slow
 def test_a_run_killed_several_times_equals_an_uninterrupted_one(run, whole, tmp_path):
     folder = tmp_path / "run"
     for count in (16, 15, 13):
@@ -247,6 +248,7 @@ def test_a_run_killed_several_times_equals_an_uninterrupted_one(run, whole, tmp_
     _assert_same(folder, whole)
 
 
+@pytest.mark.slow
 def test_resuming_a_finished_run_does_no_step_and_changes_nothing(run, whole, tmp_path):
     folder = shutil.copytree(whole, tmp_path / "run")
     shutil.copy(whole.with_suffix(".batches"), folder.with_suffix(".batches"))
@@ -255,6 +257,7 @@ def test_resuming_a_finished_run_does_no_step_and_changes_nothing(run, whole, tm
     _assert_same(folder, whole)
 
 
+@pytest.mark.slow
 def test_a_stream_resumed_in_its_second_pass_continues_there(run, tmp_path):
     rows = tmp_path / "rows.jsonl"
     texts = [f"row {i}: " + "what is read as a stream " * 2 for i in range(40)]
@@ -304,6 +307,7 @@ def test_the_command_to_resume_shows_no_secret():
     assert shown.endswith("train --data=https://host/x --seed 1 --data https://host/y --resume")
 
 
+@pytest.mark.slow
 def test_no_path_of_this_machine_is_in_a_checkpoint(run, tmp_path):
     folder = tmp_path / "private-home" / "run"
     train_tokenizer([], kind="byte").save_pretrained(tmp_path / "private-home" / "words")
@@ -336,6 +340,7 @@ def test_a_signal_before_training_ends_the_command_in_one_line(run, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     parse(torch.__version__) < parse("2.13"),
     reason="torch 2.11 cannot load to cpu:0, the device of several processes on a CPU",
@@ -439,6 +444,7 @@ def test_other_settings_are_refused_by_name(run, part, tmp_path, settings):
     assert [path.name for path in folder.iterdir()] == ["checkpoint-7"]
 
 
+@pytest.mark.slow
 def test_more_steps_and_other_groups_of_the_same_batch_are_allowed_with_a_warning(
     run, part, tmp_path
 ):
@@ -457,6 +463,7 @@ def test_fewer_steps_than_are_done_are_refused(run, part, tmp_path):
     assert code == 2 and "max_steps=5 is too low" in printed and "7 steps" in printed
 
 
+@pytest.mark.slow
 def test_a_checkpoint_without_what_resuming_needs_is_refused(run, tmp_path):
     folder = tmp_path / "run"
     assert run(folder, save_only_model=True, save_steps=10)[0] == 0
@@ -486,6 +493,7 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_evaluated(tmp_path):
     assert not list(tmp_path.rglob("checkpoint-*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", ["model.safetensors", "optimizer.pt", "trainer_state.json"])
 def test_a_full_disk_is_reported_in_a_sentence_and_saved_checkpoints_stay(
     run, whole, tmp_path, file
@@ -546,6 +554,7 @@ def test_a_flipped_byte_in_any_file_is_found_by_name(whole, tmp_path):
     assert find_damage(step) == "trainer_state.json"
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_resumed(run, whole, tmp_path):
     folder = tmp_path / "run"
     moment = ("batch", 31, signal.SIGKILL)
@@ -557,6 +566,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_resumed(run, whole,
     _assert_same(folder, whole)
 
 
+@pytest.mark.slow
 def test_a_damaged_best_model_is_not_loaded(run, tmp_path):
     best = {"load_best_model_at_end": True, "greater_is_better": True}  # so that it is the first
     best |= {"save_total_limit": 9, "eval_steps": 4, "save_steps": 4}
@@ -672,6 +682,7 @@ def test_a_hostile_value_in_the_state_is_damage(part, tmp_path, name, value):
     assert find_damage(step) == (None if name == "log_history" else "trainer_state.json")
 
 
+@pytest.mark.slow
 def test_a_path_in_a_checkpoint_of_somebody_else_is_not_followed(run, part, tmp_path):
     folder = shutil.copytree(part, tmp_path / "run")
     elsewhere = shutil.copytree(part / "checkpoint-7", tmp_path / "checkpoint-elsewhere")

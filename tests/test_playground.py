@@ -195,6 +195,7 @@ def test_bad_input_to_the_command_is_one_sentence(checkpoint, tmp_path, capsys):
             assert output.out == "" and "Traceback" not in output.err
 
 
+@pytest.mark.slow
 @needs_gradio
 def test_a_page_from_elsewhere_does_not_reach_the_playground(checkpoint):
     command = [sys.executable, "-m", "hf_nanogpt", "playground", checkpoint]

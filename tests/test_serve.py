@@ -379,6 +379,7 @@ def test_printed_curl_command_works(printed):
     assert answer["choices"][0]["message"]["role"] == "assistant"
 
 
+@pytest.mark.slow
 def test_transformers_chat_talks_with_it(printed):
     program = "from transformers.cli.transformers import main; main()"
     flags = ["max_new_tokens=12", "do_sample=False"]
@@ -388,6 +389,7 @@ def test_transformers_chat_talks_with_it(printed):
     assert answer_whole(batched(), HELLO["messages"]) in done.stdout, done.stderr
 
 
+@pytest.mark.slow
 def test_without_a_template_only_texts_are_answered_and_sigterm_ends_all(tmp_path):
     (save_talker(tmp_path / "talker", block_size=20_000) / "chat_template.jinja").unlink()
     server, printed = start_server(tmp_path, "talker")

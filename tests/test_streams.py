@@ -111,6 +111,7 @@ def test_what_only_prints_ends_quietly_without_a_reader_and_tells_a_full_disk(
         (tmp_path / "log.2").unlink()
 
 
+@pytest.mark.slow
 def test_closed_streams_are_a_sentence_or_quiet_success(checkpoint, tmp_path):
     code = """if True:
         import os, sys

@@ -170,6 +170,7 @@ tokenize_corpus(DataArguments(data=sys.argv[1], tokenizer="char"), sys.argv[2])
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_after_its_last_whole_file(tmp_path, monkeypatch):
     monkeypatch.setattr(stored, "_CHARACTERS", 100)
     rows = _write_rows(tmp_path / "many.jsonl", [f"{i} {'word ' * 20}" for i in range(700)])
@@ -425,6 +426,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_two_processes_read_together_what_one_reads(table, tmp_path):
     script = tmp_path / "two.py"
     script.write_text(TWO)

@@ -85,6 +85,7 @@ for words in json.loads(sys.argv[1]):
 """
 
 
+@pytest.mark.slow
 def test_no_command_runs_code_of_a_checkpoint_even_if_a_terminal_answers_yes(folder, tmp_path):
     mark = tmp_path / "mark"
     (folder / "evil.py").write_text(EVIL.format(mark=str(mark)))
