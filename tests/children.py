@@ -13,7 +13,10 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from torch.distributed import TCPStore
 
 PROCESSES = multiprocessing.get_context("forkserver")
 # Also what training imports only when it begins.
@@ -36,14 +39,20 @@ def run_child(
     *arguments: object,
     env: Mapping[str, str] | None = None,
     cwd: str | Path | None = None,
-    stdin: int | None = None,
+    input: str = "",
+    terminal: int | None = None,
     timeout: float = 120,
 ) -> subprocess.CompletedProcess:
-    """Call a function in a process of its own; return its exit code and what it printed."""
+    """Call a function in a process of its own; return its exit code and what it printed.
+
+    It reads `input`, or what is typed at a `terminal`.
+    """
     with tempfile.TemporaryDirectory() as folder:
         logs = [Path(folder) / "stdout", Path(folder) / "stderr"]
-        terminal = None if stdin is None else os.ttyname(stdin)
-        settings = (dict(env or os.environ), cwd, terminal, logs)
+        source = Path(folder) / "stdin" if terminal is None else Path(os.ttyname(terminal))
+        if terminal is None:
+            source.write_text(input, encoding="utf-8")
+        settings = (dict(env or os.environ), cwd, source, logs)
         child = PROCESSES.Process(target=_begin, args=(settings, function, arguments), daemon=True)
         child.start()
         child.join(timeout)
@@ -52,6 +61,24 @@ def run_child(
             child.join()
         printed = [log.read_text(encoding="utf-8") for log in logs]
     return subprocess.CompletedProcess(function.__name__, child.exitcode, *printed)
+
+
+def run_ranks(
+    count: int, function: Callable[..., object], *arguments: object, **settings
+) -> list[subprocess.CompletedProcess]:
+    """Call a function in several processes that find each other, as `torchrun` starts them."""
+    # A port that is taken already cannot be taken twice.
+    meeting = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    found = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(meeting.port)}
+    found |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "OMP_NUM_THREADS": "1"}
+    found |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+
+    def run(rank: int) -> subprocess.CompletedProcess:
+        env = os.environ | found | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        return run_child(function, *arguments, env=env, **settings)
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(run, range(count)))
 
 
 def run_command(*argv: object, **settings) -> subprocess.CompletedProcess:
@@ -65,15 +92,14 @@ def run_python(code: str, *argv: object, **settings) -> subprocess.CompletedProc
 
 
 def _begin(settings: tuple, function: Callable[..., object], arguments: Sequence[object]) -> None:
-    environment, cwd, terminal, logs = settings
+    environment, cwd, source, logs = settings
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.clear()
     os.environ.update(environment)
     if cwd:
         os.chdir(cwd)
-    if terminal:
-        os.dup2(os.open(terminal, os.O_RDWR), 0)
-        sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
+    os.dup2(os.open(source, os.O_RDONLY), 0)
+    sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
     for number, log in enumerate(logs, start=1):
         os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), number)
     function(*arguments)

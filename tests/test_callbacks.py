@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import urllib.request
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from children import run_command
 from conftest import tiny_model
 from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
@@ -74,8 +76,7 @@ def test_samples_come_at_each_evaluation_or_at_a_share_of_the_steps(tmp_path):
 
 
 def test_resumed_run_continues_the_samples(run, tmp_path):
-    folder = tmp_path / "stopped"
-    train(output_dir=str(folder), sample_steps=2, **SMALL)
+    folder = shutil.copytree(run, tmp_path / "stopped")
     expected = (folder / "samples.jsonl").read_text(encoding="utf-8")
     for name in ("checkpoint-8", "checkpoint-12"):  # as if it had been killed after step 4
         for path in (folder / name).iterdir():
@@ -225,10 +226,9 @@ def test_bad_settings_are_refused_before_the_data_is_read(tmp_path):
 )
 def test_trackio_dashboard_shows_the_run(tmp_path):
     env = os.environ | {"TRACKIO_DIR": str(tmp_path / "store"), "PYTHONUNBUFFERED": "1"}
-    flags = [f"--{name}={value}" for name, value in SMALL.items()]
-    command = [sys.executable, "-m", "hf_nanogpt", "train", *flags, "--report_to=trackio"]
-    command += ["--project=ours", f"--output_dir={tmp_path / 'run'}"]
-    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT, timeout=120)
+    flags = [f"--{name}={value}" for name, value in (SMALL | {"max_steps": 3}).items()]
+    flags += ["--report_to=trackio", "--project=ours", f"--output_dir={tmp_path / 'run'}"]
+    done = run_command("train", *flags, env=env)
     assert done.returncode == 0, done.stderr
     command = [sys.executable, "-m", "trackio.cli", "show", "--project=ours"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env) as server:
@@ -240,7 +240,7 @@ def test_trackio_dashboard_shows_the_run(tmp_path):
             rows = _ask(
                 url, "get_metric_values", project="ours", run=run["name"], metric_name="train/mfu"
             )
-            assert len(rows) == SMALL["max_steps"]
+            assert len(rows) == 3
         finally:
             server.terminate()
 

@@ -10,6 +10,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from children import run_command
 from conftest import ROOT, tiny_model
 
 from hf_nanogpt import stream_text, train_tokenizer
@@ -173,9 +174,8 @@ def test_control_characters_do_not_reach_the_terminal(tmp_path):
     model = talker()
     model.generation_config.suppress_tokens = sorted(set(range(len(TOKENIZER))) - spoken)
     model.save_pretrained(tmp_path)
-    command = [*CHAT, tmp_path, "--seed=1", "--max_new_tokens=40"]
-    given = {"input": "hi\n/no\x1b[2J\n/system \x9b\n", "capture_output": True, "text": True}
-    done = subprocess.run(command, **given)
+    lines = "hi\n/no\x1b[2J\n/system \x9b\n"
+    done = run_command("chat", tmp_path, "--seed=1", "--max_new_tokens=40", input=lines)
     for text in (done.stdout, done.stderr):
         assert "\\x1b" in text and "\x1b" not in text and "\x9b" not in text
 
@@ -240,8 +240,8 @@ def test_bad_flag_is_refused_before_the_first_message(flag, tmp_path, capsys):
 def test_piped_lines_are_answered_in_turn(tmp_path):
     model, folder = talker(), save_talker(tmp_path / "talker")
     lines = ["hello", "", "/set max_new_tokens 5", "/frob", "and you?", "x" * 300, "/exit", "no"]
-    command = [*CHAT, folder, "--temperature=0", "--max_new_tokens=12", "--system=be kind"]
-    done = subprocess.run(command, input="\n".join(lines), capture_output=True, text=True)
+    flags = ["--temperature=0", "--max_new_tokens=12", "--system=be kind"]
+    done = run_command("chat", folder, *flags, input="\n".join(lines))
     first = [{"role": "system", "content": "be kind"}, user("hello")]
     said = answer_whole(model, first)
     second = [*first, {"role": "assistant", "content": said}, user("and you?")]

@@ -50,7 +50,15 @@ def pickles(files: dict[str, bytes]) -> list[str]:
     return [path for path in files if path.endswith((".bin", ".pt", ".pth"))]
 
 
-@pytest.mark.parametrize("strategy", ["end", "every_save", "checkpoint", "all_checkpoints"])
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        "every_save",
+        pytest.param("end", marks=pytest.mark.slow),
+        pytest.param("checkpoint", marks=pytest.mark.slow),
+        pytest.param("all_checkpoints", marks=pytest.mark.slow),
+    ],
+)
 def test_every_pushed_revision_loads_and_only_branches_have_the_training_state(
     hub, text_file, tmp_path, strategy
 ):
