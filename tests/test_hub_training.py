@@ -2,7 +2,7 @@
 
 import json
 import re
-import time
+import threading
 from pathlib import Path
 
 import pytest
@@ -118,7 +118,7 @@ def test_while_a_push_is_slow_only_the_newest_checkpoint_waits(
         add(queue, *args, **kwargs)
         added.append(args)
         while not queue._jobs[0][0].running():  # the first one is under way, and held
-            time.sleep(0.01)
+            threading.Event().wait(0.01)
         if len(added) == 3:
             hub.gate.set()
 
