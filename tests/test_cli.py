@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from children import run_command, run_python
 from conftest import CORPUS as TEXT
 from safetensors.torch import load_file
 
@@ -32,7 +33,8 @@ def run(*argv: str, cwd: Path | None = None, **kwargs) -> subprocess.CompletedPr
 def checkpoint(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("cli")
     (folder / "my.txt").write_text(TEXT, encoding="utf-8")
-    done = run("train", "--data", "my.txt", "--output_dir", "runs/mine", *QUICK, cwd=folder)
+    flags = ["--data=my.txt", "--output_dir=runs/mine", *QUICK]
+    done = run_command("train", *flags, cwd=folder)
     assert done.returncode == 0, done.stderr
     assert "runs/mine is ready" in done.stdout and "bits per byte" in done.stdout
     assert "A sample:" in done.stdout and done.stdout.count("hf-nanogpt ") == 3
@@ -133,12 +135,20 @@ def test_every_verb_has_help(capsys):
 
 
 def test_generate_streams_the_prompt_and_new_text(checkpoint):
-    done = run("generate", checkpoint, "def", "--greedy", "--max_new_tokens", "5")
+    done = run_command("generate", checkpoint, "def", "--greedy", "--max_new_tokens", "5")
     assert done.returncode == 0 and done.stdout.startswith("def")
-    assert (
-        done.stdout
-        == run("generate", checkpoint, "def", "--temperature=0", "--max_new_tokens=5").stdout
-    )
+    again = run_command("generate", checkpoint, "def", "--temperature=0", "--max_new_tokens=5")
+    assert again.stdout == done.stdout
+
+
+@pytest.mark.slow
+def test_the_installed_command_trains_and_generates(tmp_path):
+    (tmp_path / "my.txt").write_text(TEXT, encoding="utf-8")
+    flags = ["--data", "my.txt", "--output_dir", "runs/mine", *QUICK]
+    done = run("train", *flags, cwd=tmp_path)
+    assert done.returncode == 0 and "runs/mine is ready" in done.stdout, done.stderr
+    done = run("generate", "runs/mine", "def", "--greedy", "--max_new_tokens=5", cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout.startswith("def"), done.stderr
 
 
 def test_generate_takes_every_sampling_flag(checkpoint, capsys):
@@ -428,6 +438,7 @@ def test_too_little_memory_is_a_sentence_that_says_what_to_lower(tmp_path, capsy
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the limit does not hold")
 def test_a_limit_of_memory_is_told_by_generate_and_eval(checkpoint, tmp_path):
     model = tmp_path / "model"
@@ -450,8 +461,7 @@ def test_a_limit_of_memory_is_told_by_generate_and_eval(checkpoint, tmp_path):
         codes = [main(["generate", model, prompt, "--max_new_tokens=2"]),
                  main(["eval", model, "--data", text, "--batch_size=4"])]
         print(codes)"""
-    command = [sys.executable, "-c", code, str(model), str(text)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    done = run_python(code, model, text)
     assert "[2, 2]" in done.stdout, done.stderr[-1500:]
     assert "not enough memory for generate: lower --max_new_tokens" in done.stderr
     assert "not enough memory for eval: lower --batch_size" in done.stderr

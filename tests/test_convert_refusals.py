@@ -1,13 +1,12 @@
 """What cannot be converted is refused by name, runs nothing, and leaves nothing behind."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from children import run_python
 from references import make_reference
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -172,8 +171,7 @@ def test_a_disk_that_is_full_leaves_nothing_behind(source):
     # The first file that does not fit: our code, the weights, the tokenizer.
     cases = [(source, 1000), (source, 60_000), (long_words, 60_000)]
     destination = source.parent / "ours"
-    words = [str(destination), *(str(word) for case in cases for word in case)]
-    result = subprocess.run([sys.executable, "-c", FULL, *words], capture_output=True, text=True)
+    result = run_python(FULL, destination, *(word for case in cases for word in case))
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("ours could not be written, and nothing was left there") == 3
     assert not destination.exists()

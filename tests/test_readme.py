@@ -54,6 +54,7 @@ def workplace(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_python_snippets_run(workplace):
     code = "\n".join(blocks("python"))
     command = [sys.executable, "-c", code]
@@ -62,6 +63,7 @@ def test_python_snippets_run(workplace):
     assert "parameters, 257 tokens" in done.stdout
 
 
+@pytest.mark.slow
 def test_loading_lines_ask_no_question_where_the_package_is_missing(workplace):
     [code] = [block for block in blocks("python") if "PreTrainedTokenizerFast" in block]
     others = """
@@ -80,6 +82,7 @@ assert logits.shape == (1, 3, len(tokenizer)), logits.shape
     assert "y/N" not in done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_commands_work(workplace, monkeypatch, capsys):
     monkeypatch.chdir(workplace)
     lines = [line for block in blocks("bash") for line in block.splitlines()]
