@@ -44,7 +44,11 @@ SHARD = "model-00002-of-00004.safetensors"
 INDEX = "model.safetensors.index.json"
 DAMAGES: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "config cut": ("config.json", truncate, r"config\.json cannot be read as JSON"),
-    "config a list": ("config.json", lambda p: p.write_text("[1]"), r"config\.json holds a list"),
+    "config a list": (
+        "config.json",
+        lambda p: p.write_text("[1]"),
+        r"config\.json must hold a JSON",
+    ),
     "config wrong": (
         "config.json",
         lambda p: edit(p, n_head="x"),

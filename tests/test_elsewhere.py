@@ -78,7 +78,7 @@ def test_onnxruntime_writes_the_text(workplace, monkeypatch, capsys):
     pytest.importorskip("onnxruntime", reason="pip install 'hf-nanogpt[onnx]'")
     assert run_commands("ONNX", workplace, monkeypatch) == expected(workplace)
     output = capsys.readouterr().out
-    assert float(re.search(r"at most (\S+) away", output)[1]) < 1e-4
+    assert float(re.search(r"by at most (\S+)\.", output)[1]) < 1e-4
     assert str(ROOT) not in (workplace / "model.onnx").read_bytes().decode("latin-1")
     assert main(["export", "runs/quickstart", "model.onnx", "--to", "onnx"]) == 2
 

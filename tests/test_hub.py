@@ -184,7 +184,7 @@ def test_every_command_takes_an_id_with_a_revision(hub, run, tmp_path, capsys):
     ):
         code = main(verb)
         error = capsys.readouterr().err
-        assert code == 0 or "checkpoint of ours already" in error, error
+        assert code == 0 or "already a checkpoint of ours" in error, error
     assert "no such revision" in refuse(capsys, "info", "user/gpt@v2")
 
 
