@@ -70,6 +70,7 @@ def test_help_and_wrong_flags_are_answered_without_importing_torch():
     assert done.stdout.splitlines()[-1] == "[]", done.stderr
 
 
+@pytest.mark.slow
 def test_the_command_registers_before_a_verb_computes():
     done = _python(
         "from hf_nanogpt_command import main\n"
@@ -80,6 +81,7 @@ def test_the_command_registers_before_a_verb_computes():
     assert done.stdout.splitlines()[-1] == "nanogpt", done.stderr
 
 
+@pytest.mark.slow
 def test_a_script_with_the_name_of_the_command_registers(tmp_path):
     script = tmp_path / "hf-nanogpt.py"
     script.write_text(
