@@ -16,8 +16,11 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pytest
 from torch.distributed import TCPStore
 
+# In one worker, what all these processes are forked from is started once.
+forked = pytest.mark.xdist_group("processes")
 PROCESSES = multiprocessing.get_context("forkserver")
 # Also what training imports only when it begins.
 PROCESSES.set_forkserver_preload(

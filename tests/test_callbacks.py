@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from children import run_command
+from children import forked, run_command
 from conftest import tiny_model
 from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
@@ -240,6 +240,7 @@ def test_bad_settings_are_refused_before_the_data_is_read(tmp_path):
 @pytest.mark.skipif(
     importlib.util.find_spec("trackio") is None, reason="needs trackio: hf-nanogpt[track]"
 )
+@forked
 def test_trackio_dashboard_shows_the_run(tmp_path):
     env = os.environ | {"TRACKIO_DIR": str(tmp_path / "store"), "PYTHONUNBUFFERED": "1"}
     flags = [f"--{name}={value}" for name, value in (SMALL | {"max_steps": 3}).items()]

@@ -10,7 +10,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from children import run_command
+from children import forked, run_command
 from conftest import ROOT, tiny_model
 
 from hf_nanogpt import stream_text, train_tokenizer
@@ -168,6 +168,7 @@ def test_template_that_fails_or_never_ends_is_one_sentence(monkeypatch):
 
 
 @pytest.mark.slow
+@forked
 def test_control_characters_do_not_reach_the_terminal(tmp_path):
     save_talker(tmp_path, block_size=256)
     spoken = {*TOKENIZER("\x1b[2J")["input_ids"]}
@@ -237,6 +238,7 @@ def test_bad_flag_is_refused_before_the_first_message(flag, tmp_path, capsys):
 
 
 @pytest.mark.slow
+@forked
 def test_piped_lines_are_answered_in_turn(tmp_path):
     model, folder = talker(), save_talker(tmp_path / "talker")
     lines = ["hello", "", "/set max_new_tokens 5", "/frob", "and you?", "x" * 300, "/exit", "no"]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from children import run_command, run_python
+from children import forked, run_command, run_python
 from conftest import CORPUS as TEXT
 from safetensors.torch import load_file
 
@@ -19,6 +19,7 @@ from hf_nanogpt import NanoGPTConfig, NanoGPTForCausalLM
 from hf_nanogpt.cli import main
 from hf_nanogpt.errors import UserError
 
+pytestmark = forked
 ROOT = Path(__file__).parent.parent
 SIZE = ["--n_layer=1", "--n_embd=16", "--n_head=2", "--block_size=16", "--tokenizer=byte"]
 QUICK = [*SIZE, "--max_steps=2", "--per_device_train_batch_size=2", "--num_threads=1"]
@@ -70,6 +71,7 @@ def test_help_and_wrong_flags_are_answered_without_importing_torch():
     assert done.stdout.splitlines()[-1] == "[]", done.stderr
 
 
+@pytest.mark.slow
 def test_the_command_registers_before_a_verb_computes():
     done = _python(
         "from hf_nanogpt_command import main\n"
@@ -80,6 +82,7 @@ def test_the_command_registers_before_a_verb_computes():
     assert done.stdout.splitlines()[-1] == "nanogpt", done.stderr
 
 
+@pytest.mark.slow
 def test_a_script_with_the_name_of_the_command_registers(tmp_path):
     script = tmp_path / "hf-nanogpt.py"
     script.write_text(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from children import run_python
+from children import forked, run_python
 from references import make_reference
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -165,6 +165,7 @@ for source, limit in zip(cases[::2], cases[1::2]):
 """
 
 
+@forked
 def test_a_disk_that_is_full_leaves_nothing_behind(source):
     long_words = source.parent / "long"  # its tokenizer is the largest of its files
     GPT2LMHeadModel(GPT2Config(vocab_size=9, n_embd=8, n_layer=1, n_head=1)).save_pretrained(

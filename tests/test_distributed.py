@@ -14,7 +14,7 @@ from accelerate import FullyShardedDataParallelPlugin
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import DistributedType
-from children import run_ranks
+from children import forked, run_ranks
 from conftest import FAMILIES, ROOT, tiny_model
 from distributed_checks import (
     BATCHES,
@@ -31,8 +31,7 @@ from hf_nanogpt import NanoGPTForCausalLM, NanoGPTTrainingArguments, train
 from hf_nanogpt.cli import main
 from hf_nanogpt.training import trainer as trainer_module
 
-# Two short runs, and what two processes give, are made once for all tests.
-pytestmark = pytest.mark.xdist_group("distributed")
+pytestmark = forked
 
 EXAMPLES = ROOT / "examples" / "accelerate"
 STEPS = 7  # into the second epoch of 5

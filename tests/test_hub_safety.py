@@ -11,7 +11,7 @@ from itertools import cycle
 from pathlib import Path
 
 import pytest
-from children import run_python
+from children import forked, run_python
 from conftest import CORPUS
 from huggingface_hub import snapshot_download
 from minihub import Repo
@@ -341,6 +341,7 @@ sys.exit(main(sys.argv[2:]))
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("verb", "name"), [("export", "SIGKILL"), ("pull", "SIGTERM")])
+@forked
 def test_a_command_that_was_stopped_while_writing_can_be_repeated(hub, run, tmp_path, verb, name):
     source = str(run)
     if verb == "pull":

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from children import PROCESSES
+from children import PROCESSES, forked
 from conftest import CORPUS, ROOT, tiny_config
 from packaging.version import parse
 from safetensors.torch import load_file
@@ -46,8 +46,7 @@ from hf_nanogpt.cli import main
 from hf_nanogpt.cli.train import _resume_command
 from hf_nanogpt.training.stopping import stop_on_signals
 
-# An uninterrupted run and a part of one are made once.
-pytestmark = pytest.mark.xdist_group("interruption")
+pytestmark = forked
 # Batches of 4 of some 30 blocks make several epochs, dropout makes random numbers count, and no two
 # of logging, evaluating and saving go in step.
 SETTINGS = {

@@ -12,7 +12,7 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import pytest
-from children import PROCESSES
+from children import PROCESSES, forked
 from conftest import _HUB, ROOT
 from huggingface_hub import constants
 from test_chat import TOKENIZER, answer_whole, save_talker, talker, user
@@ -24,8 +24,7 @@ from hf_nanogpt.cli import main
 openai = pytest.importorskip("openai", reason="needs pip install 'hf-nanogpt[serve]'")
 pytest.importorskip("uvicorn", reason="needs pip install 'hf-nanogpt[serve]'")
 
-# The servers are started once.
-pytestmark = pytest.mark.xdist_group("serve")
+pytestmark = forked
 # The server could ask the Hub of these tests, which would note it.
 ONLINE = os.environ | {"HF_HUB_OFFLINE": "0", "PYTHONPATH": str(ROOT)}
 HELLO = {"model": "talker", "messages": [user("hello")]}

@@ -9,12 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from children import run_child, run_command
+from children import forked, run_child, run_command
 from conftest import tiny_model
 
 from hf_nanogpt import train_tokenizer
 from hf_nanogpt.cli import main
 
+pytestmark = forked
 SIZE = ["--n_layer=1", "--n_embd=16", "--n_head=2", "--block_size=16", "--tokenizer=char"]
 QUICK = [*SIZE, "--max_steps=4", "--per_device_train_batch_size=2", "--num_threads=1"]
 FULL = "standard output cannot be written: No space left on device"

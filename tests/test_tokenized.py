@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from children import run_python, run_ranks
+from children import forked, run_python, run_ranks
 from conftest import tiny_model
 from datasets import Dataset
 from tokenizers import Tokenizer, models
@@ -173,6 +173,7 @@ tokenize_corpus(DataArguments(data=sys.argv[1], tokenizer="char"), sys.argv[2])
 
 
 @pytest.mark.slow
+@forked
 def test_a_killed_run_resumes_after_its_last_whole_file(tmp_path, monkeypatch):
     monkeypatch.setattr(stored, "_CHARACTERS", 100)
     rows = _write_rows(tmp_path / "many.jsonl", [f"{i} {'word ' * 20}" for i in range(700)])
@@ -429,6 +430,7 @@ def _write_what_is_read(data: str, folder: str) -> None:
 
 
 @pytest.mark.slow
+@forked
 def test_two_processes_read_together_what_one_reads(table, tmp_path):
     for done in run_ranks(2, _write_what_is_read, str(table), str(tmp_path)):
         assert done.returncode == 0, done.stderr[-4000:]

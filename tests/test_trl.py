@@ -13,6 +13,7 @@ from hf_nanogpt import add_chat_template, load_checkpoint, train_tokenizer
 
 pytest.importorskip("trl", reason="TRL is missing: pip install 'hf-nanogpt[finetune]'")
 
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("trl")]  # its import takes long
 TINY = {"disable_tqdm": True, "use_cpu": True, "logging_steps": 1}
 
 
@@ -100,7 +101,6 @@ def test_dpo_makes_its_reference_from_a_saved_checkpoint(chat, tmp_path):
     assert series(trainer, "rewards/margins")[0] == pytest.approx(0, abs=1e-3)
 
 
-@pytest.mark.slow
 def test_grpo_raises_the_reward(chat, tmp_path):
     before = AutoModelForCausalLM.from_pretrained(chat).lm_head.weight
     # This rate is high enough for every seed tried: the reward rises from -2.7 to nearly 0.

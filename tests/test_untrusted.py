@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from children import run_python
+from children import forked, run_python
 from conftest import ROOT, tiny_model
 from safetensors.torch import load_file, save_file
 
@@ -85,6 +85,7 @@ for words in json.loads(sys.argv[1]):
 
 
 @pytest.mark.slow
+@forked
 def test_no_command_runs_code_of_a_checkpoint_even_if_a_terminal_answers_yes(folder, tmp_path):
     mark = tmp_path / "mark"
     (folder / "evil.py").write_text(EVIL.format(mark=str(mark)))
