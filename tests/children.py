@@ -111,6 +111,7 @@ def _begin(settings: tuple, function: Callable[..., object], arguments: Sequence
 def _run_main(argv: list[str]) -> None:
     from hf_nanogpt.cli import main
 
+    sys.argv = ["hf-nanogpt", *argv]
     sys.exit(main(argv))
 
 
