@@ -48,10 +48,10 @@ FAULTS = [
         "test_cache",
     ),
     Fault(
-        "the window of sliding layers is ignored",
+        "sliding layers get the mask of full attention",
         "modeling_nanogpt.py",
-        "self.sliding_window = config.sliding_window if sliding else None",
-        "self.sliding_window = None",
+        "attention_mask=causal_masks[layer_type],",
+        'attention_mask=causal_masks.get("full_attention", causal_masks[layer_type]),',
         "test_convert test_causality",
     ),
     Fault(

@@ -58,6 +58,7 @@ def test_contestants_have_the_same_size():
     assert len(set(count.values())) == 1
 
 
+@pytest.mark.slow
 def test_report_is_arithmetic_on_what_was_measured():
     report = benchmark_training("gpt2", **TINY, **QUICK)
     rows = {row["name"]: row for row in report["rows"]}
@@ -115,6 +116,7 @@ def test_random_weights_of_a_preset_generate_more_than_one_token():
     assert model(torch.arange(1, 15)[None]).logits.std() > 0.01
 
 
+@pytest.mark.slow
 def test_command_measures_generation_of_a_checkpoint(tmp_path, capsys):
     folder, output = tmp_path / "model", tmp_path / "bench"
     tiny_model("nano").save_pretrained(folder)

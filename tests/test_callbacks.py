@@ -69,6 +69,7 @@ def test_training_is_the_same_to_the_bit_with_samples_and_without(run, tmp_path)
     assert not (tmp_path / "silent" / "samples.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_samples_come_at_each_evaluation_or_at_a_share_of_the_steps(tmp_path):
     train(output_dir=str(tmp_path / "a"), **SMALL)
     assert _steps(tmp_path / "a") == [6, 12]
@@ -191,6 +192,7 @@ def test_plot_is_drawn_of_any_history(tmp_path):
         assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_a_full_disk_for_samples_and_plots_does_not_stop_training(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()

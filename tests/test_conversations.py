@@ -235,6 +235,7 @@ def test_a_template_whose_messages_end_by_eos_or_that_refuses_is_named(base, tab
         ConversationEncoder(tokenizer)
 
 
+@pytest.mark.slow
 def test_questions_alone_teach_nothing(base, tmp_path):
     questions = [talk(f"{i}?" * 60, "") for i in range(30)]
     alone = write_table(tmp_path / "alone.jsonl", questions)

@@ -253,6 +253,7 @@ def test_compiled_model_is_compiled_once_and_gives_the_same_losses(settings, alo
     assert _losses(tmp_path / "run") == pytest.approx(_losses(alone["muon"]), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_bf16_is_close_to_float32_and_keeps_float32_weights(settings, alone, tmp_path):
     train(output_dir=str(tmp_path / "run"), bf16=True, **settings)
     losses = _losses(tmp_path / "run")

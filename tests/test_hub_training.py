@@ -149,6 +149,7 @@ def test_a_push_that_fails_in_the_background_is_reported_with_the_command(
     assert same(weights("user/gpt"), weights(run))
 
 
+@pytest.mark.slow
 def test_if_the_last_push_fails_it_can_be_repeated_by_hand(hub, text_file, tmp_path, capsys):
     hub.fail("POST", "/commit/", "403")
     run = tmp_path / "run"
