@@ -21,10 +21,10 @@ train: $(READY)  ## train a first GPT on Python's own source code, about 4 minut
 	$(BIN)/hf-nanogpt train
 
 test: $(READY)  ## run the tests that matter for every change, about 3 minutes
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 -m "not slow"
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup -m "not slow"
 
 test-all: $(READY)  ## run all tests, about 10 minutes; EXTRAS=dev,all for those of the extras
-	$(BIN)/python -m pytest -n auto --maxprocesses 4
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup
 
 compat: $(READY)  ## load checkpoints in other releases of transformers: make compat RELEASES="oldest newest"
 	$(BIN)/python tests/compat.py $(RELEASES)

@@ -1,4 +1,4 @@
-"""Write RESULTS.md from the files in results/. Run: python benchmarks/report.py"""
+"""Write RESULTS.md from the files in results/, by `python benchmarks/report.py`."""
 
 from pathlib import Path
 from statistics import median

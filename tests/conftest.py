@@ -57,6 +57,11 @@ FAMILIES = {
     "qwen3": {"preset": "qwen3-0.6b", "num_key_value_heads": 2, "head_dim": 16},
     "nanochat": {"preset": "nanochat-d12"},
 }
+# For what takes long: two families in the short suite, all in the whole one.
+TWO_SOON = [
+    pytest.param(name, marks=[] if name in ("nano", "gpt2") else pytest.mark.slow)
+    for name in FAMILIES
+]
 
 
 def cache_of(output):

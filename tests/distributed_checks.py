@@ -118,10 +118,14 @@ def train_by_fsdp(folder: Path, settings: dict) -> dict:
     return {"processes": dist.get_world_size()}
 
 
-if __name__ == "__main__":
-    check, where = sys.argv[1:]
-    arguments = json.loads((Path(where) / f"{check}.json").read_text(encoding="utf-8"))
-    figures = globals()[check](Path(where), arguments)
+def run_check(name: str, folder: str) -> None:
+    settings = json.loads((Path(folder) / f"{name}.json").read_text(encoding="utf-8"))
+    checks = {"check_all": check_all, "train_by_fsdp": train_by_fsdp}
+    figures = checks[name](Path(folder), settings)
     if dist.get_rank() == 0:
-        (Path(where) / "figures.json").write_text(json.dumps(figures), encoding="utf-8")
+        (Path(folder) / "figures.json").write_text(json.dumps(figures), encoding="utf-8")
     dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run_check(*sys.argv[1:])

@@ -1,5 +1,7 @@
 """A Hub on loopback: what huggingface_hub asks of one for models, kept in memory; `fail` breaks it.
-Large files travel by LFS, to and from a second host, which must never see a token."""
+
+Large files travel by LFS, to and from a second host, which must never see a token.
+"""
 
 import base64
 import hashlib
@@ -66,9 +68,12 @@ class Hub(ThreadingHTTPServer):
         self.gate, self.lock = threading.Event(), threading.RLock()
 
     def fail(self, method: str, path: str, kind: str) -> None:
-        """Make the next request to a path, a regex, fail: "503" or another status; "lose" the
-        answer to work that is done; "drop" the connection in mid-body; "truncate" the body, or
-        "flip" a byte of it, as if all were well; "hold" until `gate` is set."""
+        """Make the next request to a path, a regex, fail in one way.
+
+        "503" or another status; "lose" the answer to work that is done; "drop" the connection in
+        mid-body; "truncate" the body, or "flip" one byte, as if all were well; "hold" until `gate`
+        is set.
+        """
         self.faults.append((method, path, kind))
 
     def take_fault(self, method: str, path: str) -> str:

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-COPIED = ("hf_nanogpt", "tests", "examples", "benchmarks", "assets", "pyproject.toml", "README.md")
+COPIED = ("hf_nanogpt", "tests", "examples", "benchmarks", "assets", "model_cards")
+COPIED += ("hf_nanogpt_command.py", "pyproject.toml", "README.md", "LICENSE")
 
 
 @dataclass(frozen=True)
@@ -162,24 +163,24 @@ FAULTS = [
         "test_untrusted",
     ),
     Fault(
-        "the greedy token is the least likely one",
+        "the least likely token is drawn",
         "generation.py",
-        "GENERATION",
-        "GENERATION",
+        "drawn = probabilities.argmax(dim=-1, keepdim=True)",
+        "drawn = probabilities.argmin(dim=-1, keepdim=True)",
         "test_generate_text",
     ),
     Fault(
         "a damaged file of a checkpoint is not noticed",
-        "checkpoint/checksums.py",
-        "CHECKSUMS",
-        "CHECKSUMS",
-        "test_checkpoint",
+        "checkpoint/steps.py",
+        "if sum_file(path_inside(step, name)) != checksum:",
+        "if not path_inside(step, name).exists():",
+        "test_interruption",
     ),
     Fault(
         "a bug of the package looks like a mistake of the user",
         "cli/__init__.py",
-        "CLI",
-        "CLI",
+        "if not isinstance(error, UserError):",
+        "if not isinstance(error, ValueError):",
         "test_cli",
     ),
 ]

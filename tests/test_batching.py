@@ -4,6 +4,7 @@ import asyncio
 
 import pytest
 import torch
+from conftest import TWO_SOON
 from test_chat import END, TOKENIZER, talker
 
 from hf_nanogpt import export_checkpoint, load_checkpoint, stream_text
@@ -47,6 +48,7 @@ def alone(model, prompt: str, **settings) -> str:
     return "".join(stream_text(model, TOKENIZER, prompt, **(GREEDY | settings)))
 
 
+@pytest.mark.parametrize("family", TWO_SOON)
 def test_texts_written_together_are_those_written_alone(family):
     model, steps = batched(family), []
     before = model.generation_config.to_dict()
@@ -143,7 +145,7 @@ def test_a_closed_request_leaves_the_batch():
     assert run(model, work) == alone(model, "the cat")
 
 
-@pytest.mark.parametrize("settings", [{}, {"seed": 1}])
+@pytest.mark.parametrize("settings", [{}, pytest.param({"seed": 1}, marks=pytest.mark.slow)])
 def test_all_answers_can_be_ended(settings):
     async def work(writer):
         given = {"max_new_tokens": 19_000, **settings}
@@ -156,7 +158,7 @@ def test_all_answers_can_be_ended(settings):
     assert [type(end) for end in ends] == [EndedError] * 4
 
 
-@pytest.mark.parametrize("family", ["gpt2", "qwen3"])
+@pytest.mark.parametrize("family", ["gpt2", pytest.param("qwen3", marks=pytest.mark.slow)])
 def test_native_models_are_written_together_too(family, tmp_path):
     batched(family).save_pretrained(tmp_path / "ours")
     TOKENIZER.save_pretrained(tmp_path / "ours")

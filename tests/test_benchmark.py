@@ -75,6 +75,7 @@ def test_report_is_arithmetic_on_what_was_measured():
     assert len(report["batch_ms"]) == len(report["trainer_overhead_ms"]) == 3
 
 
+@pytest.mark.slow
 def test_command_writes_its_files_once(tmp_path, capsys):
     output = tmp_path / "bench"
     assert main(["bench", "train", *FLAGS, "--output", str(output)]) == 0

@@ -4,13 +4,16 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from children import forked, run_command
 from conftest import tiny_model
 from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
@@ -74,8 +77,7 @@ def test_samples_come_at_each_evaluation_or_at_a_share_of_the_steps(tmp_path):
 
 
 def test_resumed_run_continues_the_samples(run, tmp_path):
-    folder = tmp_path / "stopped"
-    train(output_dir=str(folder), sample_steps=2, **SMALL)
+    folder = shutil.copytree(run, tmp_path / "stopped")
     expected = (folder / "samples.jsonl").read_text(encoding="utf-8")
     for name in ("checkpoint-8", "checkpoint-12"):  # as if it had been killed after step 4
         for path in (folder / name).iterdir():
@@ -93,21 +95,31 @@ def test_metrics_and_log_have_speed_and_mfu(run):
     assert all(row["tokens_per_second"] > 0 and row["mfu"] >= 0 for row in rows)
 
 
-def test_speed_leaves_out_what_is_not_training():
+@pytest.fixture
+def clock(monkeypatch) -> SimpleNamespace:
+    """The clock of training, which stands still unless a test moves it."""
+    clock = SimpleNamespace(now=100.0)
+    standing = SimpleNamespace(perf_counter=lambda: clock.now)
+    monkeypatch.setattr(callbacks_module, "time", standing)
+    return clock
+
+
+def test_speed_leaves_out_what_is_not_training(clock):
     speed, state = SpeedCallback(), TrainerState(num_input_tokens_seen=10_000)
+    clock.now += 1000
     with speed.paused():
-        speed.mark -= 1000  # as if this had taken so many seconds
-    speed.mark -= 1000
+        clock.now += 5000
+    clock.now += 7000
     speed.on_evaluate(None, state, None)
-    speed.mark -= 1000
+    clock.now += 9000
     speed.on_save(None, state, None)
-    assert speed.seconds < 500
-    speed.mark -= 1000
-    assert speed.read(state)["tokens_per_second"] == pytest.approx(10, rel=0.02)
+    assert speed.seconds == 1000
+    clock.now += 1000
+    assert speed.read(state)["tokens_per_second"] == 10_000 / 2000
     state.num_input_tokens_seen += 500_000
-    speed.mark -= 1000
-    assert speed.read(state)["tokens_per_second"] == pytest.approx(500, rel=0.02)
-    assert speed.summarize(state)["tokens_per_second"] == pytest.approx(255, rel=0.02)
+    clock.now += 1000
+    assert speed.read(state)["tokens_per_second"] == 500_000 / 1000
+    assert speed.summarize(state)["tokens_per_second"] == 510_000 / 3000
 
 
 def test_flops_are_those_that_torch_counts(family):
@@ -151,7 +163,7 @@ def test_sample_is_shortened_to_fit_the_context_and_failures_are_logged():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_plot_appears_during_training_and_costs_little(tmp_path):
+def test_plot_appears_during_training_and_costs_little(tmp_path, clock):
     args = NanoGPTTrainingArguments(output_dir=str(tmp_path / "run"))
     plot, control = PlotCallback(SpeedCallback()), TrainerControl()
     rows = [{"loss": 5 / step, "step": step, "num_input_tokens_seen": step} for step in (1, 2)]
@@ -159,12 +171,17 @@ def test_plot_appears_during_training_and_costs_little(tmp_path):
     plot.on_train_begin(args, state, control)
     plot.on_log(args, state, control, logs={"loss": 1.0})
     assert not (tmp_path / "run").exists()  # not in the first seconds
-    plot.drawn -= 50 * plot.cost
+    clock.now += 50 * plot.cost + 1
     plot.on_log(args, state, control, logs={"loss": 1.0})
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["loss.png"]
     (tmp_path / "run" / "loss.png").unlink()
-    plot.on_log(args, state, control, logs={"loss": 1.0})  # too soon after the last
+    plot.cost = 2.0  # as if it had taken so many seconds
+    clock.now += 99
+    plot.on_log(args, state, control, logs={"loss": 1.0})
     assert not list((tmp_path / "run").iterdir())
+    clock.now += 2
+    plot.on_log(args, state, control, logs={"loss": 1.0})
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["loss.png"]
 
 
 def test_plot_is_drawn_of_any_history(tmp_path):
@@ -219,15 +236,16 @@ def test_bad_settings_are_refused_before_the_data_is_read(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     importlib.util.find_spec("trackio") is None, reason="needs trackio: hf-nanogpt[track]"
 )
+@forked
 def test_trackio_dashboard_shows_the_run(tmp_path):
     env = os.environ | {"TRACKIO_DIR": str(tmp_path / "store"), "PYTHONUNBUFFERED": "1"}
-    flags = [f"--{name}={value}" for name, value in SMALL.items()]
-    command = [sys.executable, "-m", "hf_nanogpt", "train", *flags, "--report_to=trackio"]
-    command += ["--project=ours", f"--output_dir={tmp_path / 'run'}"]
-    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT, timeout=120)
+    flags = [f"--{name}={value}" for name, value in (SMALL | {"max_steps": 3}).items()]
+    flags += ["--report_to=trackio", "--project=ours", f"--output_dir={tmp_path / 'run'}"]
+    done = run_command("train", *flags, env=env)
     assert done.returncode == 0, done.stderr
     command = [sys.executable, "-m", "trackio.cli", "show", "--project=ours"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env) as server:
@@ -239,7 +257,7 @@ def test_trackio_dashboard_shows_the_run(tmp_path):
             rows = _ask(
                 url, "get_metric_values", project="ours", run=run["name"], metric_name="train/mfu"
             )
-            assert len(rows) == SMALL["max_steps"]
+            assert len(rows) == 3
         finally:
             server.terminate()
 

@@ -11,7 +11,7 @@ import torch
 from conftest import cache_of, tiny_model
 from torch import nn
 
-KERNELS = ["eager", "sdpa", "flex_attention"]
+KERNELS = ["eager", "sdpa", pytest.param("flex_attention", marks=pytest.mark.slow)]
 
 
 @pytest.fixture(params=KERNELS)

@@ -10,6 +10,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from children import forked, run_command
 from conftest import ROOT, tiny_model
 
 from hf_nanogpt import stream_text, train_tokenizer
@@ -166,15 +167,16 @@ def test_template_that_fails_or_never_ends_is_one_sentence(monkeypatch):
     assert sys.gettrace() is None
 
 
+@pytest.mark.slow
+@forked
 def test_control_characters_do_not_reach_the_terminal(tmp_path):
     save_talker(tmp_path, block_size=256)
     spoken = {*TOKENIZER("\x1b[2J")["input_ids"]}
     model = talker()
     model.generation_config.suppress_tokens = sorted(set(range(len(TOKENIZER))) - spoken)
     model.save_pretrained(tmp_path)
-    command = [*CHAT, tmp_path, "--seed=1", "--max_new_tokens=40"]
-    given = {"input": "hi\n/no\x1b[2J\n/system \x9b\n", "capture_output": True, "text": True}
-    done = subprocess.run(command, **given)
+    lines = "hi\n/no\x1b[2J\n/system \x9b\n"
+    done = run_command("chat", tmp_path, "--seed=1", "--max_new_tokens=40", input=lines)
     for text in (done.stdout, done.stderr):
         assert "\\x1b" in text and "\x1b" not in text and "\x9b" not in text
 
@@ -235,11 +237,13 @@ def test_bad_flag_is_refused_before_the_first_message(flag, tmp_path, capsys):
 # in the terminal
 
 
+@pytest.mark.slow
+@forked
 def test_piped_lines_are_answered_in_turn(tmp_path):
     model, folder = talker(), save_talker(tmp_path / "talker")
     lines = ["hello", "", "/set max_new_tokens 5", "/frob", "and you?", "x" * 300, "/exit", "no"]
-    command = [*CHAT, folder, "--temperature=0", "--max_new_tokens=12", "--system=be kind"]
-    done = subprocess.run(command, input="\n".join(lines), capture_output=True, text=True)
+    flags = ["--temperature=0", "--max_new_tokens=12", "--system=be kind"]
+    done = run_command("chat", folder, *flags, input="\n".join(lines))
     first = [{"role": "system", "content": "be kind"}, user("hello")]
     said = answer_whole(model, first)
     second = [*first, {"role": "assistant", "content": said}, user("and you?")]
@@ -249,6 +253,7 @@ def test_piped_lines_are_answered_in_turn(tmp_path):
     assert ["'/frob'" in notes[0], "context is 256" in notes[1]] == [True, True]
 
 
+@pytest.mark.slow
 def test_terminal_ends_an_answer_at_ctrl_c_and_the_chat_at_ctrl_d(tmp_path):
     save_talker(tmp_path / "talker", block_size=20_000)
     screen, end = pty.openpty()

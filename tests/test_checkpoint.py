@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import _HUB, assert_same, tiny_model
+from conftest import _HUB, ROOT, assert_same, tiny_model
 from safetensors.torch import load_file, save_file
 
 from hf_nanogpt import load_checkpoint, train, train_tokenizer
@@ -350,7 +350,12 @@ def test_a_lock_that_is_a_link_is_not_followed(tmp_path):
 @pytest.mark.parametrize("flags", [{}, {"resume": True}, {"overwrite": True}], ids=str)
 def test_no_second_training_touches_the_folder_of_one_that_runs(tmp_path, flags):
     settings = {"tokenizer": "byte", "n_layer": 1, "n_embd": 16, "n_head": 2, "block_size": 16}
-    settings |= {"data": __file__, "max_steps": 2, "disable_tqdm": True, "num_threads": 1}
+    settings |= {
+        "data": str(ROOT / "LICENSE"),
+        "max_steps": 2,
+        "disable_tqdm": True,
+        "num_threads": 1,
+    }
     fill(tmp_path, "samples.jsonl", "checkpoint-5/")
     child, pipe = _hold(tmp_path)
     before = content(tmp_path)

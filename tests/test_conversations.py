@@ -137,7 +137,7 @@ def test_trained_on_conversations_the_model_answers_and_stops(chat):
     assert "hf-nanogpt chat" in (chat.output_dir / "README.md").read_text()
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_an_adapter_brings_the_rows_of_new_tokens(tied, base, table, tmp_path):
     peft = pytest.importorskip("peft", reason="pip install 'hf-nanogpt[finetune]'")
     start, run = tmp_path / "start", tmp_path / "run"

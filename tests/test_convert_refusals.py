@@ -1,13 +1,12 @@
 """What cannot be converted is refused by name, runs nothing, and leaves nothing behind."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from children import forked, run_python
 from references import make_reference
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -45,7 +44,11 @@ SHARD = "model-00002-of-00004.safetensors"
 INDEX = "model.safetensors.index.json"
 DAMAGES: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "config cut": ("config.json", truncate, r"config\.json cannot be read as JSON"),
-    "config a list": ("config.json", lambda p: p.write_text("[1]"), r"config\.json holds a list"),
+    "config a list": (
+        "config.json",
+        lambda p: p.write_text("[1]"),
+        r"config\.json must hold a JSON",
+    ),
     "config wrong": (
         "config.json",
         lambda p: edit(p, n_head="x"),
@@ -162,6 +165,7 @@ for source, limit in zip(cases[::2], cases[1::2]):
 """
 
 
+@forked
 def test_a_disk_that_is_full_leaves_nothing_behind(source):
     long_words = source.parent / "long"  # its tokenizer is the largest of its files
     GPT2LMHeadModel(GPT2Config(vocab_size=9, n_embd=8, n_layer=1, n_head=1)).save_pretrained(
@@ -172,8 +176,7 @@ def test_a_disk_that_is_full_leaves_nothing_behind(source):
     # The first file that does not fit: our code, the weights, the tokenizer.
     cases = [(source, 1000), (source, 60_000), (long_words, 60_000)]
     destination = source.parent / "ours"
-    words = [str(destination), *(str(word) for case in cases for word in case)]
-    result = subprocess.run([sys.executable, "-c", FULL, *words], capture_output=True, text=True)
+    result = run_python(FULL, destination, *(word for case in cases for word in case))
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("ours could not be written, and nothing was left there") == 3
     assert not destination.exists()

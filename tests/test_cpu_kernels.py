@@ -240,6 +240,7 @@ def test_autocast_keeps_queries_and_keys_in_bfloat16(kernels, tokens):
     torch.testing.assert_close(loss, expected, rtol=0.02, atol=0)
 
 
+@pytest.mark.slow
 def test_compiler_and_other_devices_see_the_plain_forms(tokens):
     model = make_model(True, "nano", attn_implementation="eager")
     compiled = torch.compile(model, backend="eager", fullgraph=True)

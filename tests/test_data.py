@@ -1,6 +1,5 @@
 """Sources of text: what is read, which documents are held out, and what is refused."""
 
-import ast
 import json
 import math
 import os
@@ -21,6 +20,8 @@ from hf_nanogpt import (
 from hf_nanogpt.data import documents as documents_module
 from hf_nanogpt.data.tokenization import load_tokenizer
 
+# The process that asks a Hub is started once.
+pytestmark = pytest.mark.xdist_group("data")
 ROWS = [f"Document {i}: naïve 東京 🦊,\r\nwith {'many ' * (i % 7)}words.\n" for i in range(60)]
 TOKENIZER = train_tokenizer([], kind="byte")
 EOS = TOKENIZER.eos_token_id
@@ -160,7 +161,7 @@ def test_a_stream_gives_the_same_documents(tmp_path):
 # Run with a Hub of our own, in a fresh process: the client reads HF_ENDPOINT when imported.
 HUB_SCRIPT = """
 import json, sys
-from hf_nanogpt import DataArguments, load_documents
+from hf_nanogpt import DataArguments, load_documents, load_text
 for settings in json.loads(sys.argv[1]):
     try:
         sides = load_documents(DataArguments(**settings))
@@ -168,6 +169,12 @@ for settings in json.loads(sys.argv[1]):
         print(json.dumps([type(sides[0]).__name__, *texts]))
     except ValueError as error:
         print(json.dumps([type(error).__name__, str(error)]))
+url = sys.argv[2]
+print(json.dumps("".join(row["text"] for row in load_text(url))))
+try:
+    load_text(url + "x")
+except ValueError as error:
+    print(json.dumps(str(error)))
 """
 HUB_CASES = {
     "whole": {"data": "user/corpus"},
@@ -193,7 +200,10 @@ configs:
 
 @pytest.fixture(scope="module")
 def hub_answers(tmp_path_factory) -> dict[str, list]:
-    """What `load_documents` gave for each of `HUB_CASES`: class, training and validation texts."""
+    """What `load_documents` gave for each of `HUB_CASES`: class, training and validation texts.
+
+    Then what `load_text` gave for the address of a text, and for one where there is none.
+    """
     folder = tmp_path_factory.mktemp("hub")
     rows = write_table(folder / "rows.jsonl", ROWS).read_bytes()
     test = write_table(folder / "test.jsonl", ["left", "right"]).read_bytes()
@@ -204,14 +214,18 @@ def hub_answers(tmp_path_factory) -> dict[str, list]:
         "user/corpus": files,
         "user/tables": {"data/train-00000.parquet": table},
         "user/corpus-1.0": {"data.jsonl": rows},
+        "user/texts": {"plays.txt": "".join(ROWS).encode()},
     }
     with serve_datasets(datasets) as hub:
         cases = json.dumps(list(HUB_CASES.values()))
-        output = call_with_hub(hub, HUB_SCRIPT, cases, home=folder)
+        url = f"{hub.url}/datasets/user/texts/resolve/main/plays.txt"
+        output = call_with_hub(hub, HUB_SCRIPT, cases, url, home=folder)
     assert f"GET /datasets/user/corpus/resolve/{COMMIT}/a.jsonl" in hub.requests
-    return dict(zip(HUB_CASES, map(json.loads, output.splitlines()), strict=True))
+    names = [*HUB_CASES, "address", "no address"]
+    return dict(zip(names, map(json.loads, output.splitlines()), strict=True))
 
 
+@pytest.mark.slow
 def test_a_hub_dataset_gives_the_same_documents_as_its_file(hub_answers, tmp_path):
     expected = [texts(side) for side in load(write_table(tmp_path / "t.jsonl", ROWS))]
     assert hub_answers["whole"] == ["Dataset", *expected]
@@ -219,21 +233,30 @@ def test_a_hub_dataset_gives_the_same_documents_as_its_file(hub_answers, tmp_pat
     assert hub_answers["stream"] == ["IterableDataset", *expected]
 
 
+@pytest.mark.slow
 def test_a_hub_dataset_has_configurations_and_splits(hub_answers):
     assert hub_answers["config"] == ["Dataset", ["up"], ["down"]]
     assert hub_answers["split"] == ["Dataset", ["left"], ["right"]]
 
 
+@pytest.mark.slow
 def test_a_hub_id_may_have_a_dot(hub_answers):
     assert hub_answers["dotted"] == hub_answers["whole"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["no config", "no split", "no dataset"])
 def test_what_the_hub_does_not_have_is_refused(hub_answers, case):
     error, message = hub_answers[case]
     assert error == "UserError"
     assert HUB_CASES[case]["data"] in message
     assert "nope" in message
+
+
+@pytest.mark.slow
+def test_a_text_on_the_web_is_read_like_a_file(hub_answers):
+    assert hub_answers["address"] == "".join(ROWS)
+    assert "could not be downloaded" in hub_answers["no address"]
 
 
 # Bad input
@@ -325,18 +348,3 @@ def test_an_unknown_tokenizer_is_refused(name):
         load_tokenizer(name)
     with pytest.raises(ValueError, match="Did you mean bpe"):
         load_tokenizer("bpee")
-
-
-def test_a_text_on_the_web_is_read_like_a_file(tmp_path):
-    text = "".join(ROWS)
-    script = (
-        "import sys; from hf_nanogpt import load_text\n"
-        "print(repr(''.join(row['text'] for row in load_text(sys.argv[1]))))"
-    )
-    with serve_datasets({"user/texts": {"plays.txt": text.encode()}}) as hub:
-        url = f"{hub.url}/datasets/user/texts/resolve/main/plays.txt"
-        assert ast.literal_eval(call_with_hub(hub, script, url, home=tmp_path)) == text
-        wrong = "import sys; from hf_nanogpt.cli import main; sys.exit(main(sys.argv[1:]))"
-        with pytest.raises(AssertionError, match="could not be downloaded"):
-            flags = ["train", "--data", url + "x", "--output_dir", str(tmp_path / "run")]
-            call_with_hub(hub, wrong, *flags, home=tmp_path)

@@ -14,19 +14,24 @@ from accelerate import FullyShardedDataParallelPlugin
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import DistributedType
+from children import forked, run_ranks
 from conftest import FAMILIES, ROOT, tiny_model
 from distributed_checks import (
     BATCHES,
     HAS_TENSOR_PARALLEL,
     NO_TENSOR_PARALLEL,
     RECIPES,
+    run_check,
     train_steps,
 )
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from hf_nanogpt import NanoGPTForCausalLM, NanoGPTTrainingArguments, train
+from hf_nanogpt.cli import main
 from hf_nanogpt.training import trainer as trainer_module
+
+pytestmark = forked
 
 EXAMPLES = ROOT / "examples" / "accelerate"
 STEPS = 7  # into the second epoch of 5
@@ -88,34 +93,14 @@ def _assert_same_run(folder: Path, expected: Path) -> None:
         assert metrics[0] == metrics[1], name
 
 
-def _launch(*command: str) -> None:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", *command],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        cwd=ROOT,
-        env=environment,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "match nothing" not in done.stderr
-
-
-def _check(name: str, folder: Path, arguments: dict, *flags: str) -> dict:
-    """Run a function of distributed_checks.py by `accelerate launch`, and return its figures."""
-    (folder / f"{name}.json").write_text(json.dumps(arguments))
-    script = str(ROOT / "tests" / "distributed_checks.py")
-    launch = ["accelerate.commands.launch", "--main_process_port", "0", *flags]
-    _launch(*launch, script, name, str(folder))
-    return json.loads((folder / "figures.json").read_text())
-
-
+@pytest.mark.slow
 def test_two_processes_give_the_losses_and_weights_of_one(settings, alone, tmp_path):
     flags = [f"--{name}={value}" for name, value in settings.items()]
     flags += ["--per_device_train_batch_size=4", f"--output_dir={tmp_path / 'two'}"]
-    launch = ["torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    _launch(*launch, "-m", "hf_nanogpt", "train", *flags)
+    first, second = run_ranks(2, main, ["train", *flags])
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+    assert "match nothing" not in first.stderr
+    assert (first.stdout + second.stdout).count(" is ready:") == 1
     _assert_same_run(tmp_path / "two", alone["muon"])
 
 
@@ -127,27 +112,23 @@ def _find_commands(name: str) -> list[str]:
     return sorted({line for line in lines if line.startswith("accelerate ") and path in line})
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="without a GPU it is refused")
 @pytest.mark.parametrize("command", _find_commands("ddp_cpu.yaml"))
-def test_the_documented_command_trains_in_two_processes_together(settings, tmp_path, command):
-    small = {name: value for name, value in settings.items() if name != "use_cpu"}
-    small |= {"max_steps": 2, "per_device_train_batch_size": 4, "output_dir": tmp_path / "run"}
-    flags = shlex.join(f"--{name}={value}" for name, value in small.items())
-    done = _shell(f"{command} {flags}")
-    assert done.returncode == 0, done.stderr[-3000:]
-    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    assert metrics["train_tokens"] == 2 * 2 * 4 * 32  # steps, processes, blocks, tokens
+def test_the_documented_command_trains_in_two_processes_together(
+    settings, alone, tmp_path, command
+):
+    halves = settings | {"per_device_train_batch_size": 4, "output_dir": tmp_path / "run"}
+    flags = shlex.join(f"--{name}={value}" for name, value in halves.items() if name != "use_cpu")
+    done = _run(f"{command} {flags}")
     assert done.stdout.count(" is ready:") == 1
-
-    done = _shell(f"{command.removesuffix('--use_cpu')} {flags} --overwrite")
-    assert done.returncode != 0 and "WORLD_SIZE=2 processes were launched" in done.stderr
-    assert json.loads((tmp_path / "run" / "metrics.json").read_text()) == metrics
+    _assert_same_run(tmp_path / "run", alone["muon"])
 
 
-def _shell(command: str) -> subprocess.CompletedProcess:
+def _run(command: str) -> subprocess.CompletedProcess:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
-    return subprocess.run(
+    done = subprocess.run(
         command,
         shell=True,
         capture_output=True,
@@ -156,6 +137,9 @@ def _shell(command: str) -> subprocess.CompletedProcess:
         cwd=ROOT,
         env=environment,
     )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "match nothing" not in done.stderr
+    return done
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="without a GPU it is refused")
@@ -175,20 +159,25 @@ def checked(settings, tmp_path_factory) -> tuple[Path, dict]:
         tiny_model(family).save_pretrained(folder / "models" / family)
     quarters = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
     arguments = settings | quarters | {"optim_recipe": "adamw"}
-    config = str(EXAMPLES / "ddp_cpu.yaml")
-    return folder, _check("check_all", folder, arguments, "--config_file", config)
+    (folder / "check_all.json").write_text(json.dumps(arguments))
+    for done in run_ranks(2, run_check, "check_all", str(folder)):
+        assert done.returncode == 0, done.stderr[-3000:]
+    return folder, json.loads((folder / "figures.json").read_text())
 
 
-def test_accelerate_launch_gives_the_losses_and_weights_of_one_process(checked, alone):
+@pytest.mark.slow
+def test_two_processes_that_accumulate_gradients_give_the_losses_of_one(checked, alone):
     folder, figures = checked
     assert figures["processes"] == 2
     _assert_same_run(folder / "ddp", alone["adamw"])
 
 
+@pytest.mark.slow
 def test_model_initialised_in_shards_starts_at_the_entropy_of_the_vocabulary(checked):
     assert checked[1]["first_loss"] == pytest.approx(math.log(61), abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not HAS_TENSOR_PARALLEL, reason=NO_TENSOR_PARALLEL)
 def test_tensor_parallel_model_gives_the_logits_of_the_whole_one(checked, family):
     with torch.no_grad():
@@ -197,6 +186,7 @@ def test_tensor_parallel_model_gives_the_logits_of_the_whole_one(checked, family
     torch.testing.assert_close(logits, expected, rtol=0, atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["fully_sharded", "tensor_parallel"])
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_sharded_model_trains_like_the_whole_one(checked, kind, recipe):
@@ -207,11 +197,14 @@ def test_sharded_model_trains_like_the_whole_one(checked, kind, recipe):
         assert losses[recipe] == pytest.approx(expected, abs=1e-5), family
 
 
+@pytest.mark.slow
 def test_fsdp_through_the_trainer_saves_and_resumes_whole_checkpoints(settings, alone, tmp_path):
-    flags = ["--config_file", str(EXAMPLES / "fsdp2.yaml"), "--num_processes", "2"]
     halves = settings | {"per_device_train_batch_size": 4}
-    flags += ["--mixed_precision", "no"]
-    assert _check("train_by_fsdp", tmp_path, halves, *flags)["processes"] == 2
+    (tmp_path / "train_by_fsdp.json").write_text(json.dumps(halves))
+    flags = "--num_processes 2 --mixed_precision no --main_process_port 0"
+    script = f"tests/distributed_checks.py train_by_fsdp {shlex.quote(str(tmp_path))}"
+    _run(f"accelerate launch --config_file examples/accelerate/fsdp2.yaml {flags} {script}")
+    assert json.loads((tmp_path / "figures.json").read_text())["processes"] == 2
     _assert_same_run(tmp_path / "uninterrupted", alone["muon"])
     _assert_same_run(tmp_path / "fsdp", alone["muon"])
     for folder in (tmp_path / "fsdp", tmp_path / "fsdp" / f"checkpoint-{STEPS}"):
@@ -248,6 +241,7 @@ def test_gradient_checkpointing_changes_no_loss(settings, alone, tmp_path):
     assert _losses(tmp_path / "run") == pytest.approx(_losses(alone["muon"]), abs=1e-6)
 
 
+@pytest.mark.slow
 def test_compiled_model_is_compiled_once_and_gives_the_same_losses(settings, alone, tmp_path):
     with torch._dynamo.config.patch(error_on_recompile=True):
         train(

@@ -1,7 +1,5 @@
 """`doctor` passes if all is right, and finds a fault in the mask, the sine, the cache or a copy."""
 
-import subprocess
-import sys
 from importlib.metadata import version
 
 import pytest
@@ -128,14 +126,11 @@ def test_the_command_prints_versions_and_findings(tmp_path, capsys):
     assert "All checks passed." in text
 
 
-def test_the_command_fails_if_a_check_does(tmp_path):
+def test_the_command_fails_if_a_check_does(tmp_path, monkeypatch, capsys):
     tiny_model("nano", initializer_range=None).save_pretrained(tmp_path)
-    code = f"""
-import hf_nanogpt.analysis.doctor as doctor, hf_nanogpt.cli as cli
-model = doctor.AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})
-doctor.load_checkpoint = lambda checkpoint: (model, None)
-cli.main(["doctor", "fresh"])
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 1, done.stderr
-    assert "1 of 1 checks failed" in done.stdout
+    model = doctor.AutoModelForCausalLM.from_pretrained(tmp_path)
+    monkeypatch.setattr(doctor, "load_checkpoint", lambda checkpoint: (model, None))
+    with pytest.raises(SystemExit) as stop:
+        main(["doctor", "fresh"])
+    assert stop.value.code == 1
+    assert "1 of 1 checks failed" in capsys.readouterr().out

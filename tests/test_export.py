@@ -191,6 +191,7 @@ for folder in folders:
 """
 
 
+@pytest.mark.slow
 def test_exports_load_in_plain_transformers_where_hf_nanogpt_is_not(tmp_path):
     expected, folders = {}, []
     ids = torch.tensor([TOKENIZER(TEXT).input_ids])

@@ -22,6 +22,8 @@ from transformers.integrations.peft import MIN_PEFT_VERSION
 from hf_nanogpt import convert_checkpoint, evaluate, export_checkpoint, load_checkpoint, train
 from hf_nanogpt.cli import main
 
+# The tuned models are made once.
+pytestmark = pytest.mark.xdist_group("finetune")
 peft = pytest.importorskip("peft", reason="PEFT is missing: pip install 'hf-nanogpt[finetune]'")
 
 FAST = {"disable_tqdm": True, "num_threads": 1, "use_cpu": True, "sample_steps": 0}
@@ -46,6 +48,13 @@ def base(text, tmp_path_factory) -> Path:
 def tune(start: Path, text: str, folder: Path, **settings):
     settings = FAST | STEPS | {"data": text, "output_dir": str(folder)} | settings
     return train("finetune", start_from=start, **settings)
+
+
+@pytest.fixture(scope="module")
+def tuned(base, text, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "tuned"
+    tune(base, text, folder, sample_prompt="import ")
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +135,7 @@ def test_add_adapter_of_transformers_finds_the_matrices_too(base, tmp_path):
     assert_same(logits(again), logits(model))
 
 
+@pytest.mark.slow
 def test_a_stranger_without_our_package_adapts_a_checkpoint(base, tmp_path):
     code = """
 import sys; sys.modules["hf_nanogpt"] = None
@@ -177,11 +187,9 @@ def test_checkpoints_of_a_lora_training_hold_the_adapter_only(adapted):
         assert not (step / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize("lora", [False, True])
-def test_metrics_before_and_after_are_those_that_eval_measures(lora, base, adapted, text, tmp_path):
-    folder = adapted if lora else tmp_path / "tuned"
-    if not lora:
-        tune(base, text, folder, sample_prompt="import ")
+@pytest.mark.parametrize("lora", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_metrics_before_and_after_are_those_that_eval_measures(lora, base, adapted, tuned, text):
+    folder = adapted if lora else tuned
     metrics = json.loads((folder / "metrics.json").read_text())
     for checkpoint, told in ((base, metrics["before"]), (folder, metrics)):
         measured = evaluate(checkpoint, text, held_out=0.1)
@@ -199,6 +207,7 @@ def test_metrics_before_and_after_are_those_that_eval_measures(lora, base, adapt
     assert ("| LoRA | rank 8, alpha 16, merged |" in card) == lora
 
 
+@pytest.mark.slow
 def test_the_summary_shows_before_and_after_side_by_side(base, text, tmp_path, capsys):
     argv = ["train", "finetune", "--lora", "--from", str(base), "--data", text]
     argv += [f"--{name}={value}" for name, value in (FAST | STEPS).items()]
@@ -212,14 +221,11 @@ def test_the_summary_shows_before_and_after_side_by_side(base, text, tmp_path, c
     assert "From 'def ', before and after:\n  | def" in printed
 
 
-@pytest.mark.parametrize("lora", [False, True])
-def test_a_resumed_run_equals_an_uninterrupted_one(lora, base, text, adapted, tmp_path):
-    whole = adapted
-    if not lora:
-        whole = tmp_path / "whole"
-        tune(base, text, whole)
-    stopped, settings = tmp_path / "stopped", {"lora": True, "learning_rate": 1e-2} if lora else {}
-    tune(base, text, stopped, **settings)
+@pytest.mark.parametrize("lora", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_resumed_run_equals_an_uninterrupted_one(lora, base, text, adapted, tuned, tmp_path):
+    whole = adapted if lora else tuned
+    stopped = shutil.copytree(whole, tmp_path / "stopped")
+    settings = {"lora": True, "learning_rate": 1e-2} if lora else {"sample_prompt": "import "}
     for path in stopped.iterdir():  # as if it had been killed after its first checkpoint
         if path.name != "checkpoint-6":
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -229,8 +235,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one(lora, base, text, adapted, tm
         assert (stopped / name).read_bytes() == (whole / name).read_bytes()
     ours, theirs = (json.loads((f / "metrics.json").read_text()) for f in (stopped, whole))
     assert ours["before"] == theirs["before"] and ours["eval_loss"] == theirs["eval_loss"]
-    tune(base, text, stopped, overwrite=True, max_steps=1)
-    assert not (stopped / "adapter").exists()
+    if lora:
+        tune(base, text, stopped, overwrite=True, max_steps=1)
+        assert not (stopped / "adapter").exists()
 
 
 def test_another_adapter_or_another_start_cannot_be_resumed(base, adapted, text, tmp_path):
@@ -247,6 +254,7 @@ def test_another_adapter_or_another_start_cannot_be_resumed(base, adapted, text,
         tune(other, text, adapted, lora=True, **same)
 
 
+@pytest.mark.slow
 def test_the_best_adapter_is_loaded_and_merged_at_the_end(base, text, tmp_path):
     best = {"load_best_model_at_end": True, "eval_steps": 1, "save_steps": 1, "max_steps": 4}
     best["greater_is_better"] = True  # then it is an early one, as losses fall
@@ -259,6 +267,7 @@ def test_the_best_adapter_is_loaded_and_merged_at_the_end(base, text, tmp_path):
     assert measured.loss == pytest.approx(result.metrics["eval_loss"], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_what_is_pushed_after_lora_is_a_whole_model(hub, base, text, tmp_path):
     tune(base, text, tmp_path / "run", lora=True, push_to_hub=True, hub_model_id="user/tuned")
     files = set(hub.repos["user/tuned"].files())
@@ -285,8 +294,9 @@ def make_llama_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "qwen3"])
-def test_a_converted_model_is_tuned_and_exported_again(name, text, tmp_path):
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "lora"), [("gpt2", True), ("llama", False), ("qwen3", True)])
+def test_a_converted_model_is_tuned_and_exported_again(name, lora, text, tmp_path):
     words = make_llama_tokenizer()
     native = make_reference(name)
     native.resize_token_embeddings(len(words))
@@ -296,12 +306,11 @@ def test_a_converted_model_is_tuned_and_exported_again(name, text, tmp_path):
     with pytest.raises(ValueError, match=rf"type '{name}'.*hf-nanogpt convert .*native FOLDER"):
         tune(tmp_path / "native", text, tmp_path / "run")
     convert_checkpoint(tmp_path / "native", tmp_path / "ours")
-    for lora in (False, True):
-        folder = tmp_path / f"run-{lora}"
-        metrics = tune(tmp_path / "ours", text, folder, lora=lora, learning_rate=3e-3).metrics
-        assert metrics["eval_loss"] < metrics["before"]["eval_loss"] - 0.01
-        assert metrics["eval_bytes"] == len(Path(text).read_bytes()[-600:])
-        assert export_checkpoint(folder, tmp_path / f"home-{lora}", to=name).has_tokenizer
+    folder = tmp_path / "run"
+    metrics = tune(tmp_path / "ours", text, folder, lora=lora, learning_rate=3e-3).metrics
+    assert metrics["eval_loss"] < metrics["before"]["eval_loss"] - 0.01
+    assert metrics["eval_bytes"] == len(Path(text).read_bytes()[-600:])
+    assert export_checkpoint(folder, tmp_path / "home", to=name).has_tokenizer
 
 
 # What is refused

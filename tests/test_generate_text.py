@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, tiny_model
+from conftest import FAMILIES, ROOT, TWO_SOON, tiny_model
 from tokenizers import Tokenizer, models
 from transformers import (
     PreTrainedTokenizerFast,
@@ -69,6 +69,7 @@ def test_streamed_pieces_never_cut_a_character():
     assert all("\ufffd" not in piece for piece in pieces)
 
 
+@pytest.mark.parametrize("family", TWO_SOON)
 def test_pipeline_gives_each_prompt_of_a_batch_the_text_it_gets_alone(family):
     model = talker(family)
     speak = pipeline("text-generation", model=model, tokenizer=TOKENIZER, device="cpu")
@@ -137,14 +138,15 @@ def test_same_seed_gives_the_same_text():
 
 
 @pytest.mark.parametrize(
-    "own",
+    ("own", "given"),
     [
-        {},
-        {"top_k": 5, "typical_p": 0.9, "eta_cutoff": 1e-3},
-        {"watermarking_config": WatermarkingConfig(bias=2.5)},
+        ({}, {}),
+        ({}, {"top_k": 3, "top_p": 0.9}),
+        ({"top_k": 5, "typical_p": 0.9, "eta_cutoff": 1e-3}, {}),
+        ({"top_k": 5, "typical_p": 0.9, "eta_cutoff": 1e-3}, {"top_k": 3, "min_p": 0.1}),
+        ({"watermarking_config": WatermarkingConfig(bias=2.5)}, {"min_p": 0.1}),
     ],
 )
-@pytest.mark.parametrize("given", [{}, {"top_k": 3, "top_p": 0.9}, {"min_p": 0.1}])
 def test_sampled_text_is_that_of_transformers_after_the_same_seed(own, given):
     model = talker()
     model.generation_config.update(do_sample=True, repetition_penalty=1.2, **own)
@@ -159,6 +161,7 @@ def test_sampled_text_is_that_of_transformers_after_the_same_seed(own, given):
     assert generate_text(model, TOKENIZER, "the cat", **given) == expected
 
 
+@pytest.mark.slow
 def test_threads_with_seeds_of_their_own_get_the_texts_they_get_alone():
     model = talker()
 
@@ -231,8 +234,16 @@ def load_example(name: str):
     return module
 
 
-@pytest.mark.parametrize("temperature", [0, 0.7])
-@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize(
+    ("family", "use_cache", "temperature"),
+    [
+        *((name, True, 0) for name in FAMILIES),
+        ("gpt2", True, 0.7),
+        ("nano", True, 0.7),
+        ("nano", False, 0),
+        ("gpt3", False, 0.7),
+    ],
+)
 def test_loop_by_hand_gives_the_tokens_of_generate(family, use_cache, temperature, tokens):
     mask = torch.ones_like(tokens)
     mask[0, :7] = 0

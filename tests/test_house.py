@@ -121,6 +121,7 @@ def test_type_checkers_find_the_public_names_where_python_does():
     assert sorted(imports) == hf_nanogpt.__all__
 
 
+@pytest.mark.slow
 def test_mypy_knows_the_signature_of_train(tmp_path):
     pytest.importorskip("mypy")
     snippet = tmp_path / "snippet.py"

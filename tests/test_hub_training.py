@@ -2,7 +2,7 @@
 
 import json
 import re
-import time
+import threading
 from pathlib import Path
 
 import pytest
@@ -50,7 +50,15 @@ def pickles(files: dict[str, bytes]) -> list[str]:
     return [path for path in files if path.endswith((".bin", ".pt", ".pth"))]
 
 
-@pytest.mark.parametrize("strategy", ["end", "every_save", "checkpoint", "all_checkpoints"])
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        "every_save",
+        pytest.param("end", marks=pytest.mark.slow),
+        pytest.param("checkpoint", marks=pytest.mark.slow),
+        pytest.param("all_checkpoints", marks=pytest.mark.slow),
+    ],
+)
 def test_every_pushed_revision_loads_and_only_branches_have_the_training_state(
     hub, text_file, tmp_path, strategy
 ):
@@ -79,6 +87,7 @@ def test_every_pushed_revision_loads_and_only_branches_have_the_training_state(
         assert same(weights("user/gpt", "checkpoint-4"), weights(run / "checkpoint-4"))
 
 
+@pytest.mark.slow
 def test_resuming_elsewhere_from_the_hub_equals_an_uninterrupted_run(hub, text_file, tmp_path):
     whole, again = tmp_path / "whole", tmp_path / "again"
     options = PUSH | {"hub_strategy": "checkpoint", "hub_always_push": True}
@@ -96,6 +105,7 @@ def test_resuming_elsewhere_from_the_hub_equals_an_uninterrupted_run(hub, text_f
     assert len(losses[0]) == 6 and losses[0] == losses[1]
 
 
+@pytest.mark.slow
 def test_while_a_push_is_slow_only_the_newest_checkpoint_waits(
     hub, text_file, tmp_path, monkeypatch
 ):
@@ -108,7 +118,7 @@ def test_while_a_push_is_slow_only_the_newest_checkpoint_waits(
         add(queue, *args, **kwargs)
         added.append(args)
         while not queue._jobs[0][0].running():  # the first one is under way, and held
-            time.sleep(0.01)
+            threading.Event().wait(0.01)
         if len(added) == 3:
             hub.gate.set()
 
@@ -159,6 +169,7 @@ def test_missing_permission_to_push_is_reported_before_training(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_person_s_edits_of_the_card_survive_training(hub, text_file, tmp_path):
     run = tmp_path / "run"
     train(data=text_file, output_dir=str(run), hub_strategy="end", **SMALL, **PUSH)

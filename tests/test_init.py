@@ -96,6 +96,7 @@ def test_preset_starts_near_a_uniform_guess_at_its_own_width(family):
     assert loss == pytest.approx(math.log(2000) + variance / 2, abs=0.1)
 
 
+@pytest.mark.slow
 def test_gpt1_in_full_starts_near_a_uniform_guess():
     torch.manual_seed(0)
     model = NanoGPTForCausalLM(load_preset("gpt1")).eval()

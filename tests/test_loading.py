@@ -233,6 +233,7 @@ print("all well")
 """
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_folder_works_where_the_package_cannot_be_imported(tokens, tmp_path):
     expected = {"tokens": tokens}

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import find_parameters_without_effect, tiny_model
+from conftest import TWO_SOON, find_parameters_without_effect, tiny_model
 from torch import nn
 
 
@@ -115,6 +115,7 @@ def test_attention_weights_are_dropped_and_rescaled(tokens):
     assert weights.sum(-1).mean().item() == pytest.approx(1.0, abs=0.1)
 
 
+@pytest.mark.parametrize("family", TWO_SOON)
 def test_few_steps_of_training_learn_a_sequence_by_heart(family):
     model, ids = tiny_model(family, initializer_range=0.1).train(), torch.arange(1, 25)[None]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -133,7 +134,8 @@ def test_few_steps_of_training_learn_a_sequence_by_heart(family):
 # quarter of a minute that generating C++ takes.
 
 
-@pytest.mark.parametrize("family", ["nano", "gpt2", "gpt3"])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["nano", "gpt2"])
 def test_compiled_model_is_one_graph_with_the_same_gradients(family, tokens):
     torch.compiler.reset()
     plain, model = tiny_model(family).train(), tiny_model(family).train()
@@ -147,6 +149,7 @@ def test_compiled_model_is_one_graph_with_the_same_gradients(family, tokens):
     torch.testing.assert_close(gradients(model), gradients(plain), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_model_compiled_to_machine_code_gives_the_same_logits(tokens):
     torch.compiler.reset()
@@ -157,8 +160,9 @@ def test_model_compiled_to_machine_code_gives_the_same_logits(tokens):
     )
 
 
+@pytest.mark.slow
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["nano", "gpt2", "gpt3"])
+@pytest.mark.parametrize("family", ["nano", "gpt2"])
 def test_exported_model_takes_other_shapes(family, tokens):
     model = tiny_model(family)
     sizes = {0: torch.export.Dim("rows", max=64), 1: torch.export.Dim("length", max=64)}

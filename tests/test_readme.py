@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import ROOT, tiny_model
 
 from hf_nanogpt import list_presets, load_preset, train
 from hf_nanogpt.analysis.info import describe
@@ -54,6 +54,7 @@ def workplace(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_python_snippets_run(workplace):
     code = "\n".join(blocks("python"))
     command = [sys.executable, "-c", code]
@@ -62,6 +63,7 @@ def test_python_snippets_run(workplace):
     assert "parameters, 257 tokens" in done.stdout
 
 
+@pytest.mark.slow
 def test_loading_lines_ask_no_question_where_the_package_is_missing(workplace):
     [code] = [block for block in blocks("python") if "PreTrainedTokenizerFast" in block]
     others = """
@@ -80,6 +82,7 @@ assert logits.shape == (1, 3, len(tokenizer)), logits.shape
     assert "y/N" not in done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_commands_work(workplace, monkeypatch, capsys):
     monkeypatch.chdir(workplace)
     lines = [line for block in blocks("bash") for line in block.splitlines()]
@@ -100,6 +103,16 @@ def test_commands_work(workplace, monkeypatch, capsys):
             parse_settings(recipe, flags)
         else:
             assert main([verb, *flags]) == 0, capsys.readouterr().err
+
+
+def test_peft_adapts_every_matrix_but_the_head_as_shown():
+    peft = pytest.importorskip("peft")
+    [shown] = re.findall(r"`(LoraConfig\(.*?\))`", README)
+    config = eval(shown, {"LoraConfig": peft.LoraConfig})
+    model = peft.get_peft_model(tiny_model("nano"), config)
+    names = {name.rsplit(".lora_A")[0] for name, _ in model.named_parameters() if "lora_A" in name}
+    linear = {n for n, m in model.named_modules() if hasattr(m, "lora_A")}
+    assert names == linear and len(names) == 7 * model.config.num_hidden_layers
 
 
 def test_make_targets_and_paths_exist():

@@ -12,7 +12,9 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import pytest
+from children import PROCESSES, forked
 from conftest import _HUB, ROOT
+from huggingface_hub import constants
 from test_chat import TOKENIZER, answer_whole, save_talker, talker, user
 
 from hf_nanogpt import generate_text
@@ -22,6 +24,7 @@ from hf_nanogpt.cli import main
 openai = pytest.importorskip("openai", reason="needs pip install 'hf-nanogpt[serve]'")
 pytest.importorskip("uvicorn", reason="needs pip install 'hf-nanogpt[serve]'")
 
+pytestmark = forked
 # The server could ask the Hub of these tests, which would note it.
 ONLINE = os.environ | {"HF_HUB_OFFLINE": "0", "PYTHONPATH": str(ROOT)}
 HELLO = {"model": "talker", "messages": [user("hello")]}
@@ -30,14 +33,37 @@ ENDLESS = "{% for a in range(100000) %}{% for b in range(100000) %}{% endfor %}{
 KEY = "the key is sécret"
 
 
+class Server:
+    """`hf-nanogpt serve` in a process of its own, which is asked and told as a `Popen` is."""
+
+    def __init__(self, folder, argv: list[str]):
+        reader, writer = PROCESSES.Pipe(duplex=False)
+        self.process = PROCESSES.Process(target=_serve, args=(argv, folder, writer), daemon=True)
+        self.process.start()
+        writer.close()
+        self.stdout = os.fdopen(os.dup(reader.fileno()), encoding="utf-8")
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.process.pid, number)
+
+    def wait(self) -> int:
+        self.process.join()
+        return self.process.exitcode
+
+
+def _serve(argv: list[str], folder, output) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.chdir(folder)
+    os.dup2(output.fileno(), 1)
+    output.close()
+    constants.HF_HUB_OFFLINE = False
+    sys.exit(main(argv))
+
+
 def start_server(folder, *arguments: str):
     """Start a server; return its process and all that it printed until it was ready."""
-    command = [sys.executable, "-m", "hf_nanogpt", "serve", "--port=0", *arguments]
     _HUB.reset()
-    # In a shell's background a process ignores SIGINT from the start.
-    heed = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731
-    given = {"env": ONLINE, "stdout": subprocess.PIPE, "text": True, "preexec_fn": heed}
-    server = subprocess.Popen(command, cwd=folder, **given)
+    server = Server(folder, ["serve", "--port=0", *arguments])
     printed = []
     while not printed or not printed[-1].startswith("curl "):
         printed.append(server.stdout.readline())
@@ -82,7 +108,7 @@ def guarded(tmp_path_factory):
     (folder / "talker" / "chat_template.jinja").write_text(ENDLESS)
     server, printed = start_server(folder, str(folder / "talker"), f"--api_key={KEY}")
     yield printed
-    server.terminate()
+    server.send_signal(signal.SIGTERM)
     assert (server.stdout.read(), server.wait()) == ("Ended.\n", 0)
 
 
@@ -379,6 +405,7 @@ def test_printed_curl_command_works(printed):
     assert answer["choices"][0]["message"]["role"] == "assistant"
 
 
+@pytest.mark.slow
 def test_transformers_chat_talks_with_it(printed):
     program = "from transformers.cli.transformers import main; main()"
     flags = ["max_new_tokens=12", "do_sample=False"]
@@ -388,6 +415,7 @@ def test_transformers_chat_talks_with_it(printed):
     assert answer_whole(batched(), HELLO["messages"]) in done.stdout, done.stderr
 
 
+@pytest.mark.slow
 def test_without_a_template_only_texts_are_answered_and_sigterm_ends_all(tmp_path):
     (save_talker(tmp_path / "talker", block_size=20_000) / "chat_template.jinja").unlink()
     server, printed = start_server(tmp_path, "talker")
@@ -400,7 +428,7 @@ def test_without_a_template_only_texts_are_answered_and_sigterm_ends_all(tmp_pat
         stream = client.completions.create(**long, stream=True)
         next(iter(stream))
         waiting = [pool.submit(client.completions.create, **long) for _ in range(8)]
-        server.terminate()  # while it answers
+        server.send_signal(signal.SIGTERM)  # while it answers
         assert (server.stdout.read(), server.wait()) == ("Ended.\n", 0)
         assert all(isinstance(one.exception(), openai.APIError) for one in waiting)
 

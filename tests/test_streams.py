@@ -2,7 +2,6 @@
 
 import io
 import json
-import multiprocessing
 import os
 import subprocess
 import sys
@@ -10,11 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from children import forked, run_child, run_command
 from conftest import tiny_model
 
 from hf_nanogpt import train_tokenizer
 from hf_nanogpt.cli import main
 
+pytestmark = forked
 SIZE = ["--n_layer=1", "--n_embd=16", "--n_head=2", "--block_size=16", "--tokenizer=char"]
 QUICK = [*SIZE, "--max_steps=4", "--per_device_train_batch_size=2", "--num_threads=1"]
 FULL = "standard output cannot be written: No space left on device"
@@ -38,27 +39,16 @@ def _know_ascii_only(number: int) -> None:
     setattr(sys, f"__{name}__", stream)
 
 
-def _run(argv: list[str], log: Path, changes: list[tuple[Callable, int]]) -> None:
-    for number in (1, 2):
-        os.dup2(os.open(log.with_suffix(f".{number}"), os.O_WRONLY | os.O_CREAT), number)
+def _run(argv: list[str], changes: tuple[tuple[Callable, int], ...]) -> None:
     for change, number in changes:
         change(number)
     sys.exit(main(argv))
 
 
-@pytest.fixture(scope="module")
-def run() -> Callable:
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["hf_nanogpt.training.run"])
-
-    def run(log: Path, argv: list, *changes: tuple[Callable, int]) -> tuple[int, str, str]:
-        """Run a command in a process with other streams; return its code and what came out."""
-        child = processes.Process(target=_run, args=([str(word) for word in argv], log, changes))
-        child.start()
-        child.join(60)
-        return child.exitcode, *(log.with_suffix(f".{i}").read_text("utf-8") for i in (1, 2))
-
-    return run
+def run(argv: list, *changes: tuple[Callable, int]) -> tuple[int, str, str]:
+    """Run a command in a process with other streams; return its code and what came out."""
+    done = run_child(_run, [str(word) for word in argv], changes)
+    return done.returncode, done.stdout, done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -77,12 +67,19 @@ def checkpoint(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("change", [_close_pipe, _fill_disk, _know_ascii_only])
-@pytest.mark.parametrize("numbers", [(1,), (1, 2)])
-def test_training_continues_without_its_output_and_saves(run, text, tmp_path, change, numbers):
+@pytest.mark.parametrize(
+    ("change", "numbers"),
+    [
+        (_close_pipe, (1, 2)),
+        pytest.param(_close_pipe, (1,), marks=pytest.mark.slow),
+        pytest.param(_fill_disk, (1,), marks=pytest.mark.slow),
+        pytest.param(_know_ascii_only, (1, 2), marks=pytest.mark.slow),
+    ],
+)
+def test_training_continues_without_its_output_and_saves(text, tmp_path, change, numbers):
     argv = ["train", "--data", text, "--output_dir", tmp_path / "run", *QUICK]
     argv.append("--sample_prompt=Größe 東京")
-    code, out, err = run(tmp_path / "log", argv, *((change, number) for number in numbers))
+    code, out, err = run(argv, *((change, number) for number in numbers))
     assert code == 0 and "Traceback" not in out + err
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["train_steps"] == 4
     assert (tmp_path / "run" / "model.safetensors").is_file()
@@ -94,23 +91,21 @@ def test_training_continues_without_its_output_and_saves(run, text, tmp_path, ch
         assert err.count(told) == (change is _fill_disk)
 
 
-def test_what_is_not_text_is_refused_before_training_and_not_at_its_end(run, text, tmp_path):
+def test_what_is_not_text_is_refused_before_training_and_not_at_its_end(text, tmp_path):
     argv = ["train", "--data", text, "--output_dir", tmp_path / "run", *QUICK]
     for word in ("--sample_prompt=\udcff", "--from=\udcff"):
-        code, _, err = run(tmp_path / "log", [*argv, word])
+        code, _, err = run([*argv, word])
         assert code == 2 and r"\udcff" in err and "is not UTF-8 text" in err
     assert not (tmp_path / "run").exists()
 
 
-def test_what_only_prints_ends_quietly_without_a_reader_and_tells_a_full_disk(
-    run, checkpoint, tmp_path
-):
+def test_what_only_prints_ends_quietly_without_a_reader_and_tells_a_full_disk(checkpoint):
     for argv in (["generate", checkpoint, "abc", "--max_new_tokens=4"], ["--help"]):
-        assert run(tmp_path / "log", argv, (_close_pipe, 1)) == (0, "", "")
-        assert run(tmp_path / "log", argv, (_fill_disk, 1)) == (2, "", f"hf-nanogpt: {FULL}\n")
-        (tmp_path / "log.2").unlink()
+        assert run(argv, (_close_pipe, 1)) == (0, "", "")
+        assert run(argv, (_fill_disk, 1)) == (2, "", f"hf-nanogpt: {FULL}\n")
 
 
+@pytest.mark.slow
 def test_closed_streams_are_a_sentence_or_quiet_success(checkpoint, tmp_path):
     code = """if True:
         import os, sys
@@ -131,28 +126,9 @@ def test_closed_streams_are_a_sentence_or_quiet_success(checkpoint, tmp_path):
 
 def test_a_sample_in_training_is_no_command_to_the_terminal(tmp_path):
     (tmp_path / "text.txt").write_text("abc \x1b[2J def \x9b " * 300, encoding="utf-8")
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "hf_nanogpt",
-            "train",
-            "--tokenizer=char",
-            "--use_cpu",
-            "--max_steps=2",
-            "--eval_steps=1",
-            "--n_layer=1",
-            "--n_embd=16",
-            "--n_head=2",
-            "--block_size=32",
-            "--per_device_train_batch_size=4",
-            "--sample_prompt=abc \x1b[2J",
-            f"--data={tmp_path}/text.txt",
-            f"--output_dir={tmp_path}/run",
-        ],
-        capture_output=True,
-        text=True,
-    )
+    flags = ["--use_cpu", "--eval_steps=1", "--sample_prompt=abc \x1b[2J", "--max_steps=2"]
+    flags += [f"--data={tmp_path}/text.txt", f"--output_dir={tmp_path}/run"]
+    done = run_command("train", *QUICK, *flags)
     assert done.returncode == 0, done.stderr
     printed = done.stdout + done.stderr
     assert "\\x1b[2J" in printed and "\x1b[2J" not in printed and "\x9b" not in printed

@@ -18,6 +18,7 @@ from hf_nanogpt.quantization import quantize_model
 needs_lm_eval = pytest.mark.skipif(
     find_spec("lm_eval") is None, reason="lm-eval is missing: pip install 'hf-nanogpt[eval]'"
 )
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("tasks")]  # lm-eval's import takes long
 TOKENIZER = train_tokenizer([], kind="byte")
 ROWS = [
     {"q": f"{a} + {b} =", "choices": [f"{a + b}", f"{a + b + 7}", "many"], "answer": (a + b) % 3}

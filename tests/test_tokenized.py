@@ -5,18 +5,20 @@ import os
 import pickle
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from children import forked, run_python, run_ranks
+from conftest import tiny_model
 from datasets import Dataset
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from hf_nanogpt import (
     DataArguments,
+    NanoGPTTrainer,
+    NanoGPTTrainingArguments,
     load_documents,
     pack_documents,
     tokenize_corpus,
@@ -170,11 +172,13 @@ tokenize_corpus(DataArguments(data=sys.argv[1], tokenizer="char"), sys.argv[2])
 """
 
 
+@pytest.mark.slow
+@forked
 def test_a_killed_run_resumes_after_its_last_whole_file(tmp_path, monkeypatch):
     monkeypatch.setattr(stored, "_CHARACTERS", 100)
     rows = _write_rows(tmp_path / "many.jsonl", [f"{i} {'word ' * 20}" for i in range(700)])
     folder, made = tmp_path / "tokens", tmp_path / "tokens" / "train"
-    done = subprocess.run([sys.executable, "-c", KILLED, rows, folder], cwd=ROOT)
+    done = run_python(KILLED, rows, folder)
     assert done.returncode == -signal.SIGKILL
     before = {p.name: p.stat().st_mtime_ns for p in made.glob("*.arrow")}
     assert len(before) == 20 and list(made.glob("*.partial"))
@@ -396,51 +400,41 @@ def test_a_stream_resumes_with_the_losses_of_an_uninterrupted_run(table, tmp_pat
     assert _history(folder, 60) == expected and len(expected) == 60
 
 
-TWO = """
-import json, sys
-from pathlib import Path
-from conftest import tiny_model
-from hf_nanogpt import DataArguments, NanoGPTTrainer, NanoGPTTrainingArguments
-from hf_nanogpt.data.packing import cut_blocks
-from hf_nanogpt.data.stored import load_tokens
-def read(data, folder, batch_size, count):
-    args = NanoGPTTrainingArguments(folder, per_device_train_batch_size=batch_size, use_cpu=True,
-                                    max_steps=9, eval_strategy="no")
+def _read(data: str, folder: str, batch_size: int, count: int) -> tuple[int, list]:
+    """Return the rank of this process and the batches that it reads, from tables and streams."""
+    args = NanoGPTTrainingArguments(
+        folder,
+        per_device_train_batch_size=batch_size,
+        use_cpu=True,
+        max_steps=9,
+        eval_strategy="no",
+    )
     seen = []
     for streaming in (False, True):
         tokenizer, tokens, _ = load_tokens(
-            DataArguments(data=data, tokenizer="char", streaming=streaming))
+            DataArguments(data=data, tokenizer="char", streaming=streaming)
+        )
         blocks = cut_blocks(tokens, context_length=16, eos_token_id=tokenizer.eos_token_id, seed=5)
         model = tiny_model(vocab_size=len(tokenizer))
         trainer = NanoGPTTrainer(model, args, train_dataset=blocks, processing_class=tokenizer)
         loader = trainer.get_train_dataloader()
         for epoch in range(1 if streaming else 2):
             loader.set_epoch(epoch)
-            for _, batch in zip(range(count), loader):
-                seen.append(batch["input_ids"].tolist())
+            seen += [batch["input_ids"].tolist() for _, batch in zip(range(count), loader)]  # noqa: B905
     return args.process_index, seen
-if __name__ == "__main__":
-    rank, seen = read(*sys.argv[1:3], 2, 6)
-    Path(sys.argv[2], f"{rank}.json").write_text(json.dumps(seen))
-"""
 
 
+def _write_what_is_read(data: str, folder: str) -> None:
+    rank, seen = _read(data, folder, 2, 6)
+    Path(folder, f"{rank}.json").write_text(json.dumps(seen))
+
+
+@pytest.mark.slow
+@forked
 def test_two_processes_read_together_what_one_reads(table, tmp_path):
-    script = tmp_path / "two.py"
-    script.write_text(TWO)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc_per_node=2", str(script)]
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    done = subprocess.run(
-        [*command, str(table), str(tmp_path)],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    for done in run_ranks(2, _write_what_is_read, str(table), str(tmp_path)):
+        assert done.returncode == 0, done.stderr[-4000:]
     two = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
     together = [first + second for first, second in zip(*two, strict=True)]
-    scope: dict = {"__name__": "one"}
-    exec(TWO, scope)
-    _, alone = scope["read"](str(table), str(tmp_path), 4, 6)
+    _, alone = _read(str(table), str(tmp_path), 4, 6)
     assert together == alone and len(alone) == 18

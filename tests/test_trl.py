@@ -13,6 +13,7 @@ from hf_nanogpt import add_chat_template, load_checkpoint, train_tokenizer
 
 pytest.importorskip("trl", reason="TRL is missing: pip install 'hf-nanogpt[finetune]'")
 
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("trl")]  # its import takes long
 TINY = {"disable_tqdm": True, "use_cpu": True, "logging_steps": 1}
 
 

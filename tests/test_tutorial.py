@@ -30,6 +30,7 @@ def trained(tmp_path_factory) -> str:
     return folder
 
 
+@pytest.mark.slow
 def test_each_part_runs_as_a_script(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for part in PARTS:

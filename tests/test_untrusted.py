@@ -4,13 +4,12 @@ import ast
 import json
 import os
 import pty
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from children import forked, run_python
 from conftest import ROOT, tiny_model
 from safetensors.torch import load_file, save_file
 
@@ -85,6 +84,8 @@ for words in json.loads(sys.argv[1]):
 """
 
 
+@pytest.mark.slow
+@forked
 def test_no_command_runs_code_of_a_checkpoint_even_if_a_terminal_answers_yes(folder, tmp_path):
     mark = tmp_path / "mark"
     (folder / "evil.py").write_text(EVIL.format(mark=str(mark)))
@@ -121,13 +122,7 @@ def test_no_command_runs_code_of_a_checkpoint_even_if_a_terminal_answers_yes(fol
     ]
     leader, follower = pty.openpty()  # a terminal on which somebody always says yes
     os.write(leader, b"y\n" * 100)
-    done = subprocess.run(
-        [sys.executable, "-c", ANSWER_YES, json.dumps(verbs)],
-        stdin=follower,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
+    done = run_python(ANSWER_YES, json.dumps(verbs), terminal=follower)
     os.close(leader)
     os.close(follower)
     lines = [line for line in done.stdout.splitlines() if line.startswith("[")]

@@ -63,6 +63,7 @@ def read(url: str) -> str:
     return "".join(row["text"] for row in load_text(url))
 
 
+@pytest.mark.slow
 def test_a_plain_install_reads_an_address(site, tmp_path):
     script = (
         "import sys; sys.modules['aiohttp'] = sys.modules['requests'] = None\n"

@@ -28,9 +28,9 @@ def make_contestants(sizes: dict[str, int]) -> dict[str, nn.Module]:
     use_cpu_kernels(nano_model)  # as training does
     return {
         NANO: nano_model,
-        "LlamaForCausalLM": AutoModelForCausalLM.from_config(llama),
+        "LlamaForCausalLM": AutoModelForCausalLM.from_config(llama, trust_remote_code=False),
         GPT2: NanoGPTForCausalLM(gpt2),
-        "GPT2LMHeadModel": AutoModelForCausalLM.from_config(native_gpt2),
+        "GPT2LMHeadModel": AutoModelForCausalLM.from_config(native_gpt2, trust_remote_code=False),
         "GPT-2 in plain torch": PlainGPT(gpt2),
     }
 

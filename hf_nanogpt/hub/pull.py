@@ -9,7 +9,7 @@ from huggingface_hub import HfApi, snapshot_download
 
 from ..checkpoint.loading import split_revision
 from ..convert.folders import check_destination, written_folder
-from ..errors import UserError
+from ..errors import UserError, one_line
 from ..hub_errors import FAILURES, explain_hub_error, retry
 from ..untrusted import path_inside, read_json
 from .staging import check_repo_id
@@ -38,6 +38,8 @@ def pull_checkpoint(
     except FAILURES as error:
         why = explain_hub_error(error)
         raise UserError(f"{checkpoint} could not be downloaded: {why}.") from error
+    except ValueError as error:  # a file name that leads out of the folder
+        raise UserError(f"{checkpoint} was not downloaded: {one_line(error)}") from error
     if verify:
         _verify(name, snapshot)
     # A training checkpoint goes one folder deeper, which also appears only when it is complete.
