@@ -21,8 +21,8 @@ SIZES = (
     *("num_attention_heads", "num_key_value_heads", "max_position_embeddings", "sliding_window"),
 )
 
-# A field that `__post_init__` derives if it is left at None. `@strict` must allow None at run time;
-# whoever reads the finished configuration need not check for it.
+# `Derived[int]` is an int that `__post_init__` derives if it is left at None. At run time `@strict`
+# has to accept None; a type checker lets whoever reads the field later use it without a check.
 T = TypeVar("T")
 if TYPE_CHECKING:
     Derived: TypeAlias = T | Any
@@ -119,7 +119,7 @@ class NanoGPTConfig(PreTrainedConfig):
         if self.position_embedding_type == "learned":
             self.rope_parameters = None  # the base class has filled them in
         self.validate_architecture()
-        self.base_model_tp_plan = self._tensor_parallel_plan()  # type: ignore[misc]  # not one for all
+        self.base_model_tp_plan = self._tensor_parallel_plan()  # type: ignore[misc]  # a plan for each object
 
     def _refuse_unknown_names(self, kwargs: dict):
         """Raise on a misspelt field; the base class keeps the extra keys of a saved file."""

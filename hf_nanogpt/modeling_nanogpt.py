@@ -192,7 +192,7 @@ class NanoGPTAttention(nn.Module):
         self.k_proj = nn.Linear(width, config.num_key_value_heads * self.head_dim, bias=bias)
         self.v_proj = nn.Linear(width, config.num_key_value_heads * self.head_dim, bias=bias)
         self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, width, bias=bias)
-        # For `_init_weights`, which sees only leaf modules. (torch's annotation knows no booleans.)
+        # For `_init_weights`, which sees only leaf modules. (torch annotates modules only.)
         self.o_proj.is_residual_proj = True  # type: ignore[assignment]
         self.q_norm = build_norm(config, self.head_dim) if config.qk_norm else None
         self.k_norm = build_norm(config, self.head_dim) if config.qk_norm else None
@@ -571,7 +571,7 @@ class NanoGPTForSequenceClassification(GenericForSequenceClassification, NanoGPT
 
     def __init__(self, config: NanoGPTConfig):
         NanoGPTPreTrainedModel.__init__(self, config)
-        self.num_labels: Any = config.num_labels  # an integer; the annotation allows None
+        self.num_labels: int = config.num_labels  # type: ignore[assignment]  # never None
         self.model = NanoGPTModel(config)
         self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
         self.post_init()
@@ -582,7 +582,7 @@ class NanoGPTForTokenClassification(GenericForTokenClassification, NanoGPTPreTra
 
     def __init__(self, config: NanoGPTConfig):
         NanoGPTPreTrainedModel.__init__(self, config)
-        self.num_labels: Any = config.num_labels  # an integer; the annotation allows None
+        self.num_labels: int = config.num_labels  # type: ignore[assignment]  # never None
         self.model = NanoGPTModel(config)
         self.dropout = nn.Dropout(config.dropout)
         self.score = nn.Linear(config.hidden_size, self.num_labels)

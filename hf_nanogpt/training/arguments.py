@@ -41,6 +41,7 @@ class NanoGPTTrainingArguments(TrainingArguments):
     optim_recipe: OptimRecipe = field(
         default="muon", metadata={"help": "muon (Muon for matrices, AdamW for the rest) or adamw."}
     )
+    # The base class annotates these as float; None selects the recipe's value.
     learning_rate: float | None = setting(  # type: ignore[assignment]
         None, "Peak learning rate; with muon, that of the matrices."
     )
@@ -61,7 +62,7 @@ class NanoGPTTrainingArguments(TrainingArguments):
         "evaluation.",
     )
     logging_steps: float = 10
-    eval_strategy: str = "steps"  # type: ignore[assignment]
+    eval_strategy: str = "steps"
     eval_steps: float | None = setting(
         None, "Steps between evaluations, or a share of all steps. Default: 0.1."
     )

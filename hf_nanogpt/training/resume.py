@@ -125,7 +125,7 @@ class ResumableTrainer(Trainer):
         # Trainer writes all files, trainer_state.json last, with the record of `_save_rng_state`.
         run = self._get_output_dir(trial)
         folder = Path(run) / f"checkpoint-{self.state.global_step}"
-        self.state.save_to_json = partial(save_state, self.state)  # type: ignore[method-assign]
+        self.state.save_to_json = partial(save_state, self.state)  # type: ignore[method-assign]  # on purpose
         with explain_write_errors(folder, run=run):
             super()._save_checkpoint(model, trial)
         self._saved_step = self.state.global_step

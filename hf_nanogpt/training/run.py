@@ -93,7 +93,7 @@ def train(
         last_checkpoint = _find_checkpoint(args) if resume else None
         # Measure the model to start from before the first step, but not again when resuming.
         evaluate_first = (args.eval_on_start or bool(start_from)) and not last_checkpoint
-        args = replace(args, eval_on_start=evaluate_first)  # type: ignore[call-arg]
+        args = replace(args, eval_on_start=evaluate_first)
         trainer, prompt = _prepare(data_args, architecture, args, start_from, last_checkpoint)
         before = None
         if start_from:
