@@ -3,12 +3,12 @@
 import difflib
 import math
 from dataclasses import fields
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import GenerationConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 # Names that the base class takes as keyword arguments without having a field for them.
 BASE_KEYWORDS = {
@@ -20,6 +20,14 @@ SIZES = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim"),
     *("num_attention_heads", "num_key_value_heads", "max_position_embeddings", "sliding_window"),
 )
+
+# `Derived[int]` is an int that `__post_init__` derives if it is left at None. At run time `@strict`
+# has to accept None; a type checker lets whoever reads the field later use it without a check.
+T = TypeVar("T")
+if TYPE_CHECKING:
+    Derived: TypeAlias = T | Any
+else:
+    Derived = T | None
 
 
 @strict
@@ -69,14 +77,14 @@ class NanoGPTConfig(PreTrainedConfig):
 
     vocab_size: int = 50304
     hidden_size: int = 768
-    intermediate_size: int | None = None
+    intermediate_size: Derived[int] = None
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
+    num_key_value_heads: Derived[int] = None
+    head_dim: Derived[int] = None
     max_position_embeddings: int = 1024
     position_embedding_type: Literal["rope", "learned"] = "rope"
-    rope_parameters: RopeParameters | dict | None = None
+    rope_parameters: Derived[dict] = None
     norm_type: Literal["rmsnorm", "rmsnorm_unweighted", "layernorm"] = "rmsnorm"
     norm_position: Literal["pre", "post"] = "pre"
     norm_eps: float = 1e-6
@@ -88,7 +96,7 @@ class NanoGPTConfig(PreTrainedConfig):
     mlp_bias: bool = False
     dropout: float | int = 0.0
     sliding_window: int | None = None
-    layer_types: list[str] | None = None
+    layer_types: Derived[list[str]] = None
     final_logit_softcapping: float | int | None = None
     initializer_range: float | None = None
     tie_word_embeddings: bool = False
@@ -111,7 +119,7 @@ class NanoGPTConfig(PreTrainedConfig):
         if self.position_embedding_type == "learned":
             self.rope_parameters = None  # the base class has filled them in
         self.validate_architecture()
-        self.base_model_tp_plan = self._tensor_parallel_plan()
+        self.base_model_tp_plan = self._tensor_parallel_plan()  # type: ignore[misc]  # a plan for each object
 
     def _refuse_unknown_names(self, kwargs: dict):
         """Raise on a misspelt field; the base class keeps the extra keys of a saved file."""

@@ -1,6 +1,7 @@
 """How fast a device could train a model: the model's FLOPs and the device's peak."""
 
 import time
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -37,7 +38,8 @@ def count_flops(model: PreTrainedModel, *, context_length: int | None = None) ->
     """
     config = model.config
     context = context_length or config.max_position_embeddings
-    trunk, head = model.base_model, model.get_output_embeddings()
+    trunk: Any = model.base_model
+    head: Any = model.get_output_embeddings()
     tables = [trunk.embed_tokens, trunk.embed_positions]
     looked_up = sum(table.weight.numel() for table in tables if table is not None)
     multiplied = sum(p.numel() for p in model.parameters() if p.ndim == 2) - looked_up

@@ -204,7 +204,7 @@ class _Draw(LogitsProcessor):
 
 def compiled_decoding() -> dict[str, Any]:
     """Return the settings of `generate()` that compile the steps after the prompt."""
-    config = CompileConfig(mode="default")
+    config: Any = CompileConfig(mode="default")
     config._compile_all_devices = True  # without it transformers compiles on GPUs only
     return {"cache_implementation": "static", "compile_config": config}
 
@@ -242,7 +242,7 @@ def encode_prompt(
 
 
 def _generate_in_thread(
-    model: PreTrainedModel, settings: dict[str, Any], streamer: Any
+    model: Any, settings: dict[str, Any], streamer: Any
 ) -> Generator[Any, None, None]:
     closed = Event()
     settings["stopping_criteria"] = [lambda *_, **__: closed.is_set()]

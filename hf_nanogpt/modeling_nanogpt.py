@@ -8,6 +8,7 @@ G of key-value heads, D = head_dim and V = vocab_size.
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -151,7 +152,7 @@ def apply_rotary_pos_emb(
 
 
 def eager_attention_forward(
-    module: nn.Module,
+    module: "NanoGPTAttention",
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -191,7 +192,8 @@ class NanoGPTAttention(nn.Module):
         self.k_proj = nn.Linear(width, config.num_key_value_heads * self.head_dim, bias=bias)
         self.v_proj = nn.Linear(width, config.num_key_value_heads * self.head_dim, bias=bias)
         self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, width, bias=bias)
-        self.o_proj.is_residual_proj = True  # for `_init_weights`, which sees only leaf modules
+        # For `_init_weights`, which sees only leaf modules. (torch annotates modules only.)
+        self.o_proj.is_residual_proj = True  # type: ignore[assignment]
         self.q_norm = build_norm(config, self.head_dim) if config.qk_norm else None
         self.k_norm = build_norm(config, self.head_dim) if config.qk_norm else None
         # An attribute so that `use_cpu_kernels` can replace it by a faster function.
@@ -214,7 +216,7 @@ class NanoGPTAttention(nn.Module):
         hidden_shape = (*input_shape, -1, self.head_dim)  # (B, T, H or G, D)
         query_states = self.q_proj(hidden_states).view(hidden_shape)
         key_states = self.k_proj(hidden_states).view(hidden_shape)
-        if self.q_norm is not None:
+        if self.q_norm is not None and self.k_norm is not None:
             query_states, key_states = self.q_norm(query_states), self.k_norm(key_states)
         query_states, key_states = query_states.transpose(1, 2), key_states.transpose(1, 2)
         value_states = self.v_proj(hidden_states).view(hidden_shape).transpose(1, 2)
@@ -255,7 +257,7 @@ class NanoGPTMLP(nn.Module):
         self.gate_proj = nn.Linear(width, inner, bias=bias) if config.mlp_type == "glu" else None
         self.up_proj = nn.Linear(width, inner, bias=bias)
         self.down_proj = nn.Linear(inner, width, bias=bias)
-        self.down_proj.is_residual_proj = True
+        self.down_proj.is_residual_proj = True  # type: ignore[assignment]
         # The same function as GPT-2's "gelu_new", which passes over memory eight times.
         hidden_act = "gelu_pytorch_tanh" if config.hidden_act == "gelu_new" else config.hidden_act
         self.act_fn = ACT2FN[hidden_act]
@@ -315,7 +317,7 @@ class NanoGPTPreTrainedModel(PreTrainedModel):
     _can_record_outputs = {"hidden_states": NanoGPTDecoderLayer, "attentions": NanoGPTAttention}
 
     @torch.no_grad()
-    def _init_weights(self, module: nn.Module):
+    def _init_weights(self, module):
         """Initialise one leaf module: norms with 1, biases with 0, matrices by one of two schemes.
 
             weights                 initializer_range=std           None, made for Muon
@@ -374,11 +376,11 @@ class NanoGPTModel(NanoGPTPreTrainedModel):
 
     @merge_with_config_defaults
     @capture_outputs
-    def forward(
+    def forward(  # type: ignore[misc]  # TransformersKwargs has position_ids too
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
@@ -419,7 +421,7 @@ class NanoGPTModel(NanoGPTPreTrainedModel):
         # The causal mask of each layer type, (B, 1, T, S): it hides the future, what is outside the
         # window, padding and other documents. It is None if the kernel's own causal mask will do
         # (`is_causal`). For a static cache `generate` has made the masks already.
-        causal_masks = attention_mask
+        causal_masks: torch.Tensor | dict | None = attention_mask
         if not isinstance(causal_masks, dict):
             causal_masks = create_masks_for_generate(
                 config=self.config,
@@ -436,7 +438,7 @@ class NanoGPTModel(NanoGPTPreTrainedModel):
         if self.embed_positions is not None:
             self._check_positions(position_ids)
             hidden_states = hidden_states + self.embed_positions(position_ids)
-        else:
+        elif self.rotary_emb is not None:
             position_embeddings = self.rotary_emb(hidden_states, position_ids)
         hidden_states = self.dropout(self.embed_norm(hidden_states))
 
@@ -451,9 +453,8 @@ class NanoGPTModel(NanoGPTPreTrainedModel):
                 past_key_values=past_key_values,
                 **kwargs,
             )
-        return BaseModelOutputWithPast(
-            last_hidden_state=self.norm(hidden_states), **{CACHE: past_key_values}
-        )
+        named_cache: dict[str, Any] = {CACHE: past_key_values}
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **named_cache)
 
     def _check_packing(self, position_ids: torch.Tensor, cache: Cache | None):
         """Raise if packed documents would see each other."""
@@ -505,7 +506,7 @@ class NanoGPTForCausalLM(NanoGPTPreTrainedModel, GenerationMixin):
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
-    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # type: ignore[dict-item]  # as in Llama
     _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: NanoGPTConfig):
@@ -516,11 +517,11 @@ class NanoGPTForCausalLM(NanoGPTPreTrainedModel, GenerationMixin):
         self.post_init()
 
     @can_return_tuple
-    def forward(
+    def forward(  # type: ignore[misc]  # TransformersKwargs has position_ids too
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
@@ -534,7 +535,7 @@ class NanoGPTForCausalLM(NanoGPTPreTrainedModel, GenerationMixin):
         the input ids as they are. `logits_to_keep` computes only the logits of some positions, see
         `slice_logits_to_keep`.
         """
-        outputs: BaseModelOutputWithPast = self.model(
+        outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -570,9 +571,9 @@ class NanoGPTForSequenceClassification(GenericForSequenceClassification, NanoGPT
 
     def __init__(self, config: NanoGPTConfig):
         NanoGPTPreTrainedModel.__init__(self, config)
-        self.num_labels = config.num_labels
+        self.num_labels: int = config.num_labels  # type: ignore[assignment]  # never None
         self.model = NanoGPTModel(config)
-        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
         self.post_init()
 
 
@@ -581,10 +582,10 @@ class NanoGPTForTokenClassification(GenericForTokenClassification, NanoGPTPreTra
 
     def __init__(self, config: NanoGPTConfig):
         NanoGPTPreTrainedModel.__init__(self, config)
-        self.num_labels = config.num_labels
+        self.num_labels: int = config.num_labels  # type: ignore[assignment]  # never None
         self.model = NanoGPTModel(config)
         self.dropout = nn.Dropout(config.dropout)
-        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.score = nn.Linear(config.hidden_size, self.num_labels)
         self.post_init()
 
 

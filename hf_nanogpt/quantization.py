@@ -89,7 +89,7 @@ def quantize_model(model: PreTrainedModel) -> PreTrainedModel:
     config.tie_word_embeddings = False  # or `tie_weights` would restore floats
     for parent in list(model.modules()):
         if getattr(parent, "config", None) is shared:
-            parent.config = config
+            parent.config = config  # type: ignore[assignment]  # torch: modules and tensors only
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Linear):
                 setattr(parent, name, Int8Linear(child))

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from .. import __version__
 from ..auto import TESTED_TRANSFORMERS
 from ..checkpoint.loading import load_checkpoint
+from ..configuration_nanogpt import NanoGPTConfig
 from ..convert import export_checkpoint, find_native_format
 from ..errors import one_line
 from ..modeling_nanogpt import NanoGPTForCausalLM
@@ -129,7 +130,8 @@ def _check_generate(model: PreTrainedModel, ids: torch.Tensor) -> Result:
     new = min(16, model.config.max_position_embeddings - ids.shape[1])
     settings = {"do_sample": False, "max_new_tokens": new, "min_new_tokens": new, "pad_token_id": 0}
     settings["attention_mask"] = torch.ones_like(ids)
-    cached, uncached = (model.generate(ids, use_cache=use, **settings) for use in (True, False))
+    generator: Any = model  # PreTrainedModel does not declare generate
+    cached, uncached = (generator.generate(ids, use_cache=use, **settings) for use in (True, False))
     equal = int((cached == uncached)[:, -new:].sum())
     return equal == 2 * new, f"{equal} of {2 * new} tokens equal"
 
@@ -144,13 +146,13 @@ def _check_leak(model: PreTrainedModel, ids: torch.Tensor) -> Result:
 
 
 def _check_native(model: PreTrainedModel, ids: torch.Tensor) -> Result:
-    if (name := find_native_format(model.config)) is None:
+    if (name := find_native_format(cast(NanoGPTConfig, model.config))) is None:
         return True, "no class of transformers has this architecture; not compared"
     with tempfile.TemporaryDirectory() as folder:
         ours, exported = Path(folder, "ours"), Path(folder, "native")
         model.save_pretrained(ours)
         export_checkpoint(ours, exported, to=name)
-        native = AutoModelForCausalLM.from_pretrained(exported, trust_remote_code=False)
+        native: Any = AutoModelForCausalLM.from_pretrained(exported, trust_remote_code=False)
     is_right, detail = _compare(_logits(model, ids), _logits(native.to(ids.device).eval(), ids))
     return is_right, f"{type(native).__name__}, {detail}"
 
@@ -158,8 +160,8 @@ def _check_native(model: PreTrainedModel, ids: torch.Tensor) -> Result:
 def _check_copy(model: PreTrainedModel, ids: torch.Tensor) -> Result:
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        copy = type(model).from_pretrained(folder, trust_remote_code=False).to(ids.device).eval()
-    difference = (_logits(copy, ids) - _logits(model, ids)).abs().max().item()
+        copy: Any = type(model).from_pretrained(folder, trust_remote_code=False)
+    difference = (_logits(copy.to(ids.device).eval(), ids) - _logits(model, ids)).abs().max().item()
     return difference == 0, f"largest difference {difference:.2g}"
 
 

@@ -65,7 +65,7 @@ def load_config(model: str) -> NanoGPTConfig:
         raise UserError(f"{error} Presets: {', '.join(PRESETS)}.{hint}") from error
     folder = Path(name) if Path(name).is_dir() else download(name, revision, [CONFIG])
     config = read_config(folder)
-    if config.model_type != NanoGPTConfig.model_type:
+    if not isinstance(config, NanoGPTConfig):
         raise UserError(f"{name} is a {config.model_type} model, not {NanoGPTConfig.model_type}.")
     return config
 

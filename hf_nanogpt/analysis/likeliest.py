@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from queue import SimpleQueue
 from threading import get_ident
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -128,7 +128,7 @@ def spell_tokens(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str
     """Return the text of each token, and bytes that are not text on their own as <E2><82>."""
     texts = []
     for raw, i in zip(tokenizer.convert_ids_to_tokens(ids), ids, strict=True):
-        text = tokenizer.decode([i], clean_up_tokenization_spaces=False)
+        text = cast(str, tokenizer.decode([i], clean_up_tokenization_spaces=False))
         if raw is None:  # the embedding may have more rows than there are tokens
             text = f"<{i}>"
         elif "\ufffd" in text and all(character in _BYTES for character in raw):

@@ -13,7 +13,7 @@ from contextlib import closing, suppress
 from itertools import chain, count
 from queue import SimpleQueue
 from threading import Event
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 from transformers import ContinuousBatchingConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -136,7 +136,7 @@ class Writer:
         # The manager switches its model to paged attention, so it gets a model of its own, which
         # shares the weights.
         weights = chain(self.model.parameters(), self.model.buffers())
-        model = copy.deepcopy(self.model, {id(tensor): tensor for tensor in weights})
+        model: Any = copy.deepcopy(self.model, {id(tensor): tensor for tensor in weights})
         # transformers prepares only those processors whose settings differ from its defaults. The
         # values do not matter: each request brings its own.
         config = model.generation_config
@@ -249,7 +249,7 @@ class TextDecoder:
         return self._decode(self.ids[self.first :])[len(before) :]
 
     def _decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
+        return cast(str, self.tokenizer.decode(ids, skip_special_tokens=True))  # a list for a batch
 
     def _release(self, text: str) -> str:
         """Return the text up to a stop text, without an end that may become one."""

@@ -6,7 +6,7 @@ from collections.abc import Generator
 from itertools import takewhile
 from pathlib import Path
 from time import thread_time
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
@@ -56,9 +56,10 @@ def render_messages(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str,
         previous = sys.gettrace()
         sys.settrace(check_time)
         try:
-            return tokenizer.apply_chat_template(
+            text = tokenizer.apply_chat_template(
                 messages, add_generation_prompt=True, tokenize=False
             )
+            return cast(str, text)  # tokenize=False
         finally:
             sys.settrace(previous)
 

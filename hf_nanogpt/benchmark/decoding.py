@@ -5,13 +5,14 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel, set_seed
 
 from ..analysis.info import load_config
 from ..checkpoint.loading import load_model
+from ..configuration_nanogpt import NanoGPTConfig
 from ..convert import export_checkpoint, find_native_format
 from ..errors import UserError
 from ..generation import compiled_decoding
@@ -162,11 +163,11 @@ def _choose_lengths(model: PreTrainedModel, tokens: int) -> list[int]:
 
 
 def _make_contestants(ours: PreTrainedModel, *, compile: bool) -> list[Contestant]:
-    weights = _count_weights(ours)
+    weights, config = _count_weights(ours), cast(NanoGPTConfig, ours.config)
     contestants = [Contestant(OURS, ours, 4 * weights)]
     if compile:
         contestants.append(Contestant(COMPILED, ours, 4 * weights, compiled_decoding()))
-    if find_native_format(ours.config) is not None:
+    if find_native_format(config) is not None:
         with tempfile.TemporaryDirectory() as folder:
             ours.save_pretrained(Path(folder, "ours"))
             export_checkpoint(Path(folder, "ours"), Path(folder, "native"))
@@ -177,7 +178,7 @@ def _make_contestants(ours: PreTrainedModel, *, compile: bool) -> list[Contestan
         contestants.append(Contestant(INT8, rounded, weights))
         if compile:
             contestants.append(Contestant(INT8_COMPILED, rounded, weights, compiled_decoding()))
-    return [*contestants, Contestant(PLAIN, PlainGPT(ours.config).eval())]
+    return [*contestants, Contestant(PLAIN, PlainGPT(config).eval())]
 
 
 def _count_weights(model: PreTrainedModel) -> int:

@@ -3,11 +3,12 @@
 import copy
 from collections.abc import Callable
 from statistics import median
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..analysis.info import load_config
 from ..configuration_nanogpt import NanoGPTConfig
@@ -59,7 +60,7 @@ def benchmark_training(
     check_counts(settings, num_threads)
     sizes = SIZES | ({} if model is None else _read_sizes(model)) | sizes
     machine, models = describe_machine(), make_contestants(sizes)
-    flops = {name: 3 * count_flops(models[name]) for name in (NANO, GPT2)}
+    flops = {name: 3 * count_flops(cast(PreTrainedModel, models[name])) for name in (NANO, GPT2)}
     if compile:
         for name, module in list(models.items()):
             models[f"{name}, compiled"] = compiled = copy.deepcopy(module)

@@ -172,13 +172,14 @@ def read_model(folder: Path) -> PreTrainedModel:
         )
     _check_shapes(folder, config)
     with explain_errors(f"{folder} cannot be loaded"):
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
             use_safetensors=True,
             output_loading_info=True,
             trust_remote_code=False,
         )
+        model, report = loaded  # a pair, because of output_loading_info
     if missing := sorted(report["missing_keys"]):
         raise UserError(f"{folder} is not complete: it has no {', '.join(missing[:3])}.")
     check_finite(model.named_parameters(), folder)

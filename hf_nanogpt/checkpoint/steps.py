@@ -92,7 +92,8 @@ def save_state(state: TrainerState, path: str) -> None:
     """Write a `trainer_state.json` with a checksum of itself, and without paths of this machine."""
     if state.best_model_checkpoint:  # a resumed run finds the path by `best_global_step`
         state = replace(state, best_model_checkpoint=Path(state.best_model_checkpoint).name)
-    if record := state.stateful_callbacks.get(RECORD):
+    callbacks: Any = state.stateful_callbacks  # a dict; the annotation says list
+    if record := callbacks.get(RECORD):
         record["checksum"] = sum_state(json.loads(json.dumps(asdict(state))))
     TrainerState.save_to_json(state, path)
 

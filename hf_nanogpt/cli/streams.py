@@ -82,7 +82,7 @@ def _wrap(stream: Any, number: int, lasting: bool) -> io.TextIOWrapper:
     raw = _Output(number, lasting=lasting)
     unbuffered = isinstance(stream.buffer, io.RawIOBase)
     return io.TextIOWrapper(
-        raw if unbuffered else io.BufferedWriter(raw),  # type: ignore[type-var]
+        raw if unbuffered else io.BufferedWriter(raw),
         encoding=stream.encoding,
         errors="backslashreplace",
         line_buffering=stream.line_buffering,

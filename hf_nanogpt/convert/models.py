@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
@@ -17,6 +18,7 @@ from .rules import Format, Step, expand, native_shapes, translate
 _CONFIG = "config.json"
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 Weights = Mapping[str, LazyTensor]
+_Config = TypeVar("_Config", bound=PreTrainedConfig)
 
 
 def import_native_model(native: Format, folder: Path) -> PreTrainedModel:
@@ -70,7 +72,7 @@ def read_our_config(folder: Path) -> NanoGPTConfig:
     return _read_config(NanoGPTConfig, folder)
 
 
-def _read_config(config_class: type[PreTrainedConfig], folder: Path) -> PreTrainedConfig:
+def _read_config(config_class: type[_Config], folder: Path) -> _Config:
     path = folder / _CONFIG
     fields = read_json(path) | {"model_type": config_class.model_type}
     check_fields(fields, path)

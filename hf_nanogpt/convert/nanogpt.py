@@ -104,14 +104,15 @@ def _read_config(args: dict[str, Any], path: Path) -> NanoGPTConfig:
         raise UserError(f"{path} lacks these model_args: {', '.join(sorted(missing))}.")
     with explain_errors(f"{path} has model_args that do not describe a valid model"):
         end = _GPT2_END_OF_TEXT if args["vocab_size"] in _GPT2_SIZES else None
-        return NanoGPTConfig(
-            **gpt2.FIXED
+        fields: dict[str, Any] = (
+            gpt2.FIXED
             | {ours: args[name] for name, ours in FIELDS.items()}
             | {"attention_bias": args["bias"], "mlp_bias": args["bias"]}
             | {"hidden_act": "gelu", "norm_eps": 1e-5, "initializer_range": 0.02}
             | {"dropout": args.get("dropout", 0.0), "tie_word_embeddings": True}
             | {"bos_token_id": end, "eos_token_id": end}
         )
+        return NanoGPTConfig(**fields)
 
 
 # The tokenizer

@@ -107,7 +107,9 @@ class _Step(nn.Module):
         self, input_ids: Tensor, attention_mask: Tensor, past_key_values: Past
     ) -> dict[str, Any]:
         # Without a configuration all layers keep all positions; the mask limits sliding windows.
-        cache = DynamicCache([(layer["key"], layer["value"]) for layer in past_key_values.values()])
+        cache: Any = DynamicCache(
+            [(layer["key"], layer["value"]) for layer in past_key_values.values()]
+        )
         positions = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
         output = self.model(input_ids, attention_mask, positions, cache, use_cache=True)
         present = {
@@ -140,7 +142,8 @@ def _trace(step: _Step) -> Any:
     shapes: dict[str, Any] = {name: {0: free, 1: free} for name in inputs}
     shapes["past_key_values"] = {n: {x: {0: free, 2: free} for x in past[n]} for n in past}
     with _quiet():
-        exported = OnnxExporter().export(step, inputs, config=OnnxConfig(dynamic_shapes=shapes))
+        exporter: Any = OnnxExporter()  # annotated for a PreTrainedModel and no nested inputs
+        exported = exporter.export(step, inputs, config=OnnxConfig(dynamic_shapes=shapes))
         # Older releases of transformers return torch's program, which has the graph inside.
         old = isinstance(exported, torch.onnx.ONNXProgram)
         graph = exported.model if old else exported.program

@@ -52,7 +52,7 @@ def add_chat_template(
         logger.warning_once(f"The tokenizer already has a chat template: {name} is not used.")
         return
     known, tokenizer.chat_template = len(tokenizer), template
-    special = {"extra_special_tokens": [_START, _END]}
+    special: dict[str, Any] = {"extra_special_tokens": [_START, _END]}
     tokenizer.add_special_tokens(special, replace_extra_special_tokens=False)
     if model is not None:
         fit_model(model, tokenizer, known=known)
@@ -77,7 +77,8 @@ def fit_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, kno
     if size > model.config.vocab_size:  # a padded vocabulary may have room already
         model.resize_token_embeddings(size, mean_resizing=False)
     if size > known:
-        for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+        layers: tuple[Any, ...] = (model.get_input_embeddings(), model.get_output_embeddings())
+        for layer in layers:
             if layer is not None:  # a classifier does not predict tokens
                 layer.weight[known:size] = layer.weight[:known].mean(dim=0)
     if model.can_generate():

@@ -3,7 +3,7 @@
 import math
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,6 @@ from datasets.exceptions import DatasetGenerationError, DatasetsError
 from datasets.fingerprint import Hasher
 from huggingface_hub.errors import HTTPError
 from pyarrow import ArrowException
-from transformers.hf_argparser import HfArg
 
 from ..checkpoint.loading import unreachable
 from ..errors import UserError, one_line, without_secrets
@@ -24,39 +23,44 @@ _FEW = 20  # with fewer texts than this, each gives its end to validation
 _TABLE_ERRORS = (ArrowException, DatasetsError, HTTPError, OSError, ValueError)
 
 
+def setting(default: Any, help: str) -> Any:
+    """Return a dataclass field with a help text, which a type checker takes for its value."""
+    return field(default=default, metadata={"help": help})
+
+
 @dataclass
 class DataArguments:
     """Where the text comes from and how it becomes tokens."""
 
-    data: str = HfArg(
+    data: str = setting(
         default=STDLIB,
         help="Text to train on: a file, folder, glob or URL of UTF-8 text; .jsonl, .csv or "
         f".parquet tables (of texts, or of conversations in a column {MESSAGES}); a Hub dataset "
         f"id; {STDLIB} (the source code of Python's standard library); or tokens: a folder made by "
         "hf-nanogpt tokenize, or one with nanoGPT's train.bin and val.bin.",
     )
-    validation_data: str | None = HfArg(
+    validation_data: str | None = setting(
         default=None, help="Text to validate on; by default part of `data` is held out."
     )
-    validation_fraction: float = HfArg(default=0.1, help="Fraction of `data` that is held out.")
-    text_column: str = HfArg(default="text", help="Column of a table that holds the text.")
-    dataset_config: str | None = HfArg(default=None, help="Configuration of a Hub dataset.")
-    dataset_split: str = HfArg(default="train", help="Split of a Hub dataset.")
-    streaming: bool = HfArg(default=False, help="Read a table or Hub dataset as a stream.")
-    validation_documents: int = HfArg(default=200, help="Documents to hold out of a stream.")
-    tokenizer: str = HfArg(
+    validation_fraction: float = setting(default=0.1, help="Fraction of `data` that is held out.")
+    text_column: str = setting(default="text", help="Column of a table that holds the text.")
+    dataset_config: str | None = setting(default=None, help="Configuration of a Hub dataset.")
+    dataset_split: str = setting(default="train", help="Split of a Hub dataset.")
+    streaming: bool = setting(default=False, help="Read a table or Hub dataset as a stream.")
+    validation_documents: int = setting(default=200, help="Documents to hold out of a stream.")
+    tokenizer: str = setting(
         default="bpe",
         help="bpe, char, byte, or the folder or Hub id of a tokenizer; tokens bring their own.",
     )
-    vocab_size: int = HfArg(default=2048, help="Size of the vocabulary for tokenizer=bpe.")
-    context_length: int | None = HfArg(
+    vocab_size: int = setting(default=2048, help="Size of the vocabulary for tokenizer=bpe.")
+    context_length: int | None = setting(
         default=None, help="Tokens in a block; by default the model's context."
     )
-    chat_template: str | None = HfArg(
+    chat_template: str | None = setting(
         default=None,
         help="chatml: add this template for conversations to a tokenizer that has no template.",
     )
-    num_proc: int | None = HfArg(default=None, help="Number of processes that tokenise.")
+    num_proc: int | None = setting(default=None, help="Number of processes that tokenise.")
 
     def __post_init__(self):
         check_chat_template(self.chat_template)

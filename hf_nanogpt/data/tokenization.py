@@ -6,10 +6,10 @@ So each encodes every Unicode text, decodes it exactly, and loads anywhere as a 
 """
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
-from typing import Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -165,10 +165,11 @@ def token_byte_counts(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
     else:
         # Decode each behind another token, as decoders drop the space at the start of a text.
         anchor = next(i for i in range(size) if i not in special)
-        start = len(tokenizer.decode([anchor]).encode())
+        decode: Callable[[list[int]], Any] = tokenizer.decode  # a text, or of batches a list
+        start = len(decode([anchor]).encode())
         counts = [
             # <0x0A> stands for a byte, which alone may not decode
-            1 if token.startswith("<0x") else len(tokenizer.decode([anchor, i]).encode()) - start
+            1 if token.startswith("<0x") else len(decode([anchor, i]).encode()) - start
             for i, token in enumerate(tokens)
         ]
     for i, token in tokenizer.added_tokens_decoder.items():  # these stand for what they spell

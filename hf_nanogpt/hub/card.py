@@ -90,7 +90,7 @@ def _build_metadata(
 
 
 def _list_results(metrics: dict[str, Any], name: str, revision: str | None) -> list[EvalResult]:
-    source = {}
+    source: dict[str, Any] = {}
     if revision:
         url = f"{constants.ENDPOINT}/{name}/blob/{revision}/metrics.json"
         source = {"source_name": "metrics.json, written by the training", "source_url": url}

@@ -16,16 +16,12 @@ from transformers.integrations.integration_utils import (
 from transformers.trainer_utils import HubStrategy
 
 from ..configuration_nanogpt import NanoGPTConfig
-from ..data.documents import DataArguments
+from ..data.documents import DataArguments, setting
 from ..errors import UserError, did_you_mean, settings_errors
 from ..untrusted import parse_json
 from .optim import OPTIM_DEFAULTS, OptimRecipe
 from .recipes import as_flags, read_recipe
 from .recipes import list_recipes as list_recipes  # also found here
-
-
-def _setting(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
 
 
 @dataclass
@@ -36,37 +32,41 @@ class NanoGPTTrainingArguments(TrainingArguments):
     `adam_beta1`, `adam_beta2`, `weight_decay` or `max_grad_norm` means the value of `optim_recipe`.
     """
 
-    lora: bool = _setting(False, "Train a LoRA adapter of the model of --from, not all weights.")
-    lora_rank: int = _setting(8, "Rank of the adapter's matrices.")
-    lora_alpha: int = _setting(16, "The adapter's output is scaled by alpha / rank.")
+    output_dir: str = setting(  # never None: __post_init__ fills it in
+        None, "The output directory where the model predictions and checkpoints will be written."
+    )
+    lora: bool = setting(False, "Train a LoRA adapter of the model of --from, not all weights.")
+    lora_rank: int = setting(8, "Rank of the adapter's matrices.")
+    lora_alpha: int = setting(16, "The adapter's output is scaled by alpha / rank.")
     optim_recipe: OptimRecipe = field(
         default="muon", metadata={"help": "muon (Muon for matrices, AdamW for the rest) or adamw."}
     )
-    learning_rate: float | None = _setting(  # type: ignore[assignment]
+    # The base class annotates these as float; None selects the recipe's value.
+    learning_rate: float | None = setting(  # type: ignore[assignment]
         None, "Peak learning rate; with muon, that of the matrices."
     )
     adam_beta1: float | None = None  # type: ignore[assignment]
     adam_beta2: float | None = None  # type: ignore[assignment]
     weight_decay: float | None = None  # type: ignore[assignment]
     max_grad_norm: float | None = None  # type: ignore[assignment]
-    momentum_warmup_steps: int = _setting(
+    momentum_warmup_steps: int = setting(
         0, "Steps in which Muon's momentum rises from 0.85 to 0.95."
     )
-    num_threads: int | None = _setting(None, "CPU threads for torch. Default: one for each core.")
-    sample_prompt: str | None = _setting(
+    num_threads: int | None = setting(None, "CPU threads for torch. Default: one for each core.")
+    sample_prompt: str | None = setting(
         None, "Prompt of the samples. Default: the first words of the held-out text."
     )
-    sample_steps: float | None = _setting(
+    sample_steps: float | None = setting(
         None,
         "Steps between samples, or a share of all steps; 0 for no samples. Default: at each "
         "evaluation.",
     )
     logging_steps: float = 10
-    eval_strategy: str = "steps"  # type: ignore[assignment]
-    eval_steps: float | None = _setting(
+    eval_strategy: str = "steps"
+    eval_steps: float | None = setting(
         None, "Steps between evaluations, or a share of all steps. Default: 0.1."
     )
-    save_steps: float = _setting(0.2, "Steps between checkpoints, or a share of all steps.")
+    save_steps: float = setting(0.2, "Steps between checkpoints, or a share of all steps.")
     save_total_limit: int | None = 2
     logging_nan_inf_filter: bool = False  # it would hide that training has failed
     include_num_input_tokens_seen: str | bool = True
@@ -196,7 +196,7 @@ class _Parser(HfArgumentParser):
 
 def make_parser() -> _Parser:
     """Return the parser of all settings of `train`."""
-    parts = [DataArguments, ModelArguments, NanoGPTTrainingArguments]
+    parts: list[Any] = [DataArguments, ModelArguments, NanoGPTTrainingArguments]
     return _Parser(parts, prog="hf-nanogpt train", allow_abbrev=False)
 
 
@@ -204,7 +204,8 @@ def make_data_parser() -> _Parser:
     """Return the parser of the data's settings alone, as `hf-nanogpt tokenize` takes them."""
     prog = "hf-nanogpt tokenize"
     usage = f"{prog} DATA FOLDER [--SETTING VALUE ...]"
-    return _Parser([DataArguments], prog=prog, usage=usage, allow_abbrev=False)
+    parts: list[Any] = [DataArguments]
+    return _Parser(parts, prog=prog, usage=usage, allow_abbrev=False)
 
 
 def parse_data(flags: Sequence[str]) -> DataArguments:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.trainer_utils import SchedulerType
 
 from .. import __version__
 from ..data.documents import DataArguments
@@ -29,7 +30,7 @@ def collect_metrics(
     history = [row for row in state.log_history if "eval_loss" in row]
     is_last = history and history[-1]["step"] == state.global_step
     last = history[-1] if is_last and not args.load_best_model_at_end else trainer.evaluate()
-    metrics = {
+    metrics: dict[str, Any] = {
         **_pick_figures(last),
         "eval_tokens": last["eval_tokens"],
         "eval_bytes": last["eval_bytes"],
@@ -81,7 +82,7 @@ def collect_facts(
             "Batch": f"{batch} blocks of {context_length} tokens",
             "Optimizer": args.optim_recipe,
             "Learning rate": args.learning_rate,
-            "Schedule": str(args.lr_scheduler_type.value),
+            "Schedule": SchedulerType(args.lr_scheduler_type).value,
             "Weight decay": args.weight_decay,
             "Precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
             "Seed": args.seed,

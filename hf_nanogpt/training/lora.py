@@ -5,7 +5,6 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checkpoint.writing import explain_write_errors, staged_folder
@@ -18,8 +17,8 @@ def add_adapter(
     *,
     with_embeddings: bool = False,
     revision: str | None = None,
-) -> torch.nn.Module:
-    """Return the model with a new adapter, which changes nothing yet; only it is trainable.
+) -> Any:
+    """Return a PeftModel with a new adapter, which changes nothing yet; only it is trainable.
 
     Args:
         with_embeddings: train the whole embedding and head too, as new tokens need it.

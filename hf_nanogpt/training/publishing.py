@@ -82,6 +82,8 @@ class HubTrainer(InterruptibleTrainer):
     somebody deletes the repository meanwhile, it is created again, and stays private if it was.
     """
 
+    hub_model_id: Any  # the repository's id, or None before init_hf_repo
+
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Create the repository, or raise a `UserError` before training if that is impossible."""
         self.pushes = PushQueue()
@@ -113,7 +115,7 @@ class HubTrainer(InterruptibleTrainer):
             card = render_model_card(self.model.config, facts, name=folder.absolute().name)
             write_card(card, folder / "README.md")
 
-    def push_to_hub(
+    def push_to_hub(  # type: ignore[override]  # returns a Release, not a CommitInfo
         self,
         commit_message: str | None = "End of training",
         blocking: bool = True,

@@ -19,13 +19,20 @@ from typing import Any
 import torch
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
-from transformers import Trainer, TrainerCallback, TrainerState
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+)
 from transformers.utils import logging
 
 from ..checkpoint.steps import RECORD, find_damage, find_last_checkpoint, save_state, sum_file
 from ..checkpoint.writing import explain_write_errors
 from ..errors import UserError, explain_errors
 from ..untrusted import path_inside
+from .arguments import NanoGPTTrainingArguments
 
 logger = logging.get_logger(__name__)
 
@@ -38,6 +45,10 @@ class ResumableTrainer(Trainer):
 
     `settings` (see run_settings.py) are kept in its checkpoints.
     """
+
+    args: NanoGPTTrainingArguments
+    model: PreTrainedModel  # or a PeftModel, which passes on its attributes
+    processing_class: PreTrainedTokenizerBase | Any
 
     def __init__(self, *args, settings: dict[str, Any] | None = None, **kwargs):
         super().__init__(*args, **kwargs)
@@ -52,7 +63,9 @@ class ResumableTrainer(Trainer):
 
         It may evaluate as training begins, when all other callbacks must be ready.
         """
-        self.add_callback(self.pop_callback(_ResumeCallback))
+        callback = self.pop_callback(_ResumeCallback)
+        assert callback is not None
+        self.add_callback(callback)
         return super().train(*args, **kwargs)
 
     def set_initial_training_values(self, args, dataloader):
@@ -73,6 +86,7 @@ class ResumableTrainer(Trainer):
         if math.isfinite(value):
             return
         rate, last = self.args.learning_rate, find_last_checkpoint(self.args.output_dir)
+        assert rate is not None
         raise UserError(
             f"The {name} is {value} at step {self.state.global_step}, so training stops "
             f"({f'the last good checkpoint is {last}' if last else 'there is no checkpoint yet'}): "
@@ -111,7 +125,7 @@ class ResumableTrainer(Trainer):
         # Trainer writes all files, trainer_state.json last, with the record of `_save_rng_state`.
         run = self._get_output_dir(trial)
         folder = Path(run) / f"checkpoint-{self.state.global_step}"
-        self.state.save_to_json = partial(save_state, self.state)
+        self.state.save_to_json = partial(save_state, self.state)  # type: ignore[method-assign]  # on purpose
         with explain_write_errors(folder, run=run):
             super()._save_checkpoint(model, trial)
         self._saved_step = self.state.global_step
@@ -124,7 +138,8 @@ class ResumableTrainer(Trainer):
             return
         paths = sorted(p for p in Path(output_dir).rglob("*") if p.is_file())
         files = {p.relative_to(output_dir).as_posix(): p for p in paths}
-        self.state.stateful_callbacks[RECORD] = {
+        callbacks: Any = self.state.stateful_callbacks  # a dict; the annotation says list
+        callbacks[RECORD] = {
             "settings": self.settings,
             "seconds": time.perf_counter() - self.started,
             "running_losses": self._running_losses,
@@ -154,9 +169,11 @@ class ResumableTrainer(Trainer):
             super()._load_rng_state(checkpoint)
 
     def _load_best_model(self) -> None:
-        if damaged := find_damage(self.state.best_model_checkpoint):
+        best = self.state.best_model_checkpoint
+        assert best is not None
+        if damaged := find_damage(best):
             raise UserError(
-                f"{self.state.best_model_checkpoint}/{damaged} is damaged, and that is the best "
+                f"{best}/{damaged} is damaged, and that is the best "
                 "model: run again with --resume --load_best_model_at_end False to keep the last."
             )
         super()._load_best_model()

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
-from transformers import set_seed
+from transformers import PreTrainedModel, set_seed
 from transformers.utils import logging
 
 from ..checkpoint.foreign import read_tokenizer
@@ -93,7 +93,7 @@ def train(
         last_checkpoint = _find_checkpoint(args) if resume else None
         # Measure the model to start from before the first step, but not again when resuming.
         evaluate_first = (args.eval_on_start or bool(start_from)) and not last_checkpoint
-        args = replace(args, eval_on_start=evaluate_first)  # type: ignore[call-arg]
+        args = replace(args, eval_on_start=evaluate_first)
         trainer, prompt = _prepare(data_args, architecture, args, start_from, last_checkpoint)
         before = None
         if start_from:
@@ -180,7 +180,7 @@ def _prepare(
 
 
 def _make_trainer(
-    model: torch.nn.Module,
+    model: PreTrainedModel,
     args: NanoGPTTrainingArguments,
     prompt: str,
     context_length: int,
@@ -208,7 +208,7 @@ def _fit(trainer: NanoGPTTrainer, last_checkpoint: str | None) -> float:
     return seconds
 
 
-def _draw(trainer: NanoGPTTrainer, model: torch.nn.Module, prompt: str) -> str:
+def _draw(trainer: NanoGPTTrainer, model: PreTrainedModel, prompt: str) -> str:
     seed, tokenizer = trainer.args.seed, trainer.processing_class
     return draw_sample(model, tokenizer, prompt, max_new_tokens=120, seed=seed)
 

@@ -6,6 +6,7 @@ import zlib
 from typing import Any
 
 import numpy as np
+from transformers import PreTrainedConfig
 from transformers.utils import logging
 
 from ..checkpoint.steps import read_record
@@ -35,7 +36,7 @@ _GROUPING = ("per_device_train_batch_size", "gradient_accumulation_steps", "proc
 def describe_settings(
     args: NanoGPTTrainingArguments,
     data_args: DataArguments,
-    config: NanoGPTConfig,
+    config: PreTrainedConfig,
     blocks: PackedBlocks | PackedStream,
     validation: PackedBlocks | PackedStream,
     adapter: str | None,

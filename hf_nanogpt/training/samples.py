@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -105,9 +106,9 @@ def choose_prompt(
         return "def main("
     if not (learnt := is_learnt(held_out)).all():
         end = learnt.argmax() or len(held_out) // 2  # without an answer, half of the question
-        return tokenizer.decode(decode_ids(held_out[:end]))
+        return cast(str, tokenizer.decode(decode_ids(held_out[:end])))
     # Of a text, the first three words, which are not too long.
-    words = tokenizer.decode(held_out, skip_special_tokens=True).split()
+    words = cast(str, tokenizer.decode(held_out, skip_special_tokens=True)).split()
     return " ".join(words[:3])[: min(40, len(held_out) // 2)]
 
 

@@ -35,7 +35,6 @@ class NanoGPTTrainer(HubTrainer):
     - `settings` are kept in the checkpoints, see run_settings.py.
     """
 
-    args: NanoGPTTrainingArguments
     optimizer: torch.optim.Optimizer | None
 
     def __init__(self, model=None, args=None, *, speed: SpeedCallback | None = None, **kwargs):
