@@ -211,7 +211,10 @@ class NanoGPTConfig(PreTrainedConfig):
         if rope.get("rope_type") not in known:
             raise ValueError(f"rope_parameters={rope}: rope_type must be one of {sorted(known)}.")
         for name in ("rope_theta", "factor"):
-            if not isinstance(value := rope.get(name, 1), int | float) or value <= 0:
+            value = rope.get(name)
+            if value is None and rope["rope_type"] == "default":
+                continue  # rope_theta is 10000 then, and factor is not read
+            if name in rope and (not isinstance(value, int | float) or value <= 0):
                 raise ValueError(f"rope_parameters={rope}: {name} must be a number above 0.")
         partial = rope.get("partial_rotary_factor") not in (None, 1.0)
         if partial and rope["rope_type"] != "proportional":

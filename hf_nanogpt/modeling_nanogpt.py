@@ -1,6 +1,6 @@
 """NanoGPT: one decoder-only transformer that becomes any of the GPT family by configuration.
 
-It reads top-down and can be laid beside transformers' `modeling_llama.py`: norm, rotary positions,
+It reads top-down, in the order of transformers' `modeling_llama.py`: norm, rotary positions,
 attention, MLP, layer, model, heads. Comments say what differs. In shapes, B is the number of
 sequences, T of query positions, S of key positions, C = hidden_size, H the number of query heads,
 G of key-value heads, D = head_dim and V = vocab_size.

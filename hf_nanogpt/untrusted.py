@@ -42,7 +42,7 @@ def path_inside(folder: str | Path, name: object) -> Path:
     path = folder / str(name)
     try:
         target = path.resolve()
-    except (OSError, RuntimeError) as error:  # a link to itself
+    except (OSError, RuntimeError, ValueError) as error:  # a link to itself, no valid name
         raise UserError(f"{path} cannot be followed: {error}.") from error
     if not any(target.is_relative_to(root) for root in _allowed_roots(folder)):
         raise UserError(

@@ -101,7 +101,7 @@ def _is_task_file(name: str) -> bool:
     """Say whether `name` is a YAML file that describes one task, not a group of tasks."""
     if not name.endswith((".yaml", ".yml")):
         return False
-    text = Path(name).read_text(encoding="utf-8") if Path(name).is_file() else ""
+    text = Path(name).read_text(encoding="utf-8", errors="replace") if Path(name).is_file() else ""
     return not re.search("^group:", text, re.MULTILINE)
 
 

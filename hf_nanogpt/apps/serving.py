@@ -124,7 +124,8 @@ async def _explain(request: Request, error: Exception) -> Response:
         status, message = 503, _FAILED
     else:
         status, message = 499, "The client has disconnected."
-    return JSONResponse(_format_error(message, by_client=status < 500), status)
+    headers = getattr(error, "headers", None)  # such as Allow
+    return JSONResponse(_format_error(message, by_client=status < 500), status, headers)
 
 
 def _format_error(message: str, *, by_client: bool) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from ..errors import UserError
 
 
 def describe_machine() -> dict[str, Any]:
-    """Return what a figure depends on besides the code: processor, threads, load and versions."""
+    """Return what a figure depends on: processor, threads, load and versions."""
     packages = ("torch", "transformers", "accelerate")
     return {
         "cpu": name_processor(),

@@ -12,7 +12,7 @@ _YES_OR_NO = {"action": argparse.BooleanOptionalAction}
 _PUSH: Flags = [
     ("checkpoint", str, None, "folder"),
     ("repo_id USER/NAME", str, None, "Hub id; the repository is created if needed"),
-    ("--private", bool, False, "make a repository that is created private"),
+    ("--private", bool, False, "create the repository as private, if it does not exist"),
     ("--tag", str, None, "tag of this release (default on main: a checksum of its files)"),
     ("--branch", str, None, "branch instead of main; includes the training state"),
     ("--native", bool, False, "push a native transformers model, which needs no code of its own"),

@@ -20,7 +20,9 @@ from .sources import STDLIB, TABLES, find_files
 
 _PIECE = 100_000  # characters of a long text that are handled at a time
 _FEW = 20  # with fewer texts than this, each gives its end to validation
-_TABLE_ERRORS = (ArrowException, DatasetsError, HTTPError, OSError, ValueError)
+# A dataset that is a script raises RuntimeError, and one that needs another package ImportError.
+_LIBRARY_ERRORS = (ArrowException, DatasetsError, HTTPError)
+_TABLE_ERRORS = (*_LIBRARY_ERRORS, ImportError, OSError, RuntimeError, ValueError)
 
 
 def setting(default: Any, help: str) -> Any:

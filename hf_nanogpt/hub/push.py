@@ -7,7 +7,7 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.utils import filter_repo_objects
 
-from ..errors import UserError
+from ..errors import UserError, one_line
 from ..hub_errors import FAILURES, LOG_IN, explain_hub_error, retry
 from .card_edits import read_card, write_card
 from .staging import RELEASED, STATE, Release, stage_release, stage_step
@@ -97,6 +97,10 @@ def _send(release: Release, *, private: bool | None, token: str | None) -> Relea
             f"{name} could not be pushed: {explain_hub_error(error)}. The local folder is "
             "unchanged, and the same command can be repeated."
         ) from error
+    except UserError:
+        raise
+    except ValueError as error:  # the Hub refuses the card, for example its license
+        raise UserError(f"{name} could not be pushed: {one_line(error)}") from error
     return release
 
 

@@ -101,7 +101,7 @@ def _check_ranges(args: NanoGPTTrainingArguments) -> None:
     """Raise a `UserError` for a number that would fail only later, or with a traceback."""
     minimum = {"num_threads": 1, "momentum_warmup_steps": 0, "lora_rank": 1, "lora_alpha": 1}
     minimum |= {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1}
-    minimum |= {"gradient_accumulation_steps": 1}
+    minimum |= {"gradient_accumulation_steps": 1, "dataloader_num_workers": 0, "seed": 0}
     for name, least in minimum.items():
         value = getattr(args, name)
         if value is not None and value < least:

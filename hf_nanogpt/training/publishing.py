@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HTTPError
+from huggingface_hub.errors import HFValidationError, HTTPError
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 
@@ -97,7 +97,7 @@ class HubTrainer(InterruptibleTrainer):
             super().init_hf_repo(token)
             api = HfApi(token=token or self.args.hub_token)
             self.is_private = retry(lambda: api.repo_info(self.hub_model_id)).private
-        except HTTPError as error:
+        except (HTTPError, HFValidationError) as error:
             raise UserError(
                 f"hub_model_id={name} cannot be pushed to: {explain_hub_error(error)}."
             ) from error

@@ -26,7 +26,7 @@ from ..checkpoint.writing import (
 from ..data.corpus import prepare_tokenizer
 from ..data.documents import DataArguments
 from ..data.stored import prepare_data
-from ..errors import UserError
+from ..errors import UserError, settings_errors
 from ..hub import render_model_card, write_card
 from .arguments import NanoGPTTrainingArguments, check_text, parse_settings
 from .callbacks import PlotCallback, SpeedCallback, plot_losses
@@ -190,9 +190,10 @@ def _make_trainer(
     speed = SpeedCallback(context_length=context_length)
     # One process alone cannot write a sample with a part of the weights.
     samples = [] if args.is_sharded else [SampleCallback(prompt, speed)]
-    return NanoGPTTrainer(
-        model, args, callbacks=[*samples, PlotCallback(speed)], speed=speed, **parts
-    )
+    with settings_errors():  # Trainer checks some of its settings only now
+        return NanoGPTTrainer(
+            model, args, callbacks=[*samples, PlotCallback(speed)], speed=speed, **parts
+        )
 
 
 def _fit(trainer: NanoGPTTrainer, last_checkpoint: str | None) -> float:
