@@ -89,7 +89,9 @@ def printed(tmp_path_factory):
     batched().save_pretrained(folder / "talker")
     server, printed = start_server(folder, "talker/")
     yield printed
-    assert _HUB.requests == [], "the server has asked the Hub"
+    # Once a day huggingface_hub itself asks for a list of programs, as `transformers chat` starts.
+    asked = [request for request in _HUB.requests if request[1] != "/api/agent-harnesses"]
+    assert asked == [], "the server has asked the Hub"
     server.send_signal(signal.SIGINT)
     assert (server.stdout.read(), server.wait()) == ("Ended.\n", 0)
 
