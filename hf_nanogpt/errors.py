@@ -51,10 +51,11 @@ def explain_errors(what: str) -> Iterator[None]:
 
 
 @contextmanager
-def settings_errors() -> Iterator[None]:
+def settings_errors(*, of_rope: bool = False) -> Iterator[None]:
     """Raise what a library's configuration says about a bad value as a `UserError`.
 
-    transformers raises a `KeyError` for rope parameters that lack a key.
+    `of_rope`: also the `KeyError` that transformers raises for rope parameters that lack a key.
+    Elsewhere a `KeyError` is a bug.
     """
     from huggingface_hub.errors import StrictDataclassError  # slow to import
 
@@ -63,6 +64,8 @@ def settings_errors() -> Iterator[None]:
     except UserError:
         raise
     except KeyError as error:
+        if not of_rope:
+            raise
         raise UserError(one_line(error.args[0])) from error
     except (ValueError, StrictDataclassError) as error:
         raise UserError(one_line(error)) from error

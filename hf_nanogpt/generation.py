@@ -23,7 +23,7 @@ from transformers import (
     TypicalLogitsWarper,
 )
 
-from .errors import UserError, explain_errors, one_line, settings_errors
+from .errors import UserError, explain_errors, settings_errors
 from .modeling_nanogpt import CACHE
 
 # What shapes the distribution of the next token, in the order in which transformers applies it, and
@@ -250,10 +250,8 @@ def _generate_in_thread(
 
     def work() -> None:
         try:
-            model.generate(**settings, streamer=streamer)
-        except ValueError as error:  # a setting that transformers refuses
-            errors.append(UserError(one_line(error)))
-            streamer.end()
+            with settings_errors():  # transformers checks some of them only now
+                model.generate(**settings, streamer=streamer)
         except BaseException as error:  # raised below, in the reader's thread
             errors.append(error)
             streamer.end()

@@ -161,5 +161,5 @@ def load_preset(name: str, **overrides: Any) -> NanoGPTConfig:
     if "layer_types" not in overrides and (pattern := kept.get("layer_types")):
         layers = fields["num_hidden_layers"]
         fields["layer_types"] = [pattern[i % len(pattern)] for i in range(layers)]
-    with settings_errors():
+    with settings_errors(of_rope=True):
         return NanoGPTConfig(**fields)

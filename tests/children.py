@@ -27,7 +27,7 @@ PROCESSES.set_forkserver_preload(
     [
         "hf_nanogpt.training.run",
         "hf_nanogpt.cli.train",
-        "hf_nanogpt.plots",
+        "hf_nanogpt.analysis.plots",
         "torch._dynamo",
         "torch.distributed.elastic.multiprocessing.errors",
         "matplotlib.pyplot",

@@ -81,7 +81,7 @@ def _build(config: NanoGPTConfig, native: Format) -> PreTrainedConfig:
     fields = native.export_config(config)
     if config.initializer_range is None:
         del fields["initializer_range"]
-    with settings_errors():
+    with settings_errors(of_rope=True):
         return CONFIG_MAPPING[native.model_type](**fields)
 
 
