@@ -147,7 +147,7 @@ def check_pipeline(folder, expected):
     write = pipeline("text-generation", model=load(folder), tokenizer=tokenizer)
     text = tokenizer.decode(expected["ids"][0])
     given = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False}
-    # With an empty prompt's tokens the text would be encoded anew, perhaps to other tokens.
+    # With an empty prompt's tokens the text would be encoded again, perhaps to other tokens.
     ids = torch.tensor([tokenizer.encode(text)])
     output = write(text, return_full_text=False, pad_token_id=0, **given)[0]["generated_text"]
     expected_text = tokenizer.decode(generate(load(folder), ids)[0], skip_special_tokens=True)

@@ -73,7 +73,7 @@ def evaluate_layout(state: dict[str, Tensor], ids: Tensor, *, heads: int = 4) ->
 
 
 def write_checkpoint(folder: Path, state: dict[str, Any], **args: Any) -> Path:
-    """Write a ckpt.pt with the optimizer and the run's settings beside the weights."""
+    """Write a ckpt.pt with the optimizer and the run's settings next to the weights."""
     weight = torch.nn.Parameter(torch.zeros(3))
     optimizer = torch.optim.AdamW([weight])
     weight.grad = torch.ones(3)

@@ -1,7 +1,7 @@
 """Show that the short test suite finds faults: put each one in, and see a test of it fail.
 
 Each fault is one that people have made, or that no generic test of transformers notices. It is put
-into a copy of the package, and the file of tests named beside it runs as `make test` would run it.
+into a copy of the package, and the test file named with it runs as `make test` would run it.
 
 Run: python tests/seeded_faults.py [NUMBER ...]
 """

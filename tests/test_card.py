@@ -112,7 +112,7 @@ def test_generated_text_that_a_person_edited_is_kept_with_a_warning(old, new, ca
     finally:
         logging.disable_propagation()
     assert split_card(merged)[1] == split_card(card)[1]
-    assert "value: 0.5\n" in merged  # the front matter is measured anew
+    assert "value: 0.5\n" in merged  # the front matter has the new figures
     [said] = [record.message for record in caplog.records]
     assert f"README of {new!r} was edited by hand" in said
     assert merge_card(render(eval_loss=0.5), merged) == merged

@@ -142,7 +142,7 @@ def test_rows_packed_differently_in_one_batch_equal_each_alone(family, tokens):
 
 
 def left_padded(tokens, lengths):
-    """Return ids, mask and positions of a batch whose rows keep so many of their last tokens."""
+    """Return ids, mask and positions of a batch whose row i keeps its last `lengths[i]` tokens."""
     mask = torch.stack([torch.arange(tokens.shape[1]) >= tokens.shape[1] - n for n in lengths])
     positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
     return {"ids": tokens * mask, "attention_mask": mask.long(), "position_ids": positions}

@@ -92,10 +92,10 @@ def test_it_leaves_as_native_gpt2(ckpt, tmp_path):
 # Tokenizers
 
 
-@pytest.mark.parametrize("place", ["beside", "named"])
+@pytest.mark.parametrize("place", ["next to it", "named"])
 def test_characters_are_encoded_by_their_numbers_and_come_back(place, ckpt, tmp_path):
-    meta = write_meta(ckpt.parent if place == "beside" else tmp_path)
-    named = None if place == "beside" else meta
+    meta = write_meta(ckpt.parent if place == "next to it" else tmp_path)
+    named = None if place == "next to it" else meta
     assert convert_checkpoint(ckpt, tmp_path / "ours", tokenizer=named).has_tokenizer
     model, tokenizer = load_checkpoint(tmp_path / "ours")
     text = "To be,\nor nöt   to be: 日本"

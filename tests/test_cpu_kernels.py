@@ -176,11 +176,11 @@ def test_names_parameters_and_copies_stay_as_they_are(tokens):
     assert count_fast_norms(model) == count == 3 * 4 + 1
     assert list(model.state_dict()) == before
     assert all(p is parameters[name] for name, p in model.named_parameters())
-    twin = copy.deepcopy(model)
-    assert count_fast_norms(twin) == count
-    assert torch.equal(twin(tokens).logits, model(tokens).logits)
+    copied = copy.deepcopy(model)
+    assert count_fast_norms(copied) == count
+    assert torch.equal(copied(tokens).logits, model(tokens).logits)
     with torch.no_grad():
-        twin.model.norm.weight.zero_()
+        copied.model.norm.weight.zero_()
     assert model.model.norm.weight.all()
 
 

@@ -50,7 +50,7 @@ CACHES = {
 
 
 @pytest.fixture(scope="session")
-def twins(tmp_path_factory):
+def pairs(tmp_path_factory):
     """A function from a family to (transformers' model, ours) with the same weights."""
 
     @cache
@@ -87,8 +87,8 @@ PAIRS += [(family, mode) for family in FAMILIES for mode in ("greedy", "beam") i
 
 
 @pytest.mark.parametrize(("family", "mode"), PAIRS)
-def test_every_mode_gives_the_tokens_of_the_native_twin(family, mode, twins, batch):
-    theirs, ours = twins(family)
+def test_every_mode_gives_the_tokens_of_the_native_equivalent(family, mode, pairs, batch):
+    theirs, ours = pairs(family)
     expected = generate(theirs, batch, **MODES[mode])
     greedy = generate(theirs, batch)
     assert mode == "greedy" or not torch.equal(expected, greedy), "the mode changes nothing"
@@ -97,15 +97,15 @@ def test_every_mode_gives_the_tokens_of_the_native_twin(family, mode, twins, bat
         assert torch.equal(tokens, expected), name
 
 
-def test_forced_first_token_comes_first(family, twins):
+def test_forced_first_token_comes_first(family, pairs):
     start = {"input_ids": torch.zeros(1, 1, dtype=torch.long)}
     start["attention_mask"] = torch.ones_like(start["input_ids"])
-    theirs, ours = (generate(m, start, forced_bos_token_id=9) for m in twins(family))
+    theirs, ours = (generate(m, start, forced_bos_token_id=9) for m in pairs(family))
     assert ours[0, 0] == 9 and torch.equal(ours, theirs)
 
 
-def test_time_limit_ends_after_the_token_in_hand(family, twins, batch):
-    _, ours = twins(family)
+def test_time_limit_ends_after_the_token_in_hand(family, pairs, batch):
+    _, ours = pairs(family)
     assert torch.equal(generate(ours, batch, max_time=1e-9), generate(ours, batch)[:, :1])
 
 
@@ -221,8 +221,8 @@ def beyond(tokens: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("family", ROTARY)
-def test_rotary_models_go_past_the_context_as_their_twins_do(family, twins, tokens):
-    theirs, ours = (generate(model, beyond(tokens)) for model in twins(family))
+def test_rotary_models_continue_past_the_context_as_native_ones_do(family, pairs, tokens):
+    theirs, ours = (generate(model, beyond(tokens)) for model in pairs(family))
     assert torch.equal(ours, theirs)
 
 

@@ -127,28 +127,28 @@ ROPE = {
 }
 
 
-def native_twin(model, native_config, native_class):
+def native_equivalent(model, native_config, native_class):
     names = set(native_config().to_dict()) & set(model.config.to_dict())
     fields = {n: getattr(model.config, n) for n in names - {"architectures", "model_type"}}
     config = native_config(**fields, rms_norm_eps=model.config.norm_eps)
-    twin = native_class(config).eval()
-    twin.load_state_dict(model.state_dict())
-    return twin
+    native = native_class(config).eval()
+    native.load_state_dict(model.state_dict())
+    return native
 
 
 @pytest.mark.parametrize("rope_type", ROPE)
 def test_llama_equals_transformers_llama(rope_type, tokens):
     rope = {"rope_type": rope_type, "rope_theta": 10000.0} | ROPE[rope_type]
     model = tiny_model("llama", rope_parameters=rope, block_size=16)  # shorter than the text
-    twin = native_twin(model, LlamaConfig, LlamaForCausalLM)
-    torch.testing.assert_close(model(tokens).logits, twin(tokens).logits, rtol=0, atol=1e-5)
+    native = native_equivalent(model, LlamaConfig, LlamaForCausalLM)
+    torch.testing.assert_close(model(tokens).logits, native(tokens).logits, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["nano", "qwen3"])
 def test_nano_and_qwen3_equal_transformers_qwen3(family, tokens):
     model = tiny_model(family)
-    twin = native_twin(model, Qwen3Config, Qwen3ForCausalLM)
-    torch.testing.assert_close(model(tokens).logits, twin(tokens).logits, rtol=0, atol=1e-5)
+    native = native_equivalent(model, Qwen3Config, Qwen3ForCausalLM)
+    torch.testing.assert_close(model(tokens).logits, native(tokens).logits, rtol=0, atol=1e-5)
 
 
 # The interface.

@@ -76,7 +76,7 @@ def address(printed: list[str]) -> str:
 
 
 def batched():
-    """Return a talker whose settings are among those that are written in a batch."""
+    """Return a talker with settings that a batch can serve."""
     model = talker()
     model.generation_config.sequence_bias = None
     return model

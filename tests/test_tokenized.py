@@ -300,7 +300,7 @@ def char_files(tmp_path) -> Path:
     meta = {"vocab_size": 12, "itos": dict(enumerate(letters)), "stoi": {}}
     meta["stoi"] = {letter: i for i, letter in meta["itos"].items()}
     (folder / "meta.pkl").write_bytes(pickle.dumps(meta))
-    (folder / "prepare.py").write_text("# nanoGPT leaves such files beside them")
+    (folder / "prepare.py").write_text("# nanoGPT leaves such files next to them")
     _write_ids(folder / "train.bin", np.arange(500) % 12)
     _write_ids(folder / "val.bin", [2, 3, 4, 1, 5, 6, 0] * 9)
     return folder

@@ -153,7 +153,7 @@ def _trace(step: _Step) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Hide the exporters' messages and warnings, none of which a user can act on."""
+    """Hide the exporters' messages and warnings: a user can act on none of them."""
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

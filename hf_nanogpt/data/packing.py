@@ -136,7 +136,7 @@ def tokenize_documents(
     settings: dict[str, Any] = {"batched": True, "batch_size": 64, "remove_columns": columns}
     if isinstance(documents, IterableDataset):
         return documents.map(encode, **settings)
-    # The name of the tokens in the cache depends on all that decides them, and on nothing else.
+    # The cache key of the tokens holds all that decides them, and nothing else.
     eos = tokenizer.eos_token_id
     vocabulary = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer
     encoding = (vocabulary, tokenizer.chat_template) if is_chat else vocabulary

@@ -36,7 +36,7 @@ def push_to_hub(
         private: create the repository as private.
         tag: name of this release; by default, on main, a checksum of its content.
         branch: main by default; created if missing.
-        native: push what `export_checkpoint` makes of it instead.
+        native: push the folder that `export_checkpoint` writes instead of this one.
         license, language: for the card, as the Hub calls them; by default what it says already.
 
     Raises:
