@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from ..errors import UserError, did_you_mean, one_line, printable
+from ..errors import UserError, did_you_mean, is_out_of_memory, one_line, printable
 from .streams import OutputLostError, describe_loss, standard_streams
 
 VERBS: dict[str, str] = {
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except Exception as error:
             if os.environ.get("HF_NANOGPT_TRACEBACK"):
                 raise
-            if _is_out_of_memory(error):
+            if is_out_of_memory(error):
                 lower = _LOWER.get(verb, "the size of the model")
                 return _refuse(f"There is not enough memory for {verb}: lower {lower}.")
             if not isinstance(error, UserError):
@@ -98,17 +98,6 @@ def _call(verb: str, argv: list[str]) -> None:
 def _refuse(sentence: str) -> int:
     print(printable(f"hf-nanogpt: {sentence}"), file=sys.stderr)
     return 2
-
-
-def _is_out_of_memory(error: BaseException | None) -> bool:
-    """Say whether memory ran out, on any device, according to the error or those that caused it."""
-    signs = ("an't allocate memory", "annot allocate memory", "ALLOC_FAILED", "bad_alloc")
-    while error is not None:
-        known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-        if known or any(sign in str(error) for sign in signs):
-            return True
-        error = error.__cause__
-    return False
 
 
 def _overview() -> str:

@@ -2,8 +2,8 @@
 
 import json
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from ..checkpoint.writing import (
 from ..data.corpus import prepare_tokenizer
 from ..data.documents import DataArguments
 from ..data.stored import prepare_data
-from ..errors import UserError, settings_errors
+from ..errors import UserError, is_out_of_memory, settings_errors
 from ..hub import render_model_card, write_card
 from .arguments import NanoGPTTrainingArguments, check_text, parse_settings
 from .callbacks import PlotCallback, SpeedCallback, plot_losses
@@ -199,7 +199,7 @@ def _make_trainer(
 def _fit(trainer: NanoGPTTrainer, last_checkpoint: str | None) -> float:
     """Train the model, and return the seconds it took, those before an interruption included."""
     args = trainer.args
-    with stop_on_signals(trainer):
+    with _explain_out_of_memory(trainer), stop_on_signals(trainer):
         trainer.train(resume_from_checkpoint=last_checkpoint)
     seconds = time.perf_counter() - trainer.started
     if args.lora:  # from here on the whole model is measured, saved and pushed
@@ -207,6 +207,28 @@ def _fit(trainer: NanoGPTTrainer, last_checkpoint: str | None) -> float:
             trainer.model, trainer.processing_class, args.output_dir, save=args.should_save
         )
     return seconds
+
+
+@contextmanager
+def _explain_out_of_memory(trainer: NanoGPTTrainer) -> Iterator[None]:
+    """Say what to lower if a GPU, or this machine, has not enough memory to train."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # torch's are RuntimeErrors
+        if not is_out_of_memory(error):
+            raise
+        args = trainer.args
+        length = trainer.speed.context_length or trainer.model.config.max_position_embeddings
+        recompute = "" if args.gradient_checkpointing else "set gradient_checkpointing=True, or "
+        # Without a cause: the command line has a shorter sentence for bare errors of this kind.
+        raise UserError(
+            f"There is not enough memory on {args.device} to train: lower "
+            f"per_device_train_batch_size={args.per_device_train_batch_size} and raise "
+            f"gradient_accumulation_steps={args.gradient_accumulation_steps} by the same factor, "
+            f"which is the same training and can resume this one; or {recompute}lower "
+            f"per_device_eval_batch_size={args.per_device_eval_batch_size}, block_size={length} "
+            "or the size of the model."
+        ) from None
 
 
 def _draw(trainer: NanoGPTTrainer, model: PreTrainedModel, prompt: str) -> str:
