@@ -102,13 +102,12 @@ def check_parallel(models: dict[str, Path], trained: dict[str, Path]) -> dict:
 def train_by_fsdp(folder: Path, settings: dict) -> dict:
     """Train through Trainer and FSDP2, and once more from the checkpoint in the middle."""
     output_dir = folder / "fsdp"
-    settings |= {
-        "output_dir": str(output_dir),
-        "accelerator_config": {"use_configured_state": True},
-    }
-    # accelerate shards on accelerators only and would use DDP here: the name is all it looks at.
-    PartialState(cpu=True)
-    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    settings["output_dir"] = str(output_dir)
+    if settings.get("use_cpu"):
+        # accelerate shards on accelerators only and would use DDP: it looks at the name alone.
+        settings["accelerator_config"] = {"use_configured_state": True}
+        PartialState(cpu=True)
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     train(**settings)
     if dist.get_rank() == 0:
         shutil.copytree(output_dir, folder / "uninterrupted")

@@ -38,11 +38,8 @@ _MODULES = {
 _MODULE_OF = {verb: module for module, verbs in _MODULES.items() for verb in verbs}
 # These only print, and end when nobody reads it. The others continue without a reader.
 _ONLY_PRINTING = ("generate", "explain", "chat", "info", "doctor", "-h", "--help", "--version")
-# What to lower when memory does not suffice.
+# What to lower when memory does not suffice; training says it itself.
 _LOWER = {
-    "train": "--per_device_train_batch_size (with --gradient_accumulation_steps raised by the same "
-    "factor it is the same training, and --resume continues it), --per_device_eval_batch_size or "
-    "--block_size",
     "tokenize": "--num_proc",
     "eval": "--batch_size or --context_length",
     "bench": "--batch_size, --block_size or the size of the model",

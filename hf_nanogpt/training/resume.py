@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.optim import Optimizer
 from transformers import (
     PreTrainedModel,

@@ -78,8 +78,8 @@ def train(
 
     Raises:
         UserError: a setting, the data or the output folder is not usable, or another training uses
-            that folder, and nothing was written; or the loss became NaN or infinite, or a
-            checkpoint could not be written.
+            that folder, and nothing was written; or the loss became NaN or infinite, memory ran
+            out, or a checkpoint could not be written.
         TrainingInterrupted: a `KeyboardInterrupt`; Ctrl-C, SIGTERM or SIGHUP came during training,
             and a checkpoint was saved first.
     """
@@ -88,7 +88,8 @@ def train(
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
 
-    with lock_output_dir(args.output_dir) if args.should_save else nullcontext():
+    lock = lock_output_dir(args.output_dir) if args.should_save else nullcontext()
+    with lock, _explain_out_of_memory(args):
         check_output_dir(args.output_dir, overwrite=overwrite, resume=resume)
         last_checkpoint = _find_checkpoint(args) if resume else None
         # Measure the model to start from before the first step, but not again when resuming.
@@ -117,6 +118,26 @@ def train(
         if args.push_to_hub:
             trainer.push_to_hub()
         return result
+
+
+@contextmanager
+def _explain_out_of_memory(args: NanoGPTTrainingArguments) -> Iterator[None]:
+    """Say what to lower if a GPU, or this machine, has not enough memory."""
+    try:
+        yield
+    except (MemoryError, RuntimeError, UserError) as error:  # torch's are RuntimeErrors
+        if not is_out_of_memory(error):
+            raise
+        recompute = "" if args.gradient_checkpointing else ", add gradient_checkpointing"
+        # Without a cause, or the command line would say something shorter.
+        raise UserError(
+            f"There is not enough memory on {args.device.type} for train: lower "
+            f"per_device_train_batch_size={args.per_device_train_batch_size} (with "
+            f"gradient_accumulation_steps={args.gradient_accumulation_steps} raised by the same "
+            "factor it is the same training, and resume continues it), "
+            f"per_device_eval_batch_size={args.per_device_eval_batch_size}, block_size or the size "
+            f"of the model{recompute}."
+        ) from None
 
 
 def _check_start(start_from: str | Path | None, args: NanoGPTTrainingArguments) -> None:
@@ -199,7 +220,7 @@ def _make_trainer(
 def _fit(trainer: NanoGPTTrainer, last_checkpoint: str | None) -> float:
     """Train the model, and return the seconds it took, those before an interruption included."""
     args = trainer.args
-    with _explain_out_of_memory(trainer), stop_on_signals(trainer):
+    with stop_on_signals(trainer):
         trainer.train(resume_from_checkpoint=last_checkpoint)
     seconds = time.perf_counter() - trainer.started
     if args.lora:  # from here on the whole model is measured, saved and pushed
@@ -207,28 +228,6 @@ def _fit(trainer: NanoGPTTrainer, last_checkpoint: str | None) -> float:
             trainer.model, trainer.processing_class, args.output_dir, save=args.should_save
         )
     return seconds
-
-
-@contextmanager
-def _explain_out_of_memory(trainer: NanoGPTTrainer) -> Iterator[None]:
-    """Say what to lower if a GPU, or this machine, has not enough memory to train."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:  # torch's are RuntimeErrors
-        if not is_out_of_memory(error):
-            raise
-        args = trainer.args
-        length = trainer.speed.context_length or trainer.model.config.max_position_embeddings
-        recompute = "" if args.gradient_checkpointing else "set gradient_checkpointing=True, or "
-        # Without a cause: the command line has a shorter sentence for bare errors of this kind.
-        raise UserError(
-            f"There is not enough memory on {args.device} to train: lower "
-            f"per_device_train_batch_size={args.per_device_train_batch_size} and raise "
-            f"gradient_accumulation_steps={args.gradient_accumulation_steps} by the same factor, "
-            f"which is the same training and can resume this one; or {recompute}lower "
-            f"per_device_eval_batch_size={args.per_device_eval_batch_size}, block_size={length} "
-            "or the size of the model."
-        ) from None
 
 
 def _draw(trainer: NanoGPTTrainer, model: PreTrainedModel, prompt: str) -> str:
