@@ -12,7 +12,7 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType
 from packaging.version import parse
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from hf_nanogpt import NanoGPTConfig, NanoGPTForCausalLM, build_optimizer, train
 
@@ -56,6 +56,15 @@ def check_fsdp(folder: Path, recipe: str) -> list[float]:
     options = StateDictOptions(full_state_dict=True)
     set_model_state_dict(model, whole.state_dict(), options=options)
     return train_steps(model, recipe, own=slice(dist.get_rank(), None, 2))
+
+
+def save_sharded(folder: Path, destination: Path) -> None:
+    dist.init_process_group("gloo")
+    whole = NanoGPTForCausalLM.from_pretrained(folder)
+    model, weights = shard_model(whole.config), whole.state_dict()
+    model.save_pretrained(destination, state_dict=weights)
+    assert isinstance(model, FSDPModule)  # again
+    dist.destroy_process_group()
 
 
 def check_first_loss() -> float:
