@@ -33,6 +33,17 @@ def one_line(error: object) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Say whether memory ran out, on any device, according to the error or those that caused it."""
+    signs = ("an't allocate memory", "annot allocate memory", "ALLOC_FAILED", "bad_alloc")
+    while error is not None:
+        known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+        if known or any(sign in str(error) for sign in signs):
+            return True
+        error = error.__cause__
+    return False
+
+
 @contextmanager
 def explain_errors(what: str) -> Iterator[None]:
     """Raise whatever a library raises for a hostile or damaged file as a `UserError`.

@@ -301,6 +301,17 @@ def is_empty(cache: Cache | None) -> bool:
     return not cache.is_compileable and cache.get_seq_length() == 0
 
 
+def count_past(cache: Cache | None) -> int | None:
+    """Return how many positions a cache has seen, None if only its device knows, or several texts.
+
+    A static cache counts in a tensor, and a paged one is shared.
+    """
+    if not isinstance(cache, Cache):
+        return 0 if cache is None else None
+    seen = cache.get_seq_length()
+    return None if isinstance(seen, torch.Tensor) else seen
+
+
 class NanoGPTPreTrainedModel(PreTrainedModel):
     """What the model and its heads share: initialisation, saving, and what they support."""
 
@@ -351,7 +362,13 @@ class NanoGPTPreTrainedModel(PreTrainedModel):
             auto_class: f"modeling_nanogpt.{cls.__name__}"
             for auto_class, cls in AUTO_CLASSES.items()
         }
-        super().save_pretrained(save_directory, *args, **kwargs)
+        # FSDP2 puts a class of torch's in front of ours: its name and file would be saved.
+        wrapped = type(self)
+        self.__class__ = next(c for c in wrapped.__mro__ if not c.__module__.startswith("torch."))
+        try:
+            super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            self.__class__ = wrapped
 
 
 class NanoGPTModel(NanoGPTPreTrainedModel):
@@ -411,6 +428,7 @@ class NanoGPTModel(NanoGPTPreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
         filled = None if is_empty(past_key_values) else past_key_values
 
+        counted = position_ids is None
         if position_ids is None:
             past_seen_tokens = 0 if filled is None else filled.get_seq_length()
             steps = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)
@@ -436,7 +454,9 @@ class NanoGPTModel(NanoGPTPreTrainedModel):
 
         hidden_states, position_embeddings = inputs_embeds, None
         if self.embed_positions is not None:
-            self._check_positions(position_ids)
+            past = count_past(filled)
+            length = None if past is None else past + inputs_embeds.shape[1]
+            self._check_positions(position_ids, length, counted=counted)
             hidden_states = hidden_states + self.embed_positions(position_ids)
         elif self.rotary_emb is not None:
             position_embeddings = self.rotary_emb(hidden_states, position_ids)
@@ -472,14 +492,26 @@ class NanoGPTModel(NanoGPTPreTrainedModel):
                 f"apart: use {instead}, or give an attention_mask."
             )
 
-    def _check_positions(self, position_ids: torch.Tensor):
-        """Raise before a learned table is read past its end; on a GPU a look would cost time."""
-        if position_ids.device.type != "cpu" or torch.compiler.is_compiling():
-            return
+    def _check_positions(
+        self, position_ids: torch.Tensor, length: int | None, *, counted: bool = False
+    ):
+        """Raise before a learned table is read past its end, which on a GPU ends the process.
+
+        `length` is that of the texts so far with their padding, None if it is not known. It is
+        enough if positions were `counted` from it. A look at those that were given makes a GPU
+        wait: it is taken only if the text is longer than the table. A compiler cannot look.
+        """
         limit = self.config.max_position_embeddings
-        if position_ids.numel() and (longest := int(position_ids.max())) >= limit:
+        if counted and length is not None:
+            last = length - 1
+        else:
+            looks = position_ids.device.type == "cpu" or (length is not None and length > limit)
+            if torch.compiler.is_compiling() or not looks or not position_ids.numel():
+                return
+            last = int(position_ids.max())
+        if last >= limit:
             raise ValueError(
-                f"Position {longest} does not exist: this model has learned positions for "
+                f"Position {last} does not exist: this model has learned positions for "
                 f"max_position_embeddings (block_size)={limit} tokens. Shorten the text, or choose "
                 "position_embedding_type='rope'."
             )
@@ -515,6 +547,16 @@ class NanoGPTForCausalLM(NanoGPTPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.lm_head.is_lm_head = True  # for `_init_weights`
         self.post_init()
+
+    def prepare_inputs_for_generation(self, input_ids, *args, **kwargs):
+        """Prepare a step as transformers does, and check its positions, as a compiler cannot."""
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        position_ids = inputs.get("position_ids")
+        if self.model.embed_positions is not None and position_ids is not None:
+            # Those of all positions so far, of which `inputs` has the last.
+            length = max(input_ids.shape[1], kwargs["position_ids"].shape[-1])
+            self.model._check_positions(position_ids, length)
+        return inputs
 
     @can_return_tuple
     def forward(  # type: ignore[misc]  # TransformersKwargs has position_ids too

@@ -12,7 +12,7 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType
 from packaging.version import parse
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from hf_nanogpt import NanoGPTConfig, NanoGPTForCausalLM, build_optimizer, train
 
@@ -56,6 +56,15 @@ def check_fsdp(folder: Path, recipe: str) -> list[float]:
     options = StateDictOptions(full_state_dict=True)
     set_model_state_dict(model, whole.state_dict(), options=options)
     return train_steps(model, recipe, own=slice(dist.get_rank(), None, 2))
+
+
+def save_sharded(folder: Path, destination: Path) -> None:
+    dist.init_process_group("gloo")
+    whole = NanoGPTForCausalLM.from_pretrained(folder)
+    model, weights = shard_model(whole.config), whole.state_dict()
+    model.save_pretrained(destination, state_dict=weights)
+    assert isinstance(model, FSDPModule)  # again
+    dist.destroy_process_group()
 
 
 def check_first_loss() -> float:
@@ -102,13 +111,12 @@ def check_parallel(models: dict[str, Path], trained: dict[str, Path]) -> dict:
 def train_by_fsdp(folder: Path, settings: dict) -> dict:
     """Train through Trainer and FSDP2, and once more from the checkpoint in the middle."""
     output_dir = folder / "fsdp"
-    settings |= {
-        "output_dir": str(output_dir),
-        "accelerator_config": {"use_configured_state": True},
-    }
-    # accelerate shards on accelerators only and would use DDP here: the name is all it looks at.
-    PartialState(cpu=True)
-    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    settings["output_dir"] = str(output_dir)
+    if settings.get("use_cpu"):
+        # accelerate shards on accelerators only and would use DDP: it looks at the name alone.
+        settings["accelerator_config"] = {"use_configured_state": True}
+        PartialState(cpu=True)
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     train(**settings)
     if dist.get_rank() == 0:
         shutil.copytree(output_dir, folder / "uninterrupted")

@@ -22,6 +22,7 @@ from distributed_checks import (
     NO_TENSOR_PARALLEL,
     RECIPES,
     run_check,
+    save_sharded,
     train_steps,
 )
 from safetensors.torch import load_file
@@ -212,6 +213,17 @@ def test_fsdp_through_the_trainer_saves_and_resumes_whole_checkpoints(settings, 
         assert not list(folder.glob("_fsdp*"))
         model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
         assert model.config.auto_map["AutoModelForCausalLM"].endswith(".NanoGPTForCausalLM")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["nano", "gpt2"])  # an untied head, a tied one
+def test_sharded_model_is_saved_by_our_names_and_files(family, tmp_path):
+    tiny_model(family).save_pretrained(tmp_path / "whole")
+    [done] = run_ranks(1, save_sharded, tmp_path / "whole", tmp_path / "sharded")
+    assert done.returncode == 0, done.stderr[-3000:]
+    folders = tmp_path / "whole", tmp_path / "sharded"
+    whole, sharded = ({p.name: p.read_bytes() for p in f.iterdir()} for f in folders)
+    assert sharded == whole
 
 
 def test_first_version_of_fsdp_is_refused_by_name_of_the_second():

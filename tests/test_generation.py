@@ -207,6 +207,54 @@ def test_learned_positions_end_continuous_batching_with_the_same_error(tokens):
     assert f"Position {LIMIT} does not exist" in request.error
 
 
+@pytest.mark.parametrize("settings", CACHES.values(), ids=CACHES)
+@pytest.mark.parametrize("family", LEARNED)
+def test_padding_does_not_count_against_learned_positions(family, settings, tokens):
+    model, ids = tiny_model(family, eos_token_id=None), tokens.repeat(1, 2)[:1]
+    padded = torch.nn.functional.pad(ids, (20, 0))  # 60 of 64 positions are behind it
+    inputs = {"input_ids": padded, "attention_mask": (padded != 0).long()}
+    alone = generate(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    assert torch.equal(generate(model, inputs, **settings)[:, 60:], alone[:, 40:])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", LEARNED)
+def test_off_the_cpu_the_length_alone_decides_about_learned_positions(family):
+    # Tensors of the meta device have no values: whoever looked at one would raise another error.
+    model = tiny_model(family).to("meta")
+    ids = torch.ones(2, LIMIT, dtype=torch.long, device="meta")
+    masks = dict.fromkeys(model.config.layer_types)  # or transformers looks for documents
+    given = {"position_ids": torch.zeros_like(ids), "attention_mask": masks}
+    cache = cache_of(model(ids[:, :60], use_cache=True))
+    assert model(ids, **given, use_cache=False).logits.shape[:2] == (2, LIMIT)
+    assert model(ids[:, :4], past_key_values=cache).logits.shape[:2] == (2, 4)  # fills it
+    long = torch.empty(1, LIMIT + 1, 32, device="meta")
+    for inputs in ({"input_ids": ids[:, :1], "past_key_values": cache}, {"inputs_embeds": long}):
+        with pytest.raises(ValueError, match=f"Position {LIMIT} does not exist"):
+            model(**inputs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", LEARNED)
+def test_compiled_decoding_ends_at_the_last_learned_position(family, tokens):
+    model = tiny_model(family, n_layer=1, layer_types=None, eos_token_id=None)
+    settings = compiled_decoding()
+    settings["compile_config"].backend = "eager"
+    settings["compile_config"].mode = None
+    inputs = {"input_ids": tokens[:1], "attention_mask": torch.ones_like(tokens[:1])}
+    torch.compiler.reset()
+    given = {"do_sample": False, **settings}
+    assert model.generate(**inputs, max_new_tokens=45, **given).shape[1] == LIMIT + 1
+    with pytest.raises(ValueError, match=f"Position {LIMIT} does not exist"):
+        model.generate(**inputs, max_new_tokens=46, **given)
+
+
+def test_a_compiled_model_refuses_a_text_longer_than_its_learned_positions(tokens):
+    compiled = torch.compile(tiny_model("gpt2", n_layer=1), backend="eager")
+    with pytest.raises(ValueError, match=f"Position {LIMIT} does not exist"):
+        compiled(tokens.repeat(1, 4)[:, : LIMIT + 1])
+
+
 SCALED = {
     "default": {},
     "dynamic": {"factor": 2.0},

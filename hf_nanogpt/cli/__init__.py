@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from ..errors import UserError, did_you_mean, one_line, printable
+from ..errors import UserError, did_you_mean, is_out_of_memory, one_line, printable
 from .streams import OutputLostError, describe_loss, standard_streams
 
 VERBS: dict[str, str] = {
@@ -38,11 +38,8 @@ _MODULES = {
 _MODULE_OF = {verb: module for module, verbs in _MODULES.items() for verb in verbs}
 # These only print, and end when nobody reads it. The others continue without a reader.
 _ONLY_PRINTING = ("generate", "explain", "chat", "info", "doctor", "-h", "--help", "--version")
-# What to lower when memory does not suffice.
+# What to lower when memory does not suffice; training says it itself.
 _LOWER = {
-    "train": "--per_device_train_batch_size (with --gradient_accumulation_steps raised by the same "
-    "factor it is the same training, and --resume continues it), --per_device_eval_batch_size or "
-    "--block_size",
     "tokenize": "--num_proc",
     "eval": "--batch_size or --context_length",
     "bench": "--batch_size, --block_size or the size of the model",
@@ -72,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except Exception as error:
             if os.environ.get("HF_NANOGPT_TRACEBACK"):
                 raise
-            if _is_out_of_memory(error):
+            if is_out_of_memory(error):
                 lower = _LOWER.get(verb, "the size of the model")
                 return _refuse(f"There is not enough memory for {verb}: lower {lower}.")
             if not isinstance(error, UserError):
@@ -98,17 +95,6 @@ def _call(verb: str, argv: list[str]) -> None:
 def _refuse(sentence: str) -> int:
     print(printable(f"hf-nanogpt: {sentence}"), file=sys.stderr)
     return 2
-
-
-def _is_out_of_memory(error: BaseException | None) -> bool:
-    """Say whether memory ran out, on any device, according to the error or those that caused it."""
-    signs = ("an't allocate memory", "annot allocate memory", "ALLOC_FAILED", "bad_alloc")
-    while error is not None:
-        known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-        if known or any(sign in str(error) for sign in signs):
-            return True
-        error = error.__cause__
-    return False
 
 
 def _overview() -> str:

@@ -111,7 +111,8 @@ class MuonAdamW(torch.optim.Optimizer):
         momentum_warmup: int = 0,
         weight_decay: float = 0.0,
     ):
-        adamw = {"betas": betas, "eps": eps, "algorithm": "adamw"}
+        # "fused" tells `load_state_dict` that the number of steps is on the device, too.
+        adamw = {"betas": betas, "eps": eps, "algorithm": "adamw", "fused": True}
         muon = {"momentum": momentum, "momentum_warmup": momentum_warmup, "steps": 0}
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay} | adamw | muon)
 

@@ -16,8 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 from transformers import (
     PreTrainedModel,
@@ -109,8 +107,7 @@ class ResumableTrainer(Trainer):
         if not (self.args.should_save or self.is_distributed_loading_by_transformers):
             return
         folder, is_main = output_dir or self.args.output_dir, self.args.should_save
-        model = _as_our_class(self.model) if isinstance(self.model, FSDPModule) else self.model
-        model.save_pretrained(folder, state_dict=state_dict, is_main_process=is_main)
+        self.model.save_pretrained(folder, state_dict=state_dict, is_main_process=is_main)
         if is_main and self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
 
@@ -177,17 +174,6 @@ class ResumableTrainer(Trainer):
                 "model: run again with --resume --load_best_model_at_end False to keep the last."
             )
         super()._load_best_model()
-
-
-def _as_our_class(model: Any) -> Any:
-    """Return a model to save a sharded one's state dict by; it has no weights of its own.
-
-    FSDP2 gives a model a class of its own, in a file of torch's, and both names would be saved.
-    """
-    with torch.device("meta"):
-        plain = type(model).__bases__[-1](model.config).to(model.dtype)
-    plain.generation_config = model.generation_config
-    return plain
 
 
 @contextmanager

@@ -2,8 +2,8 @@
 
 import json
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from ..checkpoint.writing import (
 from ..data.corpus import prepare_tokenizer
 from ..data.documents import DataArguments
 from ..data.stored import prepare_data
-from ..errors import UserError, settings_errors
+from ..errors import UserError, is_out_of_memory, settings_errors
 from ..hub import render_model_card, write_card
 from .arguments import NanoGPTTrainingArguments, check_text, parse_settings
 from .callbacks import PlotCallback, SpeedCallback, plot_losses
@@ -78,8 +78,8 @@ def train(
 
     Raises:
         UserError: a setting, the data or the output folder is not usable, or another training uses
-            that folder, and nothing was written; or the loss became NaN or infinite, or a
-            checkpoint could not be written.
+            that folder, and nothing was written; or the loss became NaN or infinite, memory ran
+            out, or a checkpoint could not be written.
         TrainingInterrupted: a `KeyboardInterrupt`; Ctrl-C, SIGTERM or SIGHUP came during training,
             and a checkpoint was saved first.
     """
@@ -88,7 +88,8 @@ def train(
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
 
-    with lock_output_dir(args.output_dir) if args.should_save else nullcontext():
+    lock = lock_output_dir(args.output_dir) if args.should_save else nullcontext()
+    with lock, _explain_out_of_memory(args):
         check_output_dir(args.output_dir, overwrite=overwrite, resume=resume)
         last_checkpoint = _find_checkpoint(args) if resume else None
         # Measure the model to start from before the first step, but not again when resuming.
@@ -117,6 +118,26 @@ def train(
         if args.push_to_hub:
             trainer.push_to_hub()
         return result
+
+
+@contextmanager
+def _explain_out_of_memory(args: NanoGPTTrainingArguments) -> Iterator[None]:
+    """Say what to lower if a GPU, or this machine, has not enough memory."""
+    try:
+        yield
+    except (MemoryError, RuntimeError, UserError) as error:  # torch's are RuntimeErrors
+        if not is_out_of_memory(error):
+            raise
+        recompute = "" if args.gradient_checkpointing else ", add gradient_checkpointing"
+        # Without a cause, or the command line would say something shorter.
+        raise UserError(
+            f"There is not enough memory on {args.device.type} for train: lower "
+            f"per_device_train_batch_size={args.per_device_train_batch_size} (with "
+            f"gradient_accumulation_steps={args.gradient_accumulation_steps} raised by the same "
+            "factor it is the same training, and resume continues it), "
+            f"per_device_eval_batch_size={args.per_device_eval_batch_size}, block_size or the size "
+            f"of the model{recompute}."
+        ) from None
 
 
 def _check_start(start_from: str | Path | None, args: NanoGPTTrainingArguments) -> None:

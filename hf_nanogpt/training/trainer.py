@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import torch
 from accelerate import FullyShardedDataParallelPlugin
+from torch.nn.functional import pad
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
@@ -79,6 +80,13 @@ class NanoGPTTrainer(HubTrainer):
             inputs = {"use_cache": self.args.use_cache} | inputs
         return super().compute_loss(model, inputs, *args, **kwargs)
 
+    def training_step(self, model, inputs, *args, **kwargs):
+        """Do Trainer's step; with `torch_compile`, one graph serves smaller batches too."""
+        if self.args.torch_compile and isinstance(self.data_collator, PackedCollator):
+            rows, length = self.args.per_device_train_batch_size, self.speed.context_length or 0
+            inputs = _fill_batch(inputs, rows, length)
+        return super().training_step(model, inputs, *args, **kwargs)
+
     def _get_num_items_in_batch(self, batch_samples, device):
         """Count 1 if there is nothing to learn, so that the loss is 0 and not 0 / 0."""
         count = super()._get_num_items_in_batch(batch_samples, device)
@@ -132,6 +140,16 @@ class NanoGPTTrainer(HubTrainer):
         )
         whole.generation_config = model.generation_config
         return whole
+
+
+def _fill_batch(inputs: dict, rows: int, length: int) -> dict:
+    """Fill a batch of `PackedCollator` up to (rows, length) by what is not learnt."""
+    filled = dict(inputs)
+    for name in ("input_ids", "labels", "position_ids"):
+        given = inputs[name]
+        below, right = max(0, rows - given.shape[0]), max(0, length - given.shape[1])
+        filled[name] = pad(given, (0, right, 0, below), value=-100 if name == "labels" else 0)
+    return filled
 
 
 def _prepare_fsdp(plugin: FullyShardedDataParallelPlugin) -> None:
