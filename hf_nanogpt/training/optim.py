@@ -148,7 +148,7 @@ class MuonAdamW(torch.optim.Optimizer):
             place.copy_(update)
         rows = row.new_empty(ranks, length)
         dist.all_gather(list(rows), row, group=self.process_group)
-        received = {}
+        received: dict[torch.Tensor, torch.Tensor] = {}
         for hand, row in zip(hands, rows.to(cards[0].dtype), strict=True):
             received |= zip(hand, _split_row(row, hand), strict=True)
         for same in piles:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from subprocess import SubprocessError
+from typing import Any
 
 import torch
 from torch import distributed as dist
@@ -90,14 +91,14 @@ def _run_compiled(matrices: torch.Tensor) -> torch.Tensor:
         return _iterate(matrices)
 
 
-def _orthogonalize_sharded(matrices: DTensor) -> DTensor:
+def _orthogonalize_sharded(matrices: DTensor) -> torch.Tensor:
     """Give each process some whole matrices, and return the results in shards.
 
     This takes two exchanges between processes; with sharded matrices, each product would take one.
     """
     by_matrix = [place if place.is_replicate() else Shard(0) for place in matrices.placements]
     # What travels has the dtype of the computation, which is the smaller one on a GPU.
-    sent = matrices.to(working_dtype(matrices.device))
+    sent: Any = matrices.to(working_dtype(matrices.device))  # a DTensor; torch declares a Tensor
     dealt = sent.redistribute(placements=by_matrix)
     results = DTensor.from_local(
         orthogonalize(dealt.to_local()),
