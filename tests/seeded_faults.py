@@ -136,8 +136,8 @@ FAULTS = [
     Fault(
         "momentum without Nesterov's look ahead",
         "training/optim.py",
-        "orthogonalize(grads.lerp(torch.stack(buffers), momentum))",
-        "orthogonalize(torch.stack(buffers))",
+        "orthogonalize(ahead)",
+        "orthogonalize(torch.stack(self._buffers(same)))",
         "test_optim",
     ),
     Fault(

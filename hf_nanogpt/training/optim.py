@@ -6,19 +6,24 @@ pace.
 """
 
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import torch
+from torch import distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
 from ..errors import UserError, did_you_mean
+from .orthogonal import orthogonalize, working_dtype
 
 OptimRecipe = Literal["muon", "adamw"]
 _Named: TypeAlias = list[tuple[str, nn.Parameter]]
 _Groups: TypeAlias = dict[str, dict[str, Any]]
+_Params: TypeAlias = list[torch.Tensor]
+_Updates: TypeAlias = tuple[_Params, _Params]  # of one shape: matrices, and what to add to each
 
 
 @dataclass(frozen=True)
@@ -41,55 +46,6 @@ OPTIM_DEFAULTS: dict[str, OptimDefaults] = {
 _EMBEDDING_LR, _OTHER_LR = 5.0, 0.5
 _REFERENCE_WIDTH = 128  # above it, these two fall with the square root of the width
 
-# Polar Express (Amsel et al. 2025, arXiv:2505.16932): the best odd polynomials of degree 5, one for
-# each iteration, for singular values from 1e-3 to 1; found by minimax, slightly damped for safety.
-_POLAR_EXPRESS = (
-    (8.156554524902461, -22.48329292557795, 15.878769915207462),
-    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
-    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
-)
-
-
-def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
-    """Return nearly the closest orthogonal matrix to each of `matrices` (..., rows, columns).
-
-    All singular values become about 1. Computed in float32 on a CPU, where bfloat16 is slow, and in
-    bfloat16 elsewhere. Sharded matrices (at least 3 dimensions) come back in the same shards.
-    """
-    if isinstance(matrices, DTensor):
-        return _orthogonalize_sharded(matrices)
-    x = matrices.float() if matrices.device.type == "cpu" else matrices.bfloat16()
-    x = x.reshape(-1, *x.shape[-2:])
-    tall = x.size(-2) > x.size(-1)
-    if tall:
-        x = x.mT
-    # From here on no singular value is above 1; each polynomial moves them closer to 1.
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.01 + 1e-7)
-    for a, b, c in _POLAR_EXPRESS:
-        square = x @ x.mT
-        polynomial = torch.baddbmm(square, square, square, beta=b, alpha=c)
-        polynomial.diagonal(dim1=-2, dim2=-1).add_(a)
-        x = polynomial @ x
-    return (x.mT if tall else x).to(matrices.dtype).view_as(matrices)
-
-
-def _orthogonalize_sharded(matrices: DTensor) -> DTensor:
-    """Give each process some whole matrices, and return the results in shards.
-
-    This takes two exchanges between processes; with sharded matrices, each product would take one.
-    """
-    by_matrix = [place if place.is_replicate() else Shard(0) for place in matrices.placements]
-    dealt = matrices.redistribute(placements=by_matrix)
-    results = DTensor.from_local(
-        orthogonalize(dealt.to_local()),
-        dealt.device_mesh,
-        by_matrix,
-        run_check=False,
-        shape=dealt.shape,
-        stride=dealt.stride(),
-    )
-    return results.redistribute(placements=matrices.placements)
-
 
 class MuonAdamW(torch.optim.Optimizer):
     """Step each group by its `algorithm`: `"muon"` (matrices only) or `"adamw"`.
@@ -98,7 +54,13 @@ class MuonAdamW(torch.optim.Optimizer):
     together, in batched products. Groups of `"muon"` use `momentum` (Nesterov), which starts 0.1
     lower and rises during the first `momentum_warmup` steps; those of `"adamw"` use `betas` and
     `eps`. Parameters may be sharded (`DTensor`), as with FSDP2 and tensor parallelism.
+
+    In a `process_group` whose processes hold the same parameters and the same gradients, as those
+    of DDP do, each orthogonalises a share of the matrices and sends it to the others. Without one,
+    each does all.
     """
+
+    process_group: dist.ProcessGroup | None = None  # a copy of the optimizer shares with nobody
 
     def __init__(
         self,
@@ -110,11 +72,20 @@ class MuonAdamW(torch.optim.Optimizer):
         momentum: float = 0.95,
         momentum_warmup: int = 0,
         weight_decay: float = 0.0,
+        process_group: dist.ProcessGroup | None = None,
     ):
         # "fused" tells `load_state_dict` that the number of steps is on the device, too.
         adamw = {"betas": betas, "eps": eps, "algorithm": "adamw", "fused": True}
         muon = {"momentum": momentum, "momentum_warmup": momentum_warmup, "steps": 0}
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay} | adamw | muon)
+        self.process_group = process_group
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        # torch leaves `step` where it was saved, but the fused AdamW needs it next to the weights.
+        for p, state in self.state.items():
+            if "step" in state:
+                state["step"] = state["step"].to(p.device)
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -136,23 +107,56 @@ class MuonAdamW(torch.optim.Optimizer):
         # Momentum rises linearly during the warm-up.
         missing = 1 - group["steps"] / group["momentum_warmup"] if group["momentum_warmup"] else 0
         momentum = group["momentum"] - 0.1 * max(0.0, missing)
-        # Collect the matrices of each shape, to orthogonalise them together.
-        shapes = defaultdict(list)
-        for p in params:
-            shapes[p.shape].append(p)
-        for (rows, columns), same in shapes.items():
-            grads = torch.stack([p.grad for p in same if p.grad is not None])
+        piles = _group_by_shape(params)
+        for same in piles:
             for p in same:
                 if "momentum_buffer" not in self.state[p]:
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-            # Nesterov: the update looks one step ahead along the momentum.
-            buffers = [self.state[p]["momentum_buffer"] for p in same]
-            torch._foreach_lerp_(buffers, list(grads.unbind()), 1 - momentum)
-            updates = orthogonalize(grads.lerp(torch.stack(buffers), momentum))
+            torch._foreach_lerp_(self._buffers(same), _gradients(same), 1 - momentum)
+        alone = self.process_group is None or isinstance(params[0], DTensor)
+        find = self._find_updates if alone else self._share_updates
+        for same, updates in find(piles, momentum):
             # Decay, then step. Matrices with more rows than columns take longer steps.
+            rows, columns = same[0].shape
             torch._foreach_mul_(same, 1 - group["lr"] * group["weight_decay"])
             scale = max(1.0, rows / columns) ** 0.5
-            torch._foreach_add_(same, list(updates.unbind()), alpha=-group["lr"] * scale)
+            torch._foreach_add_(same, updates, alpha=-group["lr"] * scale)
+
+    def _find_updates(self, piles: list[_Params], momentum: float) -> Iterator[_Updates]:
+        for same in piles:
+            # Nesterov: the update looks one step ahead along the momentum.
+            ahead = torch.stack(_gradients(same))
+            torch._foreach_lerp_(list(ahead.unbind()), self._buffers(same), momentum)
+            yield same, list(orthogonalize(ahead).unbind())
+
+    def _share_updates(self, piles: list[_Params], momentum: float) -> Iterator[_Updates]:
+        """Yield the same, with a share of the matrices from each process of the group.
+
+        All end with the same bits. Those of one process may differ by rounding, because products
+        in smaller batches may be summed in another order.
+        """
+        assert self.process_group is not None
+        ranks, rank = self.process_group.size(), self.process_group.rank()
+        # Deal the matrices like cards: of no shape does a process get more than one above another.
+        cards = [p for same in piles for p in same]
+        hands = [cards[i::ranks] for i in range(ranks)]
+        # Each process sends its results in one row, in the dtype of the computation.
+        length = max(sum(p.numel() for p in hand) for hand in hands)
+        row = cards[0].new_zeros(length, dtype=working_dtype(cards[0].device))
+        found = self._find_updates(_group_by_shape(hands[rank]), momentum)
+        own = [update for _, updates in found for update in updates]
+        for place, update in zip(_split_row(row, hands[rank]), own, strict=True):
+            place.copy_(update)
+        rows = row.new_empty(ranks, length)
+        dist.all_gather(list(rows), row, group=self.process_group)
+        received: dict[torch.Tensor, torch.Tensor] = {}
+        for hand, row in zip(hands, rows.to(cards[0].dtype), strict=True):
+            received |= zip(hand, _split_row(row, hand), strict=True)
+        for same in piles:
+            yield same, [received[p] for p in same]
+
+    def _buffers(self, params: _Params) -> _Params:
+        return [self.state[p]["momentum_buffer"] for p in params]
 
     def _adamw(self, params: list[torch.Tensor], group: dict[str, Any]) -> None:
         # torch's own fused AdamW takes the states as lists.
@@ -166,7 +170,7 @@ class MuonAdamW(torch.optim.Optimizer):
         states = [self.state[p] for p in params]
         adamw(
             params,
-            [p.grad for p in params if p.grad is not None],
+            _gradients(params),
             [s["exp_avg"] for s in states],
             [s["exp_avg_sq"] for s in states],
             [],
@@ -182,6 +186,24 @@ class MuonAdamW(torch.optim.Optimizer):
         )
 
 
+def _gradients(params: _Params) -> _Params:
+    return [p.grad for p in params if p.grad is not None]
+
+
+def _group_by_shape(params: _Params) -> list[_Params]:
+    groups = defaultdict(list)
+    for p in params:
+        groups[p.shape, p.device, p.dtype].append(p)
+    return list(groups.values())
+
+
+def _split_row(row: torch.Tensor, params: _Params) -> _Params:
+    """Return views of the numbers in `row`, one in the shape of each parameter."""
+    sizes = [p.numel() for p in params]
+    pieces = row[: sum(sizes)].split(sizes)
+    return [piece.view_as(p) for piece, p in zip(pieces, params, strict=True)]
+
+
 def build_optimizer(
     model: nn.Module,
     *,
@@ -191,13 +213,15 @@ def build_optimizer(
     betas: tuple[float, float] | None = None,
     eps: float = 1e-8,
     momentum_warmup: int = 0,
+    process_group: dist.ProcessGroup | None = None,
 ) -> torch.optim.Optimizer:
     """Make the optimizer of a recipe; an argument of `None` means the value in `OPTIM_DEFAULTS`.
 
     `"muon"`: Muon for the matrices inside the layers, at `learning_rate`; AdamW for untied
     embeddings at 5 times that rate, and for all else (head, norms, biases) at half of it.
     `"adamw"`: AdamW for everything at `learning_rate`, with weight decay on matrices only. Groups
-    have a `name`, and every trainable parameter is in exactly one group.
+    have a `name`, and every trainable parameter is in exactly one group. For `process_group`, see
+    `MuonAdamW`.
 
     One rate serves all widths: the norm of Muon's update does not depend on the width, and AdamW's
     rates next to it fall with the square root of a width above 128, as nanochat's do. The default
@@ -218,7 +242,14 @@ def build_optimizer(
     split = _split_for_adamw if recipe == "adamw" else _split_for_muon
     groups = split(named, model.config, lr, decay)
     filled = [{"name": name, **group} for name, group in groups.items() if group["params"]]
-    return MuonAdamW(filled, lr=lr, betas=betas, eps=eps, momentum_warmup=momentum_warmup)
+    return MuonAdamW(
+        filled,
+        lr=lr,
+        betas=betas,
+        eps=eps,
+        momentum_warmup=momentum_warmup,
+        process_group=process_group,
+    )
 
 
 def _split_for_adamw(named: _Named, config: Any, lr: float, decay: float) -> _Groups:

@@ -19,6 +19,7 @@ from ..modeling_nanogpt import NanoGPTForCausalLM
 from .arguments import NanoGPTTrainingArguments
 from .callbacks import ProgressCallback, SpeedCallback
 from .optim import build_optimizer
+from .orthogonal import find_sharing_group
 from .publishing import HubTrainer
 
 
@@ -103,8 +104,14 @@ class NanoGPTTrainer(HubTrainer):
                 betas=(args.adam_beta1 or 0.0, args.adam_beta2 or 0.0),
                 eps=args.adam_epsilon,
                 momentum_warmup=args.momentum_warmup_steps,
+                process_group=find_sharing_group() if self._is_replicated() else None,
             )
         return self.optimizer
+
+    def _is_replicated(self) -> bool:
+        """Say whether each process holds the whole model, and the same gradients, as with DDP."""
+        by_ddp = self.accelerator.distributed_type.startswith("MULTI_")
+        return by_ddp and not self.is_distributed_loading_by_transformers
 
     def get_eval_dataloader(self, eval_dataset=None):
         """Evaluate on every block: without the last batch, the result would not be exact."""
