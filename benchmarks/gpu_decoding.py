@@ -46,14 +46,13 @@ def decode_contestant(turns: Turns, *, spec: dict[str, str], rehearse: bool) -> 
         prompt = torch.randint(config.vocab_size, (batch, prompt_tokens), device=device())
         synchronize()
         start = time.perf_counter()
-        with torch.inference_mode():
-            text = model.generate(
-                prompt,
-                attention_mask=torch.ones_like(prompt),
-                max_new_tokens=new_tokens,
-                **_GREEDY,
-                **settings,
-            )
+        text = model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=new_tokens,
+            **_GREEDY,
+            **settings,
+        )
         synchronize()
         assert text.shape == (batch, prompt_tokens + new_tokens)
         return time.perf_counter() - start

@@ -34,15 +34,22 @@ GRID: dict[str, dict[str, Any]] = {
     "600 steps, dropout 0.3": {"max_steps": 600, "dropout": 0.3},
 }
 _TOY: dict[str, Any] = {
-    **{"n_layer": 1, "n_embd": 32, "n_head": 2, "block_size": 64, "max_steps": 4},
-    **{"per_device_train_batch_size": 4, "sample_steps": 0},
+    "n_layer": 1,
+    "n_embd": 32,
+    "n_head": 2,
+    "block_size": 64,
+    "max_steps": 4,
+    "per_device_train_batch_size": 4,
+    "sample_steps": 0,
 }
 _LANES = 2  # processes of the grid at a time
 
 
 def clean_environment() -> dict[str, str]:
     """Return the environment that a user's own process would have."""
-    return os.environ | {"PYTHONPATH": str(ROOT)}
+    ours = ("TORCHINDUCTOR_COMPILE_THREADS", "HF_HUB_OFFLINE")
+    kept = {name: value for name, value in os.environ.items() if name not in ours}
+    return kept | {"PYTHONPATH": str(ROOT)}
 
 
 def train_ours(text: Path, folder: Path, *, rehearse: bool, **settings: Any) -> dict[str, Any]:
@@ -132,7 +139,12 @@ def time_nanogpt(turns: Turns, *, peers: str, text: str, folder: str, rehearse: 
     command = [sys.executable, "-u", "train.py", "config/train_shakespeare_char.py", *flags]
     start = time.perf_counter()
     process = subprocess.Popen(
-        command, cwd=place, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command,
+        cwd=place,
+        env=clean_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     timer = threading.Timer(limit, process.kill)
     timer.start()

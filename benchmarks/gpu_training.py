@@ -1,4 +1,4 @@
-"""The training contestants of gpu.py, in turns; Muon against AdamW; what Trainer and loader cost.
+"""The training contestants of gpu.py, in turns.
 
 Ours and those of transformers train by their Trainers, with their own way to compile and to use
 bfloat16. nanoGPT's model trains in a loop of the form of its own train.py.
@@ -15,18 +15,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
 from gpu_workers import Turns, device, synchronize, use_gpu
-from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from hf_nanogpt import NanoGPTForCausalLM, NanoGPTTrainer, NanoGPTTrainingArguments, load_preset
-from hf_nanogpt.benchmark.overhead import measure_trainer_overhead
 from hf_nanogpt.convert.native import make_native_config
-from hf_nanogpt.data.documents import DataArguments, load_documents
-from hf_nanogpt.data.packing import PackedBlocks, PackedCollator, pack_documents
-from hf_nanogpt.data.tokenization import train_tokenizer
+from hf_nanogpt.data.packing import PackedBlocks, PackedCollator
 from hf_nanogpt.flops import count_flops
+from hf_nanogpt.training import trainer as trainer_module
 
 
 @dataclass(frozen=True)
@@ -40,12 +36,19 @@ class Sizes:
     steps: int = 5  # in a turn, after one that does not count
     rounds: int = 3
     document: int = 500  # mean tokens of a packed document
+    backend: str | None = "inductor"  # of torch.compile
 
 
 CARD = Sizes({"n_layer": 12, "n_embd": 768, "n_head": 12, "block_size": 1024, "vocab_size": 50304})
 TOY = Sizes(
     {"n_layer": 1, "n_embd": 32, "n_head": 2, "block_size": 32, "vocab_size": 256},
-    **{"rows": 2, "accumulation": 2, "warm_up": 1, "steps": 2, "rounds": 2, "document": 10},
+    rows=2,
+    accumulation=2,
+    warm_up=1,
+    steps=2,
+    rounds=2,
+    document=10,
+    backend=None,
 )
 
 # Name: the model and its optimizer; which mask the packed documents get, and by which attention.
@@ -55,9 +58,18 @@ CONTESTANTS: dict[str, dict[str, str]] = {
     "ours, nano, Muon, causal": {"model": "nano", "optim": "muon", "mask": "causal"},
     "ours, nano, Muon, documents, sdpa": {"model": "nano", "optim": "muon", "mask": "documents"},
     "ours, nano, Muon, documents, flex_attention": {
-        **{"model": "nano", "optim": "muon", "mask": "documents", "attention": "flex_attention"},
+        "model": "nano",
+        "optim": "muon",
+        "mask": "documents",
+        "attention": "flex_attention",
     },
     "ours, nano, Muon, document_mask off": {"model": "nano", "optim": "muon", "mask": "off"},
+    "ours, nano, Muon, causal, loss from all logits": {
+        "model": "nano",
+        "optim": "muon",
+        "mask": "causal",
+        "loss": "logits",
+    },
     "ours, nano, AdamW, causal": {"model": "nano", "optim": "adamw", "mask": "causal"},
     "LlamaForCausalLM, Trainer, AdamW": {"model": "llama"},
     "ours, GPT-2 shape, AdamW, causal": {"model": "gpt2", "optim": "adamw", "mask": "causal"},
@@ -185,13 +197,20 @@ def train_contestant(turns: Turns, *, sizes: Sizes, spec: dict[str, str], peers:
     ours, mask = spec["model"] in ("nano", "gpt2"), spec.get("mask")
     model: Any = NanoGPTForCausalLM(config) if ours else AutoModelForCausalLM.from_config(config)
     model.set_attn_implementation(spec.get("attention", "sdpa"))
+    if spec.get("loss") == "logits":
+        trainer_module.LOGITS_AT_ONCE = 2**62  # more than there are; earlier releases have none
     settings: dict[str, Any] = {
         "per_device_train_batch_size": sizes.rows,
         "gradient_accumulation_steps": sizes.accumulation,
         "max_steps": sizes.warm_up + sizes.rounds * (1 + sizes.steps),
-        **{"bf16": use_gpu(), "torch_compile": use_gpu(), "use_cpu": not use_gpu()},
-        **{"save_strategy": "no", "eval_strategy": "no", "logging_steps": 10_000},
-        **{"report_to": "none", "disable_tqdm": True},
+        "bf16": use_gpu(),
+        "torch_compile_backend": sizes.backend,
+        "use_cpu": not use_gpu(),
+        "save_strategy": "no",
+        "eval_strategy": "no",
+        "logging_steps": 10_000,
+        "report_to": "none",
+        "disable_tqdm": True,
     }
     collate: Callable = {"documents": PackedCollator(0), "causal": collate_causal}.get(
         mask or "", collate_plain
@@ -231,7 +250,7 @@ def train_nanogpt(turns: Turns, *, sizes: Sizes, folder: Path) -> None:
     config = module.GPTConfig(**{name: sizes.model[name] for name in names}, bias=False)
     model = module.GPT(config).to(device())
     optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), device().type)
-    run = torch.compile(model) if use_gpu() else model
+    run: Any = torch.compile(model, backend=sizes.backend) if sizes.backend else model
     autocast = torch.autocast("cuda", torch.bfloat16) if use_gpu() else nullcontext()
     ids = make_blocks(sizes, documents=False).pieces[0]
 
@@ -258,110 +277,3 @@ def train_nanogpt(turns: Turns, *, sizes: Sizes, folder: Path) -> None:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         timer.end_step()
-
-
-# Muon against AdamW
-
-OPTIMIZERS: dict[str, dict[str, Any]] = {
-    "Muon, default rate": {"optim_recipe": "muon"},
-    **{
-        f"AdamW {rate:g}": {
-            **{"optim_recipe": "adamw", "learning_rate": rate, "warmup_steps": 0.1},
-            **{"lr_scheduler_type": "cosine"},
-        }
-        for rate in (1.2e-3, 2.4e-3, 6e-4)
-    },
-}
-
-
-def compare_optimizers(turns: Turns, *, rehearse: bool) -> None:
-    """Train the same model by each of `OPTIMIZERS`, and report the losses against the tokens."""
-    sizes = TOY.model if rehearse else CARD.model
-    length, steps, rows, parts = (64, 6, 4, 1) if rehearse else (1024, 300, 8, 2)
-    documents, held_out = load_documents(
-        DataArguments(data="python-stdlib", validation_fraction=0.02)
-    )
-    if rehearse:
-        documents, held_out = (
-            Dataset.from_dict({"text": [row["text"][:1000] for row in part.select(range(4))]})
-            for part in (documents, held_out)
-        )
-    kind, vocabulary = ("byte", 257) if rehearse else ("bpe", 4096)
-    texts = documents["text"]
-    tokenizer = train_tokenizer(texts, kind=kind, vocab_size=vocabulary)
-    train, test = (
-        pack_documents(part, tokenizer, context_length=length) for part in (documents, held_out)
-    )
-    settings: dict[str, Any] = {
-        **{"per_device_train_batch_size": rows, "per_device_eval_batch_size": rows},
-        **{"gradient_accumulation_steps": parts},
-        **{"max_steps": steps, "eval_steps": 2 if rehearse else 25, "logging_steps": 5},
-        **{"bf16": use_gpu(), "use_cpu": not use_gpu(), "save_strategy": "no"},
-        **{"report_to": "none", "disable_tqdm": True},
-    }
-    config = load_preset(
-        "nano", **{**sizes, "block_size": length, "vocab_size": len(tokenizer)}, dropout=0.0
-    )
-    for name, chosen in OPTIMIZERS.items():
-        set_seed(0)
-        with tempfile.TemporaryDirectory() as folder:
-            args = NanoGPTTrainingArguments(output_dir=folder, **settings, **chosen)
-            data = {"train_dataset": train, "eval_dataset": test, "processing_class": tokenizer}
-            trainer = NanoGPTTrainer(NanoGPTForCausalLM(config), args, **data)
-            trainer.train()
-        rows_logged = [row for row in trainer.state.log_history if "eval_loss" in row]
-        turns.report(
-            name=name,
-            tokens=[row["step"] * parts * rows * length for row in rows_logged],
-            loss=[row["eval_loss"] for row in rows_logged],
-            train_loss=[row["loss"] for row in trainer.state.log_history if "loss" in row],
-        )
-        del trainer
-
-
-# Trainer and loader
-
-
-def time_trainer(turns: Turns, *, rehearse: bool) -> None:
-    """Report the milliseconds that our Trainer adds to a step of a plain loop, by round."""
-    rounds, steps = (2, 40) if rehearse else (3, 200)
-    turns.ready()
-    turns.wait()
-    turns.report(added_ms=measure_trainer_overhead(rounds=rounds, steps=steps))
-
-
-def time_loader(turns: Turns, *, rehearse: bool) -> None:
-    """Report the tokens per second of the data loader over a file that is mapped into memory."""
-    batches, rows, length = (20, 4, 64) if rehearse else (200, 32, 1024)
-    speeds = {}
-    turns.ready()
-    turns.wait()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "train.bin")
-        size = batches * rows * (length - 1) + 1
-        np.random.default_rng(0).integers(50257, size=size, dtype=np.uint16).tofile(path)
-        blocks = PackedBlocks(_Mapped(path), context_length=length)
-        for workers in (0, 2) if rehearse else (0, 4):
-            loader: DataLoader = DataLoader(
-                blocks,
-                batch_size=rows,
-                shuffle=True,
-                collate_fn=PackedCollator(50256),
-                pin_memory=use_gpu(),
-                num_workers=workers,
-                multiprocessing_context="fork" if workers else None,
-            )
-            start = time.perf_counter()
-            tokens = sum(batch["input_ids"].numel() for batch in loader)
-            speeds[workers] = tokens / (time.perf_counter() - start)
-    turns.report(tokens_per_second=speeds)
-
-
-@dataclass(frozen=True)
-class _Mapped:
-    """Opens a file of token ids; the workers of a loader open it again."""
-
-    path: Path
-
-    def __call__(self) -> list[np.ndarray]:
-        return [np.memmap(self.path, dtype=np.uint16, mode="r")]

@@ -95,7 +95,7 @@ class Worker:
         self.name = name
         self.error: str | None = None
         self.again = (name, function, scratch, log), settings
-        # On a CPU import once, not in each process; importing asks for GPUs, which must not be forked.
+        # On a CPU import once, not in each process; importing asks for GPUs, and then forks fail.
         context: Any = multiprocessing.get_context("spawn" if use_gpu() else "forkserver")
         if not use_gpu():
             context.set_forkserver_preload(PRELOADED)
