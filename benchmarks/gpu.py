@@ -1,9 +1,9 @@
 """Every GPU figure of this project, and those of its peers, from one call on one card.
 
-What is not timed (the tests, losses against tokens, and all compilation) runs at the same time;
-then the contestants take turns alone. An error is recorded, and the rest goes on. Results are
-written after each part, and the table is printed last. nanoGPT is expected in .gpu/nanogpt/ and the
-text in .gpu/tinyshakespeare.txt.
+All contestants compile at the same time, next to the tests; then they take turns, each alone. What
+is not timed (losses against tokens) follows, and at the end whole processes, one after the other.
+An error is recorded, and the rest continues. Results are written after each part, and the table is
+printed last. nanoGPT is expected in .gpu/nanogpt/ and the text in .gpu/tinyshakespeare.txt.
 
 Run: python -u benchmarks/gpu.py [--rehearse] [--out FOLDER] [--parts NAME ...] [--limit SECONDS]
 """
@@ -116,12 +116,15 @@ def run_tests(turns: Turns, *, limit: float) -> None:
     turns.report(summary=note + (lines[-1] if lines else "no output"), failures=failures)
 
 
+def start_tests(run: Run, limit: float) -> Worker | None:
+    if "gpu_tests" not in run.parts:
+        return None
+    return run.start("gpu_tests", run_tests, limit=limit)
+
+
 def start_jobs(run: Run) -> dict[str, Worker]:
-    """Start what runs to its end while the contestants compile."""
+    """Start what runs to its end and need not be alone."""
     jobs, rehearse = {}, run.rehearse
-    if "gpu_tests" in run.parts:
-        limit = min(run.left(), 120.0)
-        jobs["gpu_tests"] = run.start("gpu_tests", run_tests, limit=limit)
     if "muon_vs_adamw" in run.parts:
         function = gpu_runs.compare_optimizers
         jobs["muon_vs_adamw"] = run.start("muon_vs_adamw", function, rehearse=rehearse)
@@ -161,8 +164,6 @@ def start_contestants(run: Run) -> dict[str, dict[str, Worker]]:
 
 def finish_jobs(run: Run, jobs: dict[str, Worker], deadline: float) -> None:
     """Collect the results of the jobs; a job that is late is ended."""
-    if job := jobs.get("gpu_tests"):
-        run.rows["gpu_tests"]["tests/test_gpu.py"] = _collect(run, job, deadline)
     if job := jobs.get("grid"):
         names = list(gpu_shakespeare.GRID)[: 1 if run.rehearse else None]
         for _ in names:
@@ -331,7 +332,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--rehearse", action="store_true", help="every row at toy size, on a CPU")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "gpu")
     parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
-    parser.add_argument("--limit", type=float, default=420.0, help="seconds for all of it")
+    parser.add_argument("--limit", type=float, default=480.0, help="seconds for all of it")
     args = parser.parse_args()
     args.out = args.out.resolve()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -339,20 +340,26 @@ def parse_args() -> argparse.Namespace:
 
 
 def measure(run: Run) -> None:
-    contestants, jobs = start_contestants(run), start_jobs(run)
-    start_alone(run)
-    deadline = 0.5 * run.limit  # the rest is for what is timed
+    # First: compile all contestants and run the tests, at the same time.
+    ready_at, jobs_at = 0.42 * run.limit, 0.7 * run.limit
+    contestants, tests = start_contestants(run), start_tests(run, ready_at - 10)
     for part, workers in contestants.items():
-        make_ready(run, workers, run.rows[part], deadline)
+        make_ready(run, workers, run.rows[part], ready_at)
         run.write()
-    finish_jobs(run, jobs, deadline)
-    for worker in run.alone.values():
-        worker.receive(30.0)
-    say("all are ready: from here on each is alone")
+    if tests:
+        run.rows["gpu_tests"]["tests/test_gpu.py"] = _collect(run, tests, ready_at)
+        run.write()
+    # Then the contestants take turns, each alone.
     if "train_124m" in contestants:
         time_training(run, contestants["train_124m"])
     if "decoding" in contestants:
         time_decoding(run, contestants["decoding"])
+    # Then what is not timed; and last, whole processes, each alone.
+    start_alone(run)
+    finish_jobs(run, start_jobs(run), jobs_at)
+    for worker in run.alone.values():
+        worker.receive(30.0)
+    say("from here on each is alone")
     for part, name in ALONE.items():
         if part in run.parts:
             time_alone(run, part, part, name, "go", 60.0)

@@ -70,7 +70,6 @@ CONTESTANTS: dict[str, dict[str, str]] = {
         "mask": "causal",
         "loss": "logits",
     },
-    "ours, nano, AdamW, causal": {"model": "nano", "optim": "adamw", "mask": "causal"},
     "LlamaForCausalLM, Trainer, AdamW": {"model": "llama"},
     "ours, GPT-2 shape, AdamW, causal": {"model": "gpt2", "optim": "adamw", "mask": "causal"},
     NANOGPT: {"model": "nanogpt"},
