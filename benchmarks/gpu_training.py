@@ -18,7 +18,13 @@ import torch
 from gpu_workers import Turns, device, synchronize, use_gpu
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from hf_nanogpt import NanoGPTForCausalLM, NanoGPTTrainer, NanoGPTTrainingArguments, load_preset
+from hf_nanogpt import (
+    NanoGPTForCausalLM,
+    NanoGPTTrainer,
+    NanoGPTTrainingArguments,
+    build_optimizer,
+    load_preset,
+)
 from hf_nanogpt.convert.native import make_native_config
 from hf_nanogpt.data.packing import PackedBlocks, PackedCollator
 from hf_nanogpt.flops import count_flops
@@ -189,11 +195,13 @@ def collate_causal(rows: list[dict[str, Any]]) -> dict[str, Any]:
 def train_contestant(turns: Turns, *, sizes: Sizes, spec: dict[str, str], peers: str) -> None:
     """Train one of `CONTESTANTS` in turns; it ends when all rounds are done."""
     set_seed(0)
-    turns.hold_after_compiling()
     if spec["model"] == "nanogpt":
         return train_nanogpt(turns, sizes=sizes, folder=Path(peers))
     config = make_config(spec["model"], sizes.model)
     ours, mask = spec["model"] in ("nano", "gpt2"), spec.get("mask")
+    if ours:
+        compile_optimizer(config, spec["optim"])
+    turns.hold_after_compiling()
     model: Any = NanoGPTForCausalLM(config) if ours else AutoModelForCausalLM.from_config(config)
     model.set_attn_implementation(spec.get("attention", "sdpa"))
     if spec.get("loss") == "logits":
@@ -232,6 +240,14 @@ def train_contestant(turns: Turns, *, sizes: Sizes, spec: dict[str, str], peers:
             Trainer(model, TrainingArguments(**settings), **data).train()
 
 
+def compile_optimizer(config: Any, recipe: Any) -> None:
+    """Take a step of the optimizer, so that its code is compiled before others have to wait."""
+    model = NanoGPTForCausalLM(config).to(device())
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    build_optimizer(model, recipe=recipe).step()
+
+
 def make_collator(eos_token_id: int, *, document_mask: bool) -> PackedCollator:
     """Return our collator; releases that know `document_mask` take it as an argument."""
     names = {field.name for field in fields(PackedCollator)}
@@ -241,6 +257,7 @@ def make_collator(eos_token_id: int, *, document_mask: bool) -> PackedCollator:
 
 def train_nanogpt(turns: Turns, *, sizes: Sizes, folder: Path) -> None:
     """Train nanoGPT's model in the loop of its train.py: its batches, optimizer and clipping."""
+    turns.hold_after_compiling()
     spec: Any = importlib.util.spec_from_file_location("nanogpt_model", folder / "model.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

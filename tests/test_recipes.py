@@ -42,3 +42,13 @@ def test_our_recipe_for_shakespeare_takes_an_eighth_of_the_peers_tokens():
     ours, peer = (parse_settings(name)[2] for name in ("shakespeare_char", "nanogpt_char"))
     assert ours.per_device_train_batch_size == peer.per_device_train_batch_size
     assert 8 * ours.max_steps <= peer.max_steps
+
+
+def test_one_gpu_takes_the_batches_of_eight_and_at_most_1_7_billion_tokens():
+    tokens = {}
+    for name, processes in (("gpt2_124m", 8), ("gpt2_124m_one_gpu", 1)):
+        _, architecture, args = parse_settings(name, use_cpu=True)
+        rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
+        tokens[name] = rows * architecture["max_position_embeddings"]
+    assert tokens == dict.fromkeys(tokens, 2**19)
+    assert 1.69e9 < 2**19 * args.max_steps <= 1.7e9
