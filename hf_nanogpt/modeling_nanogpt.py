@@ -363,12 +363,12 @@ class NanoGPTPreTrainedModel(PreTrainedModel):
             for auto_class, cls in AUTO_CLASSES.items()
         }
         # FSDP2 puts a class of torch's in front of ours: its name and file would be saved.
-        wrapped = type(self)
-        self.__class__ = next(c for c in wrapped.__mro__ if not c.__module__.startswith("torch."))
-        try:
-            super().save_pretrained(save_directory, *args, **kwargs)
-        finally:
-            self.__class__ = wrapped
+        cls = next(c for c in type(self).__mro__ if not c.__module__.startswith("torch."))
+        model = self
+        if cls is not type(self):
+            model = object.__new__(cls)
+            vars(model).update(vars(self))  # the same modules and weights
+        super(NanoGPTPreTrainedModel, model).save_pretrained(save_directory, *args, **kwargs)
 
 
 class NanoGPTModel(NanoGPTPreTrainedModel):
@@ -445,8 +445,9 @@ class NanoGPTModel(NanoGPTPreTrainedModel):
                 config=self.config,
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
-                position_ids=position_ids,
-                # transformers looks for packed documents only if there is no cache.
+                # transformers looks for packed documents, which makes a GPU wait, only if there are
+                # position ids and no cache.
+                position_ids=None if counted else position_ids,
                 **{CACHE: filled if attention_mask is None else past_key_values},
             )
         if not isinstance(causal_masks, dict):  # 5.5 to 5.12, if all layers are of one type
