@@ -24,8 +24,7 @@ from .data.encoding import encode_unlearnt
 from .data.packing import PackedBlocks, PackedCollator, PackedStream, pack_documents
 from .data.tokenization import token_byte_counts
 from .errors import UserError, without_secrets
-
-_LOGITS_AT_ONCE = 2**26  # 256 MB in float32; a batch with a large vocabulary has gigabytes
+from .linear_cross_entropy import LOGITS_AT_ONCE
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ def sum_losses(
     (rows, length), kept = labels.shape, {}
     trunk, vocab_size = _find_trunk(model)
     # Run the trunk once, and the head on as many positions at a time as memory allows.
-    size = max(1, _LOGITS_AT_ONCE // (rows * vocab_size)) if trunk else length
+    size = max(1, LOGITS_AT_ONCE // (rows * vocab_size)) if trunk else length
     in_parts = size < length
     nats = torch.empty(labels.shape, device=labels.device)
     with _run_once(trunk) if trunk and in_parts else nullcontext():

@@ -570,6 +570,7 @@ class NanoGPTForCausalLM(NanoGPTPreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        linear_loss: Callable[..., torch.Tensor] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
         """Map tokens to logits (B, T, V) and, given `labels` (B, T), to the loss in nats per token.
@@ -577,6 +578,9 @@ class NanoGPTForCausalLM(NanoGPTPreTrainedModel, GenerationMixin):
         The loss compares the logits at t with the label at t + 1 and ignores labels of -100: pass
         the input ids as they are. `logits_to_keep` computes only the logits of some positions, see
         `slice_logits_to_keep`.
+
+        A `linear_loss` computes the loss from the hidden states, the head and the labels. Then
+        `logits` is None: those of a large vocabulary take more memory than the model.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -588,11 +592,14 @@ class NanoGPTForCausalLM(NanoGPTPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
-        logits = self.lm_head(hidden_states)
-        if (cap := self.config.final_logit_softcapping) is not None:
-            logits = cap * torch.tanh(logits / cap)
-        loss = None
-        if labels is not None:
+        cap, logits, loss = self.config.final_logit_softcapping, None, None
+        if linear_loss is not None:
+            loss = linear_loss(hidden_states, self.lm_head, labels, softcap=cap, **kwargs)
+        else:
+            logits = self.lm_head(hidden_states)
+            if cap is not None:
+                logits = cap * torch.tanh(logits / cap)
+        if labels is not None and loss is None:
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
             )

@@ -229,7 +229,7 @@ def test_a_table_without_text_is_refused(model, tmp_path):
 
 
 def _largest_logits(model, monkeypatch, limit: int, **settings) -> tuple[object, list[int]]:
-    monkeypatch.setattr(evaluation, "_LOGITS_AT_ONCE", limit)
+    monkeypatch.setattr(evaluation, "LOGITS_AT_ONCE", limit)
     sizes: list[int] = []
     head = model.get_output_embeddings()
     hook = head.register_forward_hook(lambda module, inputs, output: sizes.append(output.numel()))
@@ -255,7 +255,7 @@ def test_logits_stay_within_their_limit_and_the_figures_the_same(family, batch_s
 def test_the_trunk_runs_once_for_all_pieces_and_answers_normally_afterwards(monkeypatch):
     model = tiny_model("nano", vocab_size=SIZE)
     runs: list[int] = []
-    monkeypatch.setattr(evaluation, "_LOGITS_AT_ONCE", 5 * SIZE)
+    monkeypatch.setattr(evaluation, "LOGITS_AT_ONCE", 5 * SIZE)
     model.model.layers[0].register_forward_hook(lambda *_: runs.append(1))
     evaluate(model, DOCUMENTS, tokenizer=TOKENIZER, batch_size=100)
     assert len(runs) == 1
@@ -275,7 +275,7 @@ def test_an_adapter_is_measured_in_pieces_as_whole(monkeypatch):
     counts = token_byte_counts(TOKENIZER)
     with torch.no_grad():
         whole = evaluation.sum_losses(model, batch, counts)
-        monkeypatch.setattr(evaluation, "_LOGITS_AT_ONCE", 10 * SIZE)
+        monkeypatch.setattr(evaluation, "LOGITS_AT_ONCE", 10 * SIZE)
         torch.testing.assert_close(evaluation.sum_losses(model, batch, counts), whole)
 
 
@@ -286,6 +286,6 @@ def test_a_prompt_that_was_learnt_is_refused_as_it_moves_all_positions(limit, mo
     model = peft.get_peft_model(tiny_model("nano", vocab_size=SIZE), settings)
     rows = [{"input_ids": row} for row in torch.randint(1, SIZE, (3, 40)).numpy()]
     batch = PackedCollator(TOKENIZER.eos_token_id)(rows)
-    monkeypatch.setattr(evaluation, "_LOGITS_AT_ONCE", limit)
+    monkeypatch.setattr(evaluation, "LOGITS_AT_ONCE", limit)
     with pytest.raises(ValueError, match="43 logits for 40 tokens"):
         evaluation.sum_losses(model, batch, token_byte_counts(TOKENIZER))

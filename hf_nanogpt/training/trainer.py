@@ -1,20 +1,26 @@
 """The Trainer of this project: transformers' Trainer, our optimizer, exact metrics."""
 
+import inspect
 import os
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
 from accelerate import FullyShardedDataParallelPlugin
 from torch.nn.functional import pad
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import TensorBoardCallback
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_callback import ProgressCallback as StockProgressCallback
+from transformers.trainer_utils import unwrap_peft_model
 
 from ..data.packing import PackedCollator
 from ..data.tokenization import token_byte_counts
 from ..errors import UserError, settings_errors
 from ..evaluation import sum_losses, summarize_losses
+from ..linear_cross_entropy import LOGITS_AT_ONCE, linear_cross_entropy
 from ..modeling_nanogpt import NanoGPTForCausalLM
 from .arguments import NanoGPTTrainingArguments
 from .callbacks import ProgressCallback, SpeedCallback
@@ -38,6 +44,7 @@ class NanoGPTTrainer(HubTrainer):
     """
 
     optimizer: torch.optim.Optimizer | None
+    label_smoother: Any
 
     def __init__(self, model=None, args=None, *, speed: SpeedCallback | None = None, **kwargs):
         # With a tokenizer, blocks are packed and metrics exact, unless the user chose otherwise.
@@ -75,11 +82,36 @@ class NanoGPTTrainer(HubTrainer):
             logs.update(self.speed.read(self.state))
         super().log(logs, start_time)
 
-    def compute_loss(self, model, inputs, *args, **kwargs):
-        """Return Trainer's loss; the model keeps a cache only if `args.use_cache` says so."""
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Return Trainer's loss; the model keeps a cache only if `args.use_cache` says so.
+
+        If nothing reads the logits of a batch, and there are more than `LOGITS_AT_ONCE`, a model of
+        ours computes the loss without having all of them in memory, by `linear_cross_entropy`.
+        """
         if getattr(self.model.config, "use_cache", None) is not None:
             inputs = {"use_cache": self.args.use_cache} | inputs
-        return super().compute_loss(model, inputs, *args, **kwargs)
+        smoother, smoothing = self.label_smoother, self.args.label_smoothing_factor
+        if not return_outputs and self._has_too_many_logits(inputs):
+            smooth = partial(linear_cross_entropy, label_smoothing=smoothing)
+            inputs = {**inputs, "linear_loss": smooth if smoothing else linear_cross_entropy}
+            self.label_smoother = None  # it reads the logits
+        elif smoother is not None and getattr(self.model, "loss_type", None) == "ForCausalLM":
+            # Trainer shifts the labels only if transformers has the model's class; without that, a
+            # model would learn to repeat its input.
+            self.label_smoother = partial(smoother, shift_labels=True)
+        try:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        finally:
+            self.label_smoother = smoother
+
+    def _has_too_many_logits(self, inputs) -> bool:
+        model, labels = unwrap_peft_model(self.model), inputs.get("labels")
+        if labels is None or self.compute_loss_func is not None:
+            return False
+        if "linear_loss" not in inspect.signature(type(model).forward).parameters:
+            return False
+        too_many = labels.numel() * model.config.vocab_size > LOGITS_AT_ONCE
+        return too_many and model.loss_function is ForCausalLMLoss
 
     def training_step(self, model, inputs, *args, **kwargs):
         """Do Trainer's step; with `torch_compile`, one graph serves smaller batches too."""
