@@ -185,7 +185,8 @@ class NanoGPTTrainer(HubTrainer):
 def _fill_batch(inputs: dict, rows: int, length: int) -> dict:
     """Fill a batch of `PackedCollator` up to (rows, length) by what is not learnt."""
     filled = dict(inputs)
-    for name in ("input_ids", "labels", "position_ids"):
+    # Without `document_mask` there are no position ids.
+    for name in inputs.keys() & {"input_ids", "labels", "position_ids"}:
         given = inputs[name]
         below, right = max(0, rows - given.shape[0]), max(0, length - given.shape[1])
         filled[name] = pad(given, (0, right, 0, below), value=-100 if name == "labels" else 0)
