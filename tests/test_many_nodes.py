@@ -44,6 +44,8 @@ def launch(flags: dict, *, fault: str = "none", restarts: int = 0) -> list:
     command += [fault, str(folder / "failed"), "--resume"]
     command += [f"--{name}={value}" for name, value in flags.items()]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    # As in train.sbatch, which says why.
+    environment |= {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
     def run(node: int) -> subprocess.CompletedProcess:
         return subprocess.run(
