@@ -37,7 +37,7 @@ from .preparing import check_architecture, load_start, prepare_blocks, prepare_m
 from .recipes import as_flags
 from .run_settings import check_settings_match, describe_settings
 from .samples import SampleCallback, choose_prompt, draw_sample
-from .stopping import stop_on_signals
+from .stopping import name_missing_ranks, stop_on_signals
 from .trainer import NanoGPTTrainer
 
 logger = logging.get_logger(__name__)
@@ -220,7 +220,7 @@ def _make_trainer(
 def _fit(trainer: NanoGPTTrainer, last_checkpoint: str | None) -> float:
     """Train the model, and return the seconds it took, those before an interruption included."""
     args = trainer.args
-    with stop_on_signals(trainer):
+    with stop_on_signals(trainer), name_missing_ranks(trainer):
         trainer.train(resume_from_checkpoint=last_checkpoint)
     seconds = time.perf_counter() - trainer.started
     if args.lora:  # from here on the whole model is measured, saved and pushed

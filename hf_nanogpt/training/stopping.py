@@ -5,14 +5,17 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
 from transformers import TrainerCallback
 
 from ..checkpoint.steps import find_last_checkpoint
+from ..errors import UserError
 from .resume import ResumableTrainer
 
+_ANSWER = timedelta(seconds=15)  # less than torchrun leaves to processes that are to end
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -36,7 +39,9 @@ class InterruptibleTrainer(ResumableTrainer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.signum = 0
-        self.group: Any = None  # of all processes, where there are several
+        # Of all processes, where there are several: one is of no use after a time-out.
+        self.group: Any = None
+        self.roll_call: Any = None
         self.add_callback(_StopCallback(self))
 
     def _maybe_log_save_evaluate(self, tr_loss, grad_norm, model, trial, *args, **kwargs):
@@ -72,6 +77,7 @@ class _StopCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         if args.world_size > 1:
             self.trainer.group = torch.distributed.new_group(backend="gloo")
+            self.trainer.roll_call = torch.distributed.new_group(backend="gloo")
 
     def on_prediction_step(self, args, state, control, **kwargs):
         # Several processes finish the evaluation, as they have not agreed to stop. So does
@@ -111,3 +117,24 @@ def stop_on_signals(trainer: InterruptibleTrainer) -> Iterator[None]:
     finally:
         for signum, handler in handlers.items():
             signal.signal(signum, handler)
+
+
+@contextmanager
+def name_missing_ranks(trainer: InterruptibleTrainer) -> Iterator[None]:
+    """Say which processes are missing if talking to them fails, as after `args.ddp_timeout`.
+
+    The first process asks all others to answer. If all do, or there is only one, the error stays.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if trainer.roll_call is None or "gloo" not in str(error):
+            raise
+        try:
+            torch.distributed.monitored_barrier(trainer.roll_call, _ANSWER, wait_all_ranks=True)
+        except RuntimeError as absence:
+            raise UserError(
+                f"Step {trainer.state.global_step + 1} does not end, because a process is gone or "
+                f"stalled: {absence}"
+            ) from error
+        raise
