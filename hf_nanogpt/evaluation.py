@@ -53,7 +53,8 @@ def sum_losses(
     """Return nats, predicted tokens and bytes of each row of a packed batch, (B, 3) float64."""
     labels = batch["labels"][:, 1:]  # (B, T - 1)
     # No attention mask and no cache: only then do the position ids keep packed documents apart.
-    inputs = {name: batch[name] for name in ("input_ids", "position_ids")} | {"use_cache": False}
+    inputs = {name: batch[name] for name in ("input_ids", "position_ids") if name in batch}
+    inputs["use_cache"] = False
     (rows, length), kept = labels.shape, {}
     trunk, vocab_size = _find_trunk(model)
     # Run the trunk once, and the head on as many positions at a time as memory allows.
@@ -159,6 +160,7 @@ def evaluate(
     batch_size: int = 16,
     text_column: str = "text",
     held_out: float | None = None,
+    document_mask: bool = True,
     show_progress: bool = False,
 ) -> EvaluationResult:
     """Measure a model on text, in blocks of `context_length` tokens.
@@ -176,6 +178,8 @@ def evaluate(
         stride: 1 to `context_length - 1` tokens; by default the latter, without overlap.
         batch_size: blocks at a time; changes speed, not the result.
         held_out: measure on the part that training with `validation_fraction=held_out` holds out.
+        document_mask: False lets the documents of a block see those before them, as a model has
+            learnt that was trained with `document_mask=False`.
 
     Raises:
         UserError: the checkpoint or the data does not exist, or a length is out of range.
@@ -196,7 +200,7 @@ def evaluate(
     # Blocks share one token, so blocks of `step + 1` tokens advance by `step`.
     blocks = pack_documents(documents, tokenizer, context_length=step + 1)
     windows = SlidingWindows(blocks, overlap=length - 1 - step)
-    collate = PackedCollator(tokenizer.eos_token_id)
+    collate = PackedCollator(tokenizer.eos_token_id, document_mask)
     loader: DataLoader = DataLoader(windows, batch_size=batch_size, collate_fn=collate)
     counts = token_byte_counts(tokenizer).to(model.device)
     was_training = model.training

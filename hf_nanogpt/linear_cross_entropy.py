@@ -94,9 +94,12 @@ class LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, hidden_states.shape[0], rows):
             part = slice(start, start + rows)
             states = hidden_states[part].to(dtype)
-            logits = (states @ matrix.T).to(wide)  # (rows, V)
             nats, error = _differentiate_cross_entropy(
-                logits, labels[part, None], softcap, label_smoothing, ignore_index
+                (states @ matrix.T).to(wide),  # (rows, V); no name keeps them in memory
+                labels[part, None],
+                softcap,
+                label_smoothing,
+                ignore_index,
             )
             loss = loss + nats
             error = error.to(dtype)
@@ -136,13 +139,14 @@ def _differentiate_cross_entropy(
     known = labels != ignore_index
     target = labels.where(known, 0)
     log_probs = logits.log_softmax(-1)
-    nats = (label_smoothing - 1) * log_probs.gather(1, target)
+    chosen = log_probs.gather(1, target)
+    nats = (label_smoothing - 1) * chosen
     if label_smoothing:
         nats = nats - label_smoothing * log_probs.mean(-1, keepdim=True)
     nats = nats.where(known, 0).sum()
     # The probabilities minus what the label asks for. In place: these are the largest tensors.
     error = log_probs.exp_()
-    error.scatter_add_(1, target, torch.full_like(target, label_smoothing - 1, dtype=error.dtype))
+    error.scatter_(1, target, chosen.exp() + label_smoothing - 1)
     error.sub_(label_smoothing / error.shape[1]).mul_(known)
     if softcap is not None:
         error.mul_(1 - (logits / softcap) ** 2)

@@ -411,6 +411,7 @@ class NanoGPTModel(NanoGPTPreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
         filled = None if is_empty(past_key_values) else past_key_values
 
+        packed_ids = position_ids  # only those of a caller can start again
         if position_ids is None:
             past_seen_tokens = 0 if filled is None else filled.get_seq_length()
             steps = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)
@@ -427,7 +428,7 @@ class NanoGPTModel(NanoGPTPreTrainedModel):
                 config=self.config,
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
-                position_ids=position_ids,
+                position_ids=packed_ids,  # under torch.compile, any make a mask of all pairs
                 # transformers looks for packed documents only if there is no cache.
                 **{CACHE: filled if attention_mask is None else past_key_values},
             )

@@ -181,9 +181,13 @@ class PackedCollator:
     labels equal the inputs (models shift them), or are -100 where a token is not to be learnt. A
     short block is filled with eos, labelled -100. If `eos_token_id` is `None`, documents have no
     end, and a short block is filled with 0.
+
+    Without `document_mask` there are no `position_ids`: positions run through the block, and
+    documents see those before them. The kernels of attention then need no mask.
     """
 
     eos_token_id: int | None
+    document_mask: bool = True
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         length = max(len(row["input_ids"]) for row in rows)
@@ -193,9 +197,13 @@ class PackedCollator:
             ids = np.asarray(row["input_ids"])
             input_ids[i, : len(ids)] = decode_ids(ids)
             labels[i, : len(ids)] = decode_labels(ids)
-        index, starts = np.arange(length), np.zeros_like(input_ids)
+        batch = {"input_ids": input_ids, "labels": labels}
+        if self.document_mask:
+            batch["position_ids"] = self._count_positions(input_ids)
+        return {name: torch.from_numpy(array) for name, array in batch.items()}
+
+    def _count_positions(self, input_ids: np.ndarray) -> np.ndarray:
+        index, starts = np.arange(input_ids.shape[1]), np.zeros_like(input_ids)
         if self.eos_token_id is not None:
             starts = np.where(input_ids == self.eos_token_id, index, 0)
-        positions = index - np.maximum.accumulate(starts, axis=1)
-        batch = {"input_ids": input_ids, "labels": labels, "position_ids": positions}
-        return {name: torch.from_numpy(array) for name, array in batch.items()}
+        return index - np.maximum.accumulate(starts, axis=1)

@@ -52,6 +52,11 @@ class NanoGPTTrainingArguments(TrainingArguments):
     momentum_warmup_steps: int = setting(
         0, "Steps in which Muon's momentum rises from 0.85 to 0.95."
     )
+    document_mask: bool = setting(
+        True,
+        "Hide the documents of a block from each other. Without it, attention needs no mask, which "
+        "is faster on a GPU.",
+    )
     num_threads: int | None = setting(None, "CPU threads for torch. Default: one for each core.")
     sample_prompt: str | None = setting(
         None, "Prompt of the samples. Default: the first words of the held-out text."

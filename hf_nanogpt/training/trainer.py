@@ -50,7 +50,8 @@ class NanoGPTTrainer(HubTrainer):
         self.byte_counts = None
         if isinstance(tokenizer, PreTrainedTokenizerBase):
             if kwargs.get("data_collator") is None:
-                kwargs["data_collator"] = PackedCollator(tokenizer.eos_token_id)
+                mask = getattr(args, "document_mask", True)
+                kwargs["data_collator"] = PackedCollator(tokenizer.eos_token_id, mask)
             if kwargs.get("compute_metrics") is None:
                 kwargs["compute_metrics"] = _compute_metrics
                 self.byte_counts = token_byte_counts(tokenizer)
