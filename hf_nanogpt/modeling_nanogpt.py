@@ -445,8 +445,8 @@ class NanoGPTModel(NanoGPTPreTrainedModel):
                 config=self.config,
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
-                # transformers looks for packed documents, which makes a GPU wait, only if there are
-                # position ids and no cache.
+                # Given position ids make transformers look for packed documents if there is no
+                # cache: a GPU waits for that, and compiled they always make a mask of all pairs.
                 position_ids=None if counted else position_ids,
                 **{CACHE: filled if attention_mask is None else past_key_values},
             )

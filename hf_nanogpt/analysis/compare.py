@@ -33,6 +33,8 @@ def compare_on_text(
         losses = f"{result.loss:.4f}", f"{result.perplexity:.2f}", f"{result.bits_per_byte:.4f}"
         rows.append([name, *losses, f"{result.num_tokens:,}", f"{result.num_bytes:,}"])
         bits[name] = result.bits_per_byte
+    if not settings.get("document_mask", True):  # say so: the figures are not those with the mask
+        rows = [[*row, "see each other" if i else "documents"] for i, row in enumerate(rows)]
     return Comparison(rows, {"bits per byte, lower is better": bits})
 
 

@@ -28,6 +28,12 @@ _EVAL_ON_DATA: Flags = [
         None,
         "only what training with validation_fraction=SHARE holds out",
     ),
+    (
+        "--no_document_mask",
+        bool,
+        None,
+        "let the documents of a block see those before them, as in training without the mask",
+    ),
 ]
 _EVAL_ON_TASKS: Flags = [
     ("--num_fewshot", int, None, "solved examples before each question"),
@@ -45,6 +51,8 @@ def run_eval(argv: list[str]) -> None:
     if plot := args.pop("plot", None):
         check_picture(plot)
     args["quantize"] = "quantize" in args
+    if args.pop("no_document_mask", False):
+        args["document_mask"] = False
     if "data" in args:
         comparison = compare_on_text(**args, show_progress=True)
     else:

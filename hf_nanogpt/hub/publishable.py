@@ -22,6 +22,7 @@ _PUBLISHED = {
     *("optim_recipe", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
     *("max_grad_norm", "momentum_warmup_steps", "lr_scheduler_type", "warmup_steps"),
     *("label_smoothing_factor", "neftune_noise_alpha", "average_tokens_across_devices"),
+    "document_mask",
     *("bf16", "fp16", "tf32", "torch_compile", "gradient_checkpointing"),
     *("lora", "lora_rank", "lora_alpha"),
     "preset",

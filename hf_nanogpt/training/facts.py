@@ -76,7 +76,7 @@ def collect_facts(
         "datasets": [data_args.data] if _is_hub_dataset(data_args.data) else [],
         "start_from": start_from and publish_place(str(start_from)),
         "command": publish_command(["hf-nanogpt", "train", recipe, *start, *flags]),
-        "eval_command": _repeat_evaluation(data_args),
+        "eval_command": _repeat_evaluation(data_args, args.document_mask),
         "settings": {
             "Tokenizer": publish_place(data_args.tokenizer),
             "Batch": f"{batch} blocks of {context_length} tokens",
@@ -85,6 +85,7 @@ def collect_facts(
             "Schedule": SchedulerType(args.lr_scheduler_type).value,
             "Weight decay": args.weight_decay,
             "Precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
+            "Documents of a block": None if args.document_mask else "see those before them",
             "Seed": args.seed,
             "LoRA": _describe_adapter(args),
         },
@@ -103,7 +104,7 @@ def _is_hub_dataset(data: str) -> bool:
     return not Path(data).exists() and bool(re.fullmatch(r"[\w.-]+/[\w.-]+", data))
 
 
-def _repeat_evaluation(data_args: DataArguments) -> list[str] | None:
+def _repeat_evaluation(data_args: DataArguments, document_mask: bool) -> list[str] | None:
     """Return the arguments of `hf-nanogpt eval` that measure on the same text, if it can."""
     default, folder = DataArguments(), Path(data_args.data)
     # Not on tokens without their text, nor on what `eval` has no flags for.
@@ -118,6 +119,8 @@ def _repeat_evaluation(data_args: DataArguments) -> list[str] | None:
         flags += ["--text_column", data_args.text_column]
     if data_args.context_length:
         flags += ["--context_length", str(data_args.context_length)]
+    if not document_mask:
+        flags += ["--no_document_mask"]
     return flags
 
 

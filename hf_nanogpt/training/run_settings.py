@@ -25,7 +25,7 @@ _DECISIVE = (
     *("optim_recipe", "learning_rate", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay"),
     *("max_grad_norm", "momentum_warmup_steps", "lr_scheduler_type", "lr_scheduler_kwargs"),
     *("warmup_steps", "seed", "data_seed", "bf16", "fp16", "label_smoothing_factor"),
-    *("neftune_noise_alpha", "train_sampling_strategy", "dataloader_drop_last"),
+    *("neftune_noise_alpha", "train_sampling_strategy", "dataloader_drop_last", "document_mask"),
 )
 # These may change, with a warning. A user may want a longer run; and the same total batch size may
 # be split in another way, which only regroups the same sums.
@@ -82,7 +82,7 @@ def check_settings_match(checkpoint: str, settings: dict[str, Any]) -> None:
             f"{checkpoint} cannot be resumed exactly: it was saved with save_only_model, or not by "
             "this version of hf_nanogpt. Start a new training in another output_dir."
         )
-    before = record["settings"]
+    before = {"document_mask": True} | record["settings"]  # until 0.1.0 there was no choice
     if isinstance(path := before.get("tokenizer"), str):  # as version 0.1.0 wrote it
         before["tokenizer"] = publish_place(path)
     changed = [name for name, value in settings.items() if before.get(name) != value]
