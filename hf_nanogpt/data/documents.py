@@ -255,7 +255,7 @@ def _open_table(data: str, files: list[Path], args: DataArguments) -> Documents:
     column, streaming = args.text_column, args.streaming
     if files:
         return read_tables(data, files, text_column=column, streaming=streaming)
-    place = {"split": args.dataset_split, "streaming": streaming}
+    place: dict[str, Any] = {"split": args.dataset_split, "streaming": streaming}
     return load_table(data, args.dataset_config, text_column=column, **place)
 
 

@@ -77,7 +77,9 @@ def explain_read_errors(name: object) -> Iterator[None]:
     try:
         yield
     except UnicodeDecodeError as error:
-        raise UserError(f"data={name} is not UTF-8 text: {error}.") from error
+        # Not where: the error counts from the start of what was decoded last.
+        bad = f"it has the byte 0x{error.object[error.start]:02x} ({error.reason})"
+        raise UserError(f"data={name} is not UTF-8 text: {bad}.") from error
     except (OSError, EOFError, pa.ArrowException) as error:
         raise UserError(f"data={name} cannot be read: {one_line(error)}.") from error
 

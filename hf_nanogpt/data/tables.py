@@ -85,7 +85,7 @@ def _read_column(data: str, files: list[Path], column: str, streaming: bool) -> 
 
 def _generate_rows(files: list[tuple[Path, str]], column: str) -> Iterator[dict[str, Any]]:
     for path, name in files:
-        found, columns = False, []
+        found, columns = False, list[str]()
         for number, row in enumerate(read_rows(path, name, column), 1):
             found, columns = found or column in row, columns or list(row)
             value = row.get(column)
