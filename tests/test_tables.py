@@ -6,13 +6,16 @@ import gzip
 import io
 import json
 import os
+import signal
+import tempfile
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from datasets import Dataset
+from datasets import Dataset, config
 
-from hf_nanogpt import DataArguments, load_documents, load_text
+from hf_nanogpt import DataArguments, load_documents, load_text, pack_documents, train_tokenizer
+from hf_nanogpt.data.stored import load_tokens
 
 ROWS = [f'Document {i}: naïve 東京 🦊,\r\nwith {"many " * (i % 7)}"words".\n' for i in range(30)]
 WORDS = ["null", "NA", "None", "nan", "N/A", "true", "007", "1.50", "1e3", "2024-01-02T10:00:00Z"]
@@ -221,5 +224,61 @@ def test_equal_size_and_time_do_not_hide_another_content(tmp_path, monkeypatch, 
 
 
 def test_a_long_name_is_one_sentence():
-    with pytest.raises(ValueError, match=r"data=x+ cannot be read: .*name too long"):
-        load_text("x" * 300)
+    for load in (load_text, lambda name: load_tokens(DataArguments(data=name))):
+        with pytest.raises(ValueError, match=r"data=x+ cannot be read: .*name too long"):
+            load("x" * 300)
+
+
+@pytest.fixture
+def ordinary_user():
+    """Give up what root may do with files, and yield a folder that everyone may write to."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o777)
+        # What is imported late must be imported before.
+        tokenizer = train_tokenizer([], kind="byte")
+        pack_documents(load_text(str(write(Path(folder, "a"), "a"))), tokenizer, context_length=4)
+        is_root = os.geteuid() == 0
+        if is_root:
+            os.seteuid(65534)
+        yield Path(folder)
+        if is_root:
+            os.seteuid(0)
+
+
+def test_what_may_not_be_read_or_written_is_one_sentence(ordinary_user, monkeypatch):
+    folder = ordinary_user
+    texts, rows = write(folder / "a.txt", "text"), write(folder / "b.jsonl", as_jsonl(["text"]))
+    (folder / "all" / "secret").mkdir(parents=True)
+    hidden = write(folder / "all" / "c.txt", "text")
+    closed = (hidden, folder / "all" / "secret", folder / "all" / "secret" / "d.txt")
+    for path in closed[:2]:
+        path.chmod(0)
+    for path in (*closed, folder / "all"):
+        with pytest.raises(ValueError, match=rf"data={path}.* cannot be read: .*denied"):
+            load_text(str(path))
+    hidden.chmod(0o600)
+    with pytest.raises(ValueError, match=r"all cannot be read: .*denied: '.*secret'"):
+        load_text(str(folder / "all"))
+
+    cache = folder / "cache"
+    cache.mkdir(mode=0o500)
+    monkeypatch.setattr(config, "HF_DATASETS_CACHE", cache)
+    for path in (texts, rows):
+        with pytest.raises(ValueError, match=rf"The cache {cache} cannot be used: .*set HF_HOME"):
+            load_text(str(path))
+    closed[1].chmod(0o700)
+
+
+def test_a_full_cache_is_one_sentence(tmp_path, monkeypatch):
+    resource = pytest.importorskip("resource")
+    text = write(tmp_path / "a.txt", "".join(str(i) for i in range(500_000)))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    monkeypatch.setattr(config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # writing more raises an OSError
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, limits[1]))
+    try:
+        with pytest.raises(ValueError, match=r"The cache .* cannot be used: .*Make room"):
+            load_text(str(text))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)

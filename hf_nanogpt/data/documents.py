@@ -9,13 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, Features, IterableDataset, NamedSplit, Value, config
-from datasets.exceptions import DatasetGenerationError
+from datasets import Dataset, Features, IterableDataset, NamedSplit, Value
 from datasets.fingerprint import Hasher
 
-from ..errors import UserError, one_line, without_secrets
+from ..errors import UserError, without_secrets
 from .conversations import MESSAGES, Documents, check_chat_template
-from .reading import VERSION, find_format, hash_files, read_pieces
+from .reading import VERSION, explain_cache_errors, find_format, hash_files, read_pieces
 from .sources import STDLIB, find_files, name_file
 from .tables import load_table, read_tables
 
@@ -141,23 +140,6 @@ def _named(setting: str) -> Iterator[None]:
         yield
     except UserError as error:
         raise UserError(re.sub("^data=", f"{setting}=", str(error))) from error
-
-
-@contextmanager
-def explain_cache_errors() -> Iterator[None]:
-    """Raise an `OSError` as a `UserError` about the cache; sources have errors of their own."""
-    try:
-        yield
-    except (OSError, DatasetGenerationError) as error:
-        cause = error.__cause__ or error
-        if isinstance(cause, UserError):
-            raise cause from error
-        if not isinstance(cause, OSError):
-            raise
-        raise UserError(
-            f"The cache {config.HF_DATASETS_CACHE} cannot be used: {one_line(cause)}. Make room "
-            "there, or set HF_HOME to a folder that you can write to."
-        ) from error
 
 
 # Which documents are held out

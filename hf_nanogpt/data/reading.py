@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
 import pyarrow as pa
+from datasets import config
+from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
 from pyarrow import parquet
 
@@ -82,6 +84,23 @@ def explain_read_errors(name: object) -> Iterator[None]:
         raise UserError(f"data={name} is not UTF-8 text: {bad}.") from error
     except (OSError, EOFError, pa.ArrowException) as error:
         raise UserError(f"data={name} cannot be read: {one_line(error)}.") from error
+
+
+@contextmanager
+def explain_cache_errors() -> Iterator[None]:
+    """Raise an `OSError` as a `UserError` about the cache; sources have errors of their own."""
+    try:
+        yield
+    except (OSError, DatasetGenerationError) as error:
+        cause = error.__cause__ or error
+        if isinstance(cause, UserError):
+            raise cause from error
+        if not isinstance(cause, OSError):
+            raise
+        raise UserError(
+            f"The cache {config.HF_DATASETS_CACHE} cannot be used: {one_line(cause)}. Make room "
+            "there, or set HF_HOME to a folder that you can write to."
+        ) from error
 
 
 def hash_files(paths: list[Path]) -> list[str]:

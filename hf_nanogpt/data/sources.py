@@ -9,7 +9,7 @@ from pathlib import Path
 
 from transformers.utils import logging
 
-from ..errors import UserError, one_line, without_secrets
+from ..errors import UserError, without_secrets
 from .reading import TABLES, explain_read_errors, find_format, open_bytes
 from .web import download_text, is_address
 
@@ -77,7 +77,7 @@ def _walk(folder: Path) -> Iterator[Path]:
     """
 
     def refuse(error: OSError) -> None:
-        raise UserError(f"data={folder} cannot be read: {one_line(error)}.") from error
+        raise error
 
     for place, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]

@@ -39,6 +39,7 @@ from .documents import DataArguments, load_documents
 from .encoding import DocumentEncoder
 from .packing import Tokens
 from .processes import run_in_order
+from .reading import explain_read_errors, hash_files
 from .sources import TOKENIZED, find_files
 from .token_files import find_token_files, load_token_files
 from .tokenization import TRAINED, load_tokenizer
@@ -67,7 +68,9 @@ def prepare_data(args: DataArguments) -> Corpus:
         UserError: as `load_documents`; or a folder of tokens is incomplete or does not fit.
     """
     folder = Path(args.data).expanduser()
-    if not holds_tokens(folder):
+    with explain_read_errors(without_secrets(args.data)):
+        has_tokens = holds_tokens(folder)
+    if not has_tokens:
         return Corpus(*load_documents(args))
     if (folder / TOKENIZED).is_file():
         stored, train, validation = _load_folder(folder, args)
@@ -212,8 +215,7 @@ def _check_source(
     A change in a stream from the Hub goes unnoticed.
     """
     names = [args.data, *([args.validation_data] if args.validation_data else [])]
-    files = [(str(p), p.stat()) for name in names for p in find_files(name)]
-    state: Any = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in files]
+    state: Any = hash_files([path for name in names for path in find_files(name)])
     if not state and isinstance(documents, Dataset):
         state = documents._fingerprint
     source = Hasher.hash(state)
