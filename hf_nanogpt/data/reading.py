@@ -37,9 +37,10 @@ VERSION = 3  # of what is read from a file; a new number ignores what is in the 
 
 _AT_ONCE = 2**20  # bytes
 _LONGEST_FIELD = 2**31 - 1  # of a CSV file; Python's own limit is 131,072
-# Where a long text is cut: before the blank between two letters, or else between a line and a
-# letter. Every usual tokenizer cuts a text there too, so the ids of the pieces are those of the
-# whole.
+# Where a long text is cut: before the blank between two letters; or, if there is none in `_REACH`
+# characters, between a line and a letter. Tokenizers cut a text there too, so that the ids of the
+# pieces are those of the whole.
+_REACH = 10_000
 _BLANKS = re.compile(r"(?<=[^\W\d_]) (?=[^\W\d_])")
 _LINES = re.compile(r"(?<=\S\n)(?=[^\W\d_])")
 
@@ -127,13 +128,17 @@ def read_pieces(path: Path, name: object, size: int) -> Iterator[str]:
         UserError: calls the file `name`; it cannot be read, or is not UTF-8 text.
     """
     with explain_read_errors(name), open_text(path) as file:
-        text, start = "", size
+        text, searched, line = "", size, None
         while more := file.read(size):
             text += more
-            while found := _BLANKS.search(text, start) or _LINES.search(text, start):
+            while True:
+                blank = _BLANKS.search(text, searched)
+                line = line or _LINES.search(text, searched)
+                if not (found := blank or (line if len(text) > size + _REACH else None)):
+                    break
                 yield text[: found.start()]
-                text, start = text[found.start() :], size
-            start = max(size, len(text) - 2)  # what was searched is not searched again
+                text, searched, line = text[found.start() :], size, None
+            searched = max(size, len(text) - 2)  # what was searched is not searched again
         if text:
             yield text
 
