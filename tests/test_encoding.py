@@ -1,16 +1,27 @@
 """Tokens of long texts: the ids of the pieces, joined, are those that the tokenizer gives."""
 
 import json
+import math
 import random
 from itertools import chain
 
 import pytest
+from conftest import tiny_model
 from datasets import Dataset
 from test_tokenization import CORPUS, NASTY, encode, sentencepiece_like
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import GPT2Tokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 
-from hf_nanogpt import load_text, pack_documents, token_byte_counts, train_tokenizer
+from hf_nanogpt import (
+    DataArguments,
+    evaluate,
+    load_text,
+    pack_documents,
+    token_byte_counts,
+    tokenize_corpus,
+    train,
+    train_tokenizer,
+)
 from hf_nanogpt.data import documents as documents_module
 
 VIETNAMESE = "Tiê\u0301ng Viê\u0323t co\u0301 da\u0302\u0301u, va\u0300 chu\u031b\u0303.\n"
@@ -94,3 +105,48 @@ def test_the_largest_id_is_kept_in_a_vocabulary_with_holes(largest):
     assert block["input_ids"].tolist() == [1, 0, largest, largest, 1]
     counts = token_byte_counts(tokenizer)
     assert len(counts) == largest + 1 and counts[[0, 1, 2, largest]].tolist()[1:3] == [0, 0]
+
+
+# Bytes are those of the text
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_bytes_are_counted_from_the_text_with_every_tokenizer(name):
+    tokenizer, texts = TOKENIZERS[name](), [*["hello"] * 5, *NASTY.values(), VIETNAMESE * 9]
+    texts = [text for text in texts if text]
+    model = tiny_model("nano", vocab_size=len(tokenizer))
+    documents, size = Dataset.from_dict({"text": texts}), sum(len(t.encode()) for t in texts)
+    for data in (documents, documents.to_iterable_dataset()):
+        result = evaluate(model, data, tokenizer=tokenizer)
+        assert result.num_bytes == size
+        assert result.num_tokens == sum(len(encode(tokenizer, text)) + 1 for text in texts)
+        bits = result.loss * result.num_tokens / math.log(2)
+        assert result.bits_per_byte == pytest.approx(bits / size, rel=1e-12)
+
+
+def test_without_an_eos_the_first_tokens_bytes_are_counted_too():
+    tokenizer = train_tokenizer([], kind="byte")
+    tokenizer.eos_token = None
+    model, documents = tiny_model("nano", vocab_size=257), Dataset.from_dict({"text": ["abc", "d"]})
+    result = evaluate(model, documents, tokenizer=tokenizer)
+    assert (result.num_tokens, result.num_bytes) == (3, 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stored", [False, True])
+def test_training_reports_the_bytes_of_the_text(tmp_path, stored):
+    byte_level(Qwen2Tokenizer).save_pretrained(tmp_path / "tokenizer")
+    source, data = tmp_path / "a.txt", str(tmp_path / "tokens")
+    source.write_text(VIETNAMESE * 200)
+    settings = {"data": str(source), "tokenizer": str(tmp_path / "tokenizer")}
+    settings["validation_fraction"] = 0.1
+    if stored:
+        tokenize_corpus(DataArguments(**settings), data)
+    tiny = {"n_layer": 1, "n_embd": 16, "n_head": 2, "block_size": 32, "num_threads": 1}
+    tiny |= {"max_steps": 2, "disable_tqdm": True, "output_dir": str(tmp_path / "run")}
+    result = train(**({"data": data} if stored else settings), **tiny)
+    expected = evaluate(tmp_path / "run", str(source), held_out=settings["validation_fraction"])
+    text = source.read_text()
+    assert expected.num_bytes == len(text[math.floor(len(text) * 0.9) :].encode())
+    assert result.metrics["eval_bytes"] == expected.num_bytes
+    assert result.metrics["bits_per_byte"] == pytest.approx(expected.bits_per_byte, rel=1e-4)

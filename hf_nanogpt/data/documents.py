@@ -142,6 +142,17 @@ def _named(setting: str) -> Iterator[None]:
         raise UserError(re.sub("^data=", f"{setting}=", str(error))) from error
 
 
+def count_bytes(documents: Documents) -> int | None:
+    """Return the bytes of all texts in UTF-8; None for conversations, where not all is learnt.
+
+    Tokens do not tell them: a tokenizer may normalise a text, or put a space in front of it.
+    """
+    if MESSAGES in (documents.column_names or []):
+        return None
+    batches = documents.iter(batch_size=64)
+    return sum(len(text.encode()) for batch in batches for text in batch["text"])
+
+
 # Which documents are held out
 
 

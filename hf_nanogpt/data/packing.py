@@ -36,6 +36,8 @@ class PackedBlocks(torch_data.Dataset):
     The corpus stays on disk and may be larger than memory; another process opens it again.
     """
 
+    num_bytes: int | None = None  # of the text, if they were counted
+
     def __init__(self, pieces: Pieces, *, context_length: int):
         self.open_pieces = pieces
         self.context_length = context_length
@@ -71,6 +73,8 @@ class PackedStream(torch_data.IterableDataset):
     depends only on the seed. If several processes train, the first reads for all of them
     (Accelerate's default), so that no document is read twice.
     """
+
+    num_bytes: int | None = None  # of the text, if they were counted
 
     def __init__(
         self,

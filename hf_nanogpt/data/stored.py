@@ -35,7 +35,7 @@ from ..errors import UserError, one_line, without_secrets
 from ..untrusted import read_json
 from .conversations import MESSAGES, Documents
 from .corpus import Corpus, prepare_tokenizer, tokenize_sides
-from .documents import DataArguments, load_documents
+from .documents import DataArguments, count_bytes, load_documents
 from .encoding import DocumentEncoder
 from .packing import Tokens
 from .processes import run_in_order
@@ -71,8 +71,11 @@ def prepare_data(args: DataArguments) -> Corpus:
     with explain_read_errors(without_secrets(args.data)):
         has_tokens = holds_tokens(folder)
     if not has_tokens:
-        return Corpus(*load_documents(args))
+        train, validation = load_documents(args)
+        return Corpus(train, validation, num_bytes=count_bytes(validation))
+    num_bytes = None
     if (folder / TOKENIZED).is_file():
+        num_bytes = _read_description(folder).get("splits", {}).get("validation", {}).get("bytes")
         stored, train, validation = _load_folder(folder, args)
     else:
         stored, train, validation = load_token_files(folder, args.tokenizer)
@@ -81,7 +84,7 @@ def prepare_data(args: DataArguments) -> Corpus:
             f"validation_data={without_secrets(args.validation_data)} cannot be used with "
             f"data={args.data}, which already holds tokens to validate on: leave it out."
         )
-    return Corpus(train, validation, stored)
+    return Corpus(train, validation, stored, num_bytes)
 
 
 def holds_tokens(folder: Path) -> bool:
