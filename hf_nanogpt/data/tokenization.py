@@ -6,12 +6,15 @@ So each encodes every Unicode text, decodes it exactly, and loads anywhere as a 
 """
 
 import json
+import re
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 import torch
+from datasets.utils import are_progress_bars_disabled
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -24,6 +27,9 @@ from .encoding import count_ids
 END_OF_TEXT = "<|endoftext|>"
 TokenizerKind = Literal["bpe", "char", "byte"]
 TRAINED = get_args(TokenizerKind)
+_LONG = 300  # characters
+_RUN = re.compile(rf"\w{{{_LONG}}}|\s{{{_LONG}}}|[^\w\s]{{{_LONG}}}")
+_BLANKS = re.compile(rf"\s{{{_LONG}}}")
 _ENOUGH = 64_000_000  # characters: more text than this does not change a small vocabulary
 
 
@@ -119,15 +125,30 @@ def _train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         min_frequency=2,
         special_tokens=[END_OF_TEXT],
         initial_alphabet=alphabet,
-        show_progress=False,
+        show_progress=sys.stderr.isatty() and not are_progress_bars_disabled(),
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator(_cut_runs(texts), trainer)
     if (size := tokenizer.get_vocab_size()) < vocab_size:
         raise UserError(
             f"vocab_size={vocab_size} is too large: this text gives only {size} tokens. Lower "
             "vocab_size, give more text, or use tokenizer='char'."
         )
     return tokenizer
+
+
+def _cut_runs(texts: Iterable[str]) -> Iterator[str]:
+    """Cut runs of letters, blanks or signs, which the trainer takes for one word.
+
+    Its time grows with the square of their length. Encoding does not cut them.
+    """
+    for text in texts:
+        start = 0
+        # Most texts have none, which this finds out faster.
+        if max(map(len, text.split()), default=0) >= _LONG or _BLANKS.search(text):
+            for run in _RUN.finditer(text):
+                yield text[start : run.end()]
+                start = run.end()
+        yield text[start:]
 
 
 def _join_characters(characters: set[str]) -> Tokenizer:
