@@ -33,10 +33,11 @@ class DataArguments:
 
     data: str = setting(
         default=STDLIB,
-        help="Text to train on: a file, folder, glob or URL of UTF-8 text; .jsonl, .csv or "
-        f".parquet tables (of texts, or of conversations in a column {MESSAGES}); a Hub dataset "
-        f"id; {STDLIB} (the source code of Python's standard library); or tokens: a folder made by "
-        "hf-nanogpt tokenize, or one with nanoGPT's train.bin and val.bin.",
+        help="Text to train on: a file, folder, glob or URL of UTF-8 text; .jsonl, .csv, .tsv or "
+        f".parquet tables (of texts, or of conversations in a column {MESSAGES}); the same as .gz, "
+        f".bz2 or .zst; a Hub dataset id; {STDLIB} (the source code of Python's standard library); "
+        "or tokens: a folder made by hf-nanogpt tokenize, or one with nanoGPT's train.bin and "
+        "val.bin.",
     )
     validation_data: str | None = setting(
         default=None, help="Text to validate on; by default part of `data` is held out."

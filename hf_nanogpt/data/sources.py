@@ -86,11 +86,18 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 def _choose(data: str, paths: Iterable[Path]) -> list[Path]:
     """Return the tables or the texts among the files; files that are neither are left out."""
-    files = sorted(p for p in paths if p.is_file() and not _is_blank(p))
-    formats = {p: find_format(p) for p in files}
-    tables = [p for p in files if formats[p]]
-    texts = [p for p in files if not formats[p] and _is_text(p)]
-    kinds = {formats[p] or "text": p.name for p in (*tables, *texts)}
+    tables: list[Path] = []
+    texts: list[Path] = []
+    skipped = 0
+    for path in sorted(p for p in paths if p.is_file()):
+        head = _read_head(path, path)
+        if find_format(path) and not _is_blank(head):
+            tables.append(path)
+        elif _is_text(head) and not _is_blank(head):
+            texts.append(path)
+        else:
+            skipped += not _is_blank(head)
+    kinds = {find_format(p) or "text": p.name for p in (*tables, *texts)}
     if len(kinds) > 1:
         raise UserError(
             f"data={data} mixes {' and '.join(f'{k} ({name})' for k, name in kinds.items())}: "
@@ -98,7 +105,7 @@ def _choose(data: str, paths: Iterable[Path]) -> list[Path]:
         )
     if not kinds:
         raise UserError(f"data={data} has no UTF-8 text and no {', '.join(TABLES)} file in it.")
-    if skipped := len(files) - len(tables) - len(texts):
+    if skipped:
         logger.warning(f"{skipped} files in {data} were skipped: they are not UTF-8 text.")
     return tables or texts
 
@@ -112,26 +119,25 @@ def _may_be_hub_id(data: str) -> bool:
 
 
 def _check_file(path: Path, name: str) -> None:
-    if _is_blank(path):
+    head = _read_head(path, name)
+    if _is_blank(head):
         raise UserError(f"data={name} is empty.")
-    if not find_format(path) and not _is_text(path):
+    if not find_format(path) and not _is_text(head):
         raise UserError(f"data={name} is not UTF-8 text: convert it to UTF-8, or give text.")
 
 
-def _read_head(path: Path) -> bytes:
-    with explain_read_errors(path), open_bytes(path) as file:
+def _read_head(path: Path, name: object) -> bytes:
+    with explain_read_errors(name), open_bytes(path) as file:
         return file.read(_HEAD)
 
 
-def _is_blank(path: Path) -> bool:
+def _is_blank(head: bytes) -> bool:
     """Say whether a file holds nothing, or only a few blanks and empty lines."""
-    head = _read_head(path)
     return len(head) < _HEAD and not head.removeprefix(codecs.BOM_UTF8).strip()
 
 
-def _is_text(path: Path) -> bool:
+def _is_text(head: bytes) -> bool:
     """Say whether a file begins as UTF-8 text (the rest is checked when it is read)."""
-    head = _read_head(path)
     try:
         head.decode("utf-8")
     except UnicodeDecodeError as error:
