@@ -19,8 +19,14 @@ from transformers.trainer_utils import unwrap_peft_model
 
 from .checkpoint.loading import load_checkpoint
 from .data.conversations import Documents
-from .data.documents import DataArguments, check_fraction, load_documents, load_text
-from .data.encoding import encode_unlearnt
+from .data.documents import (
+    DataArguments,
+    check_fraction,
+    count_bytes,
+    load_documents,
+    load_text,
+)
+from .data.encoding import count_ids, encode_unlearnt
 from .data.packing import PackedBlocks, PackedCollator, PackedStream, pack_documents
 from .data.tokenization import token_byte_counts
 from .errors import UserError, without_secrets
@@ -37,7 +43,7 @@ class EvaluationResult:
         bits_per_byte: all nats over ln 2, per byte of the text in UTF-8. Unlike the loss it can be
             compared between tokenizers. It includes the bits for predicting where documents end.
         num_tokens: tokens predicted, including one <|endoftext|> per document.
-        num_bytes: bytes of the text.
+        num_bytes: bytes of the text; of conversations, those of the tokens that are learnt.
     """
 
     loss: float
@@ -114,9 +120,13 @@ def _run_once(module: nn.Module) -> Iterator[None]:
             module.forward = before
 
 
-def summarize_losses(sums: torch.Tensor) -> EvaluationResult:
-    """Turn sums of nats, tokens and bytes, shape (..., 3), into the result."""
+def summarize_losses(sums: torch.Tensor, num_bytes: int | None = None) -> EvaluationResult:
+    """Turn sums of nats, tokens and bytes, shape (..., 3), into the result.
+
+    If the bytes of the text are known, `num_bytes` takes the place of those of the tokens.
+    """
     nats, tokens, size = sums.reshape(-1, 3).sum(dim=0).tolist()
+    size = size if num_bytes is None else num_bytes
     loss = nats / max(tokens, 1)
     return EvaluationResult(
         loss=loss,
@@ -189,9 +199,9 @@ def evaluate(
         tokenizer = tokenizer or found
     if tokenizer is None:
         raise UserError("tokenizer=None: give the tokenizer that goes with the model.")
-    if len(tokenizer) > model.config.vocab_size:
+    if count_ids(tokenizer) > model.config.vocab_size:
         raise UserError(
-            f"The tokenizer has {len(tokenizer)} tokens, but the model has vocab_size="
+            f"The tokenizer needs vocab_size={count_ids(tokenizer)}, but the model has vocab_size="
             f"{model.config.vocab_size}: they do not belong together."
         )
     length = check_context_length(model.config, context_length)
@@ -215,7 +225,7 @@ def evaluate(
     if not total[1]:
         name = without_secrets(data) if isinstance(data, str) else "documents"
         raise UserError(f"data={name} has no text, or no answers, to measure on.")
-    return summarize_losses(total)
+    return summarize_losses(total, count_bytes(documents))
 
 
 def _load_text(data: str, text_column: str, held_out: float | None) -> Documents:

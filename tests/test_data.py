@@ -59,6 +59,7 @@ def test_of_one_file_exactly_the_tail_is_held_out(tmp_path, fraction):
     train, held_out = load(
         write_files(tmp_path, {"a.txt": text}) / "a.txt", validation_fraction=fraction
     )
+    text = text.removeprefix("\ufeff")  # a byte-order mark is not part of the text
     cut = math.floor(len(text) * (1 - fraction))
     assert (texts(train), texts(held_out)) == ([text[:cut]], [text[cut:]])
 
@@ -299,7 +300,7 @@ def test_bad_data_is_refused_with_its_name(tmp_path, name, streaming):
 
 def test_a_corrupt_table_is_refused_with_its_cause(tmp_path):
     source = write_files(tmp_path, BAD_FILES) / "cut.jsonl"
-    with pytest.raises(ValueError, match=r"JSON parse error: .* in row 1"):
+    with pytest.raises(ValueError, match=r"cut\.jsonl: line 2 is not JSON: Expecting"):
         load(source)
 
 

@@ -166,6 +166,8 @@ def test_a_file_counts_the_bytes_it_has(model, tmp_path, monkeypatch, name):
     path = tmp_path / name
     path.write_bytes((json.dumps({"body": text}) if name == "t.jsonl" else text).encode())
     result = evaluate(model, str(path), tokenizer=TOKENIZER, text_column="body")
+    if name != "t.jsonl":  # a byte-order mark at the start of a file is not part of its text
+        text = text.removeprefix("\ufeff")
     assert result.num_bytes == len(text.encode())
     assert result.num_tokens == result.num_bytes + 1
 

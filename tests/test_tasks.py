@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -116,6 +117,39 @@ def test_scores_equal_those_of_lm_eval_without_us(workplace):
     assert [score.stderr for score in scores] == [
         expected[f"{score.metric}_stderr,none"] for score in scores
     ]
+
+
+@needs_lm_eval
+def test_tasks_that_use_chance_give_the_scores_of_lm_eval_each_time(workplace):
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    Path("chance.py").write_text(
+        "import random\n"
+        "import numpy as np\n"
+        "def shuffle(docs):\n"
+        "    rows = []\n"
+        "    for row in list(docs) * 8:\n"
+        "        order = random.sample(range(3), 3)\n"
+        "        choices = [row['choices'][i] for i in order]\n"
+        "        answer = order.index(row['answer'])\n"
+        "        rows.append({'q': row['q'] + str(np.random.rand()), 'choices': choices, "
+        "'answer': answer})\n"
+        "    return docs.from_list(rows)\n"
+    )
+    text = CHOICE + "process_docs: !function chance.shuffle\n"
+    Path("chance.yaml").write_text(text.replace("task: sums", "task: chance"))
+    lm, settings = HFLM(pretrained="b", device="cpu", batch_size=4), {"num_fewshot": 1}
+    random.seed(5)
+    before = random.getstate(), torch.get_rng_state()
+    found = [evaluate_tasks("b", ["chance.yaml"], **settings) for _ in range(2)]
+    assert random.getstate() == before[0] and torch.get_rng_state().equal(before[1])
+    manager = TaskManager(include_defaults=False)
+    expected = simple_evaluate(lm, tasks=["chance.yaml"], task_manager=manager, **settings)
+    for scores in found:
+        values = {f"{score.metric},none": score.value for score in scores}
+        assert values.items() <= expected["results"]["chance"].items()
 
 
 @needs_lm_eval

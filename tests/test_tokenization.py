@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from hf_nanogpt import token_byte_counts, train_tokenizer
-from hf_nanogpt.data.tokenization import END_OF_TEXT
+from hf_nanogpt.data.tokenization import END_OF_TEXT, _cut_runs
 
 KINDS = ("bpe", "char", "byte")
 CORPUS = [
@@ -211,3 +211,33 @@ def sentencepiece_like(kind: str) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
     )
+
+
+RUNS = {
+    "letters": "".join(random.Random(0).choices("ACGT", k=300_000)),
+    "chinese": "".join(chr(0x4E00 + random.Random(1).randrange(900)) for _ in range(9)) * 9999,
+    "one letter": "a" * 1_000_000,
+    "blanks": " " * 1_000_000 + "end",
+    "signs": "=-" * 300_000,
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_long_run_without_breaks_is_given_to_the_trainer_in_parts(name):
+    text = RUNS[name]
+    parts = list(_cut_runs([text]))
+    assert "".join(parts) == text and max(map(len, parts)) <= 300
+    tokenizer = train_tokenizer([text], vocab_size=262)
+    part = text[:2000]
+    assert tokenizer.decode(encode(tokenizer, part)) == part
+    assert tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("a" * 2000)[1:] == []
+
+
+@pytest.mark.parametrize("text", [*CORPUS, "def f(x):\n    return x  # " + "-" * 70])
+def test_ordinary_text_is_given_to_the_trainer_as_it_is(text):
+    assert list(_cut_runs([text])) == [text]
+
+
+def test_the_trainer_shows_progress_on_a_terminal_only(capfd):
+    train_tokenizer(CORPUS, vocab_size=300)
+    assert capfd.readouterr() == ("", "")

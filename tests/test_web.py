@@ -1,6 +1,8 @@
 """Texts on the web: downloaded by a plain install, kept, and without showing passwords."""
 
 import base64
+import gzip
+import json
 import os
 import subprocess
 import sys
@@ -91,6 +93,26 @@ def test_an_unchanged_text_stays_in_the_cache_and_a_changed_one_is_read_anew(sit
     site.text, site.headers = b"once more\n", {}  # a server without versions
     assert read(url) == "once more\n"
     assert download_text(url) == download_text(url)
+
+
+@pytest.mark.parametrize("headers", [{}, {"Last-Modified": "Fri, 01 May 2026 10:00:00 GMT"}])
+def test_without_an_etag_a_text_that_changed_is_read_anew(site, headers):
+    url = f"http://{site.address}/a.txt"
+    for text in ("first\n", "other\n"):  # of equal size, in the same second
+        site.text, site.headers = text.encode(), headers
+        assert read(url) == text
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "ROWS.JSONL?download=true", "v1.2/rows.jsonl.gz"])
+@pytest.mark.parametrize("headers", [{"ETag": '"1"'}, {}])
+def test_an_address_of_a_table_is_read_as_a_table(site, name, headers):
+    rows = "".join(json.dumps({"text": f"{i}"}) + "\n" for i in range(9)).encode()
+    site.text, site.headers = gzip.compress(rows) if name.endswith("gz") else rows, headers
+    assert read(f"http://{site.address}/{name}") == "012345678"
+    site.text, site.headers = b"\n" + site.text[:50], {"ETag": '"2"'}
+    with pytest.raises(ValueError, match=rf"data=http://{site.address}/") as caught:
+        read(f"http://{site.address}/{name}")
+    assert "download=" not in str(caught.value)
 
 
 def test_what_breaks_off_leaves_nothing_and_an_earlier_copy_serves_without_the_server(site):

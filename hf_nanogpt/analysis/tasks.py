@@ -1,13 +1,17 @@
 """Benchmarks from papers: tasks of lm-eval, run by its own `HFLM` on our checkpoints."""
 
+import random
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checkpoint.loading import load_checkpoint
@@ -51,7 +55,7 @@ def evaluate_tasks(
     for name, value, least in (("num_fewshot", num_fewshot, 0), ("limit", limit, 1)):
         if value is not None and value < least:
             raise UserError(f"{name}={value} must be at least {least}.")
-    loaded = _load_tasks(tasks, num_fewshot)
+    index = _find_tasks(tasks)
     if not isinstance(model, PreTrainedModel):
         model, checkpoint_tokenizer = load_checkpoint(model)
         tokenizer = tokenizer or checkpoint_tokenizer
@@ -60,7 +64,9 @@ def evaluate_tasks(
 
     lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, trust_remote_code=False)
     # Not `simple_evaluate`, which spends ten seconds describing the machine each time.
-    results = evaluate(lm, loaded, limit=limit, log_samples=False)
+    with _lm_eval_seeds():
+        loaded = _load_tasks(index, tasks, num_fewshot)
+        results = evaluate(lm, loaded, limit=limit, log_samples=False)
     scores = results["results"] | results.get("groups", {})
     return [score for task, values in scores.items() for score in _read_scores(task, values)]
 
@@ -71,14 +77,41 @@ def check_lm_eval() -> None:
         raise UserError("Tasks need lm-eval: pip install 'hf-nanogpt[eval]'.")
 
 
-def _load_tasks(names: Sequence[str], num_fewshot: int | None) -> dict[str, Any]:
-    """Return the tasks and groups with these names, with their data."""
+@contextmanager
+def _lm_eval_seeds() -> Iterator[None]:
+    """Set the seeds that lm-eval's command line sets, and restore the caller's randomness after.
+
+    Tasks draw examples before questions, and some shuffle choices when their data is loaded.
+    """
+    from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
+
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        random.seed(DEFAULT_RANDOM_SEED)
+        np.random.seed(DEFAULT_OTHER_SEED)
+        torch.manual_seed(DEFAULT_OTHER_SEED)
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+
+
+def _find_tasks(names: Sequence[str]) -> Any:
+    """Return an index of tasks that has these names."""
     # lm-eval spends ten seconds reading its 14,000 descriptions, which tasks in files do not need.
     index = _index_tasks(not all(map(_is_task_file, names)))
     for name in names:
         if name not in index.task_index and not Path(name).is_file():
             hint = did_you_mean(name, index.all_tasks) or " `lm-eval ls tasks` lists all tasks."
             raise UserError(f"tasks={name} is not a task of lm-eval or a YAML file.{hint}")
+    return index
+
+
+def _load_tasks(index: Any, names: Sequence[str], num_fewshot: int | None) -> dict[str, Any]:
+    """Return the tasks and groups with these names, with their data."""
+    from lm_eval.defaults import DEFAULT_OTHER_SEED
+
     # Errors may come from YAML, jinja2, datasets, huggingface_hub or the task's own code.
     with explain_errors(f"tasks={','.join(names)} cannot be loaded"):
         loaded = index.load(list(names))
@@ -86,7 +119,7 @@ def _load_tasks(names: Sequence[str], num_fewshot: int | None) -> dict[str, Any]
         described = task.get_config("num_fewshot")
         if described != 0:  # 0 in a description means never
             task.set_config("num_fewshot", (described or 0) if num_fewshot is None else num_fewshot)
-        task.set_fewshot_seed(1234)  # as lm-eval's command line, so that scores are the same
+        task.set_fewshot_seed(DEFAULT_OTHER_SEED)
     return loaded
 
 

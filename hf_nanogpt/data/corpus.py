@@ -19,11 +19,13 @@ class Corpus:
     Attributes:
         train, validation: documents; with a `tokenizer`, their tokens.
         tokenizer: the tokenizer of the tokens; None for text.
+        num_bytes: bytes of the text to validate on, if they are known.
     """
 
     train: Documents | Tokens
     validation: Documents | Tokens
     tokenizer: PreTrainedTokenizerBase | None = None
+    num_bytes: int | None = None
 
 
 def prepare_tokenizer(

@@ -1,28 +1,25 @@
 """From sources to documents, rows with a `text`; and which of them are held out."""
 
 import math
+import re
 import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, Features, IterableDataset, NamedSplit, Value, load_dataset
-from datasets.exceptions import DatasetGenerationError, DatasetsError
+from datasets import Dataset, Features, IterableDataset, NamedSplit, Value
 from datasets.fingerprint import Hasher
-from huggingface_hub.errors import HTTPError
-from pyarrow import ArrowException
 
-from ..checkpoint.loading import unreachable
-from ..errors import UserError, one_line, without_secrets
-from .conversations import MESSAGES, Documents, check_chat_template, read_conversations
-from .sources import STDLIB, TABLES, find_files
+from ..errors import UserError, without_secrets
+from .conversations import MESSAGES, Documents, check_chat_template
+from .reading import VERSION, explain_cache_errors, find_format, hash_files, read_pieces
+from .sources import STDLIB, find_files, name_file
+from .tables import load_table, read_tables
 
 _PIECE = 100_000  # characters of a long text that are handled at a time
 _FEW = 20  # with fewer texts than this, each gives its end to validation
-# A dataset that is a script raises RuntimeError, and one that needs another package ImportError.
-_LIBRARY_ERRORS = (ArrowException, DatasetsError, HTTPError)
-_TABLE_ERRORS = (*_LIBRARY_ERRORS, ImportError, OSError, RuntimeError, ValueError)
 
 
 def setting(default: Any, help: str) -> Any:
@@ -36,10 +33,11 @@ class DataArguments:
 
     data: str = setting(
         default=STDLIB,
-        help="Text to train on: a file, folder, glob or URL of UTF-8 text; .jsonl, .csv or "
-        f".parquet tables (of texts, or of conversations in a column {MESSAGES}); a Hub dataset "
-        f"id; {STDLIB} (the source code of Python's standard library); or tokens: a folder made by "
-        "hf-nanogpt tokenize, or one with nanoGPT's train.bin and val.bin.",
+        help="Text to train on: a file, folder, glob or URL of UTF-8 text; .jsonl, .csv, .tsv or "
+        f".parquet tables (of texts, or of conversations in a column {MESSAGES}); the same as .gz, "
+        f".bz2 or .zst; a Hub dataset id; {STDLIB} (the source code of Python's standard library); "
+        "or tokens: a folder made by hf-nanogpt tokenize, or one with nanoGPT's train.bin and "
+        "val.bin.",
     )
     validation_data: str | None = setting(
         default=None, help="Text to validate on; by default part of `data` is held out."
@@ -85,21 +83,21 @@ def load_documents(args: DataArguments) -> tuple[Documents, Documents]:
     table.
 
     Raises:
-        UserError: the source is missing, empty, not text, or too small to hold anything out.
+        UserError: the source is missing, empty, not text, or too small to hold anything out; or
+            the cache cannot be written.
     """
     if args.validation_data:
-        return _load_whole(args.data, args), _load_whole(args.validation_data, args)
+        train = _load_whole(args.data, args)
+        with _named("validation_data"):
+            return train, _load_whole(args.validation_data, args)
     files, name = find_files(args.data), without_secrets(args.data)
-    fraction = args.validation_fraction
-    if _are_texts(files):
-        train, validation = (_write_texts(name, files, fraction, side) for side in (False, True))
-    else:
-        train, validation = _split_table(_open_table(name, files, args), args)
-    if any(next(iter(side), None) is None for side in (train, validation)):
-        raise UserError(
-            f"data={name} is too small to hold out validation_fraction={fraction}: give more text, "
-            "another fraction, or validation_data."
-        )
+    with explain_cache_errors():
+        if _are_texts(files):
+            train, validation = _split_texts(args.data, files, args.validation_fraction)
+        else:
+            train, validation = _split_table(_open_table(args.data, files, args), args)
+        if any(next(iter(side), None) is None for side in (train, validation)):
+            raise UserError(f"data={name} {_explain_empty_side(train, validation, args)}")
     return train, validation
 
 
@@ -109,12 +107,51 @@ def load_text(data: str, *, text_column: str = "text") -> Documents:
 
 
 def _load_whole(data: str, args: DataArguments) -> Documents:
-    files, name = find_files(data), without_secrets(data)
-    return _write_texts(name, files) if _are_texts(files) else _open_table(name, files, args)
+    files = find_files(data)
+    with explain_cache_errors():
+        if _are_texts(files):
+            return _write_texts(data, files, hash_files(files))
+        return _open_table(data, files, args)
 
 
 def _are_texts(files: list[Path]) -> bool:
-    return bool(files) and files[0].suffix not in TABLES
+    return bool(files) and not find_format(files[0])
+
+
+def _explain_empty_side(train: Documents, validation: Documents, args: DataArguments) -> str:
+    """Say why one of the sides is empty, and what to do."""
+    texts = (row["text"] for side in (train, validation) for row in side)
+    if (first := next(texts, None)) is None:
+        return f"holds no text in its column {args.text_column}."
+    if train.features and "starts" not in train.features and all(text == first for text in texts):
+        return (
+            "has one row, or one that is repeated, so nothing else can be held out: give more "
+            "text, or validation_data."
+        )
+    return (
+        f"is too small to hold out validation_fraction={args.validation_fraction}: give more text, "
+        "another fraction, or validation_data."
+    )
+
+
+@contextmanager
+def _named(setting: str) -> Iterator[None]:
+    """Let errors about `data` name another setting, which was given the source in question."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(re.sub("^data=", f"{setting}=", str(error))) from error
+
+
+def count_bytes(documents: Documents) -> int | None:
+    """Return the bytes of all texts in UTF-8; None for conversations, where not all is learnt.
+
+    Tokens do not tell them: a tokenizer may normalise a text, or put a space in front of it.
+    """
+    if MESSAGES in (documents.column_names or []):
+        return None
+    batches = documents.iter(batch_size=64)
+    return sum(len(text.encode()) for batch in batches for text in batch["text"])
 
 
 # Which documents are held out
@@ -141,55 +178,63 @@ def _is_on_side(row: dict, threshold: int, held_out: bool) -> bool:
 # Text files
 
 
+def _split_texts(data: str, files: list[Path], fraction: float) -> tuple[Dataset, Dataset]:
+    contents = hash_files(files)
+    train, validation = (
+        _write_texts(data, files, contents, fraction, side) for side in (False, True)
+    )
+    return train, validation
+
+
 def _write_texts(
-    data: str, files: list[Path], fraction: float = 0.0, held_out: bool = False
+    data: str,
+    files: list[Path],
+    contents: list[str],
+    fraction: float = 0.0,
+    held_out: bool = False,
 ) -> Dataset:
     """Write one side of the split, by default all, to an Arrow file in the cache, and map it."""
-    # Sizes and times are part of the fingerprint, so that a changed text is read again. (A tuple:
-    # `from_generator` would pass a list to the generator one element at a time.)
-    state = tuple((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files)
-    settings: dict[str, Any] = {"state": state, "held_out": held_out}
+    # (A tuple: `from_generator` would pass a list to the generator one element at a time.)
+    texts = tuple((path, name_file(data, path)) for path in files)
+    settings: dict[str, Any] = {"held_out": held_out, "size": _PIECE}
     features = Features({"text": Value("large_string"), "starts": Value("bool")})
-    try:
-        if len(files) < _FEW:
-            generate: Any = _generate_tails
-            settings["fraction"] = fraction
-        else:
-            generate = _generate_whole_texts
-            firsts = (next(_read_pieces(name), "") for name, *_ in state)
-            settings["threshold"] = _find_threshold(firsts, fraction) if fraction else 0
-        if next(generate(**settings), None) is None:  # from_generator cannot make an empty dataset
-            return Dataset.from_dict({"text": [], "starts": []}, features=features)
-        return Dataset.from_generator(
-            generate,
-            gen_kwargs=settings,
-            features=features,
-            fingerprint=Hasher.hash(("texts", _PIECE, settings)),
-            split=NamedSplit("validation" if held_out else "training"),
-        )
-    except (UnicodeDecodeError, DatasetGenerationError) as error:
-        cause = error.__cause__ or error
-        if not isinstance(cause, UnicodeDecodeError):
-            raise
-        raise UserError(f"data={data} is not UTF-8 text: {cause}.") from error
+    if len(files) < _FEW:
+        generate: Any = _generate_tails
+        settings["fraction"] = fraction
+    else:
+        generate = _generate_whole_texts
+        firsts = (next(read_pieces(*text, _PIECE), "") for text in texts)
+        settings["threshold"] = _find_threshold(firsts, fraction) if fraction else 0
+    if next(generate(texts, **settings), None) is None:  # from_generator cannot make an empty one
+        return Dataset.from_dict({"text": [], "starts": []}, features=features)
+    return Dataset.from_generator(
+        generate,
+        gen_kwargs={"texts": texts} | settings,
+        features=features,
+        # Only what decides the rows: the same text is read once, wherever it lies.
+        fingerprint=Hasher.hash(("texts", VERSION, generate.__name__, contents, settings)),
+        split=NamedSplit("validation" if held_out else "training"),
+    )
 
 
-def _generate_whole_texts(state: tuple, threshold: int, held_out: bool) -> Iterator[dict]:
+def _generate_whole_texts(
+    texts: tuple, size: int, threshold: int, held_out: bool
+) -> Iterator[dict]:
     """Yield the pieces of each text on one side of the split; `starts` marks the first of each."""
-    for name, *_ in state:
-        pieces = _read_pieces(name)
+    for path, name in texts:
+        pieces = read_pieces(path, name, size)
         first = {"text": next(pieces, ""), "starts": True}
         if _is_on_side(first, threshold, held_out):
             yield first
             yield from ({"text": piece, "starts": False} for piece in pieces)
 
 
-def _generate_tails(state: tuple, fraction: float, held_out: bool) -> Iterator[dict]:
+def _generate_tails(texts: tuple, size: int, fraction: float, held_out: bool) -> Iterator[dict]:
     """Yield either the last `fraction` of each text's characters, or what comes before it."""
-    for name, *_ in state:
-        cut = math.floor(sum(map(len, _read_pieces(name))) * (1 - fraction))
+    for path, name in texts:
+        cut = math.floor(sum(map(len, read_pieces(path, name, size))) * (1 - fraction))
         position, starts = 0, True
-        for piece in _read_pieces(name):
+        for piece in read_pieces(path, name, size):
             split = max(0, min(cut - position, len(piece)))
             position += len(piece)
             if text := piece[split:] if held_out else piece[:split]:
@@ -197,58 +242,15 @@ def _generate_tails(state: tuple, fraction: float, held_out: bool) -> Iterator[d
                 starts = False
 
 
-def _read_pieces(name: str) -> Iterator[str]:
-    """Yield a text file in pieces that end at the end of a line, with no character changed."""
-    with open(name, encoding="utf-8", newline="") as file:
-        while piece := file.read(_PIECE):
-            yield piece + file.readline()
-
-
-# Tables and the Hub
+# Tables
 
 
 def _open_table(data: str, files: list[Path], args: DataArguments) -> Documents:
-    """Return the rows of a table that have text, with `text` and, of conversations, `messages`."""
-    try:
-        if files:
-            paths = [str(p) for p in files]
-            loader = TABLES[files[0].suffix]
-            table = load_dataset(loader, data_files=paths, split="train", streaming=args.streaming)
-        else:
-            table = load_dataset(
-                data, args.dataset_config, split=args.dataset_split, streaming=args.streaming
-            )
-        first: dict = next(iter(table), {})
-    except _TABLE_ERRORS as error:
-        if isinstance(error, OSError) and not files:
-            raise UserError(f"data={unreachable(data, 'file or folder', error)}") from error
-        why = one_line(error.__cause__ or error)  # `datasets` says only that something went wrong
-        raise UserError(f"data={data} cannot be read as a table: {why}") from error
-    columns = table.column_names or list(first)
-    has_no_text = args.text_column == "text" and "text" not in columns
-    if (has_no_text or args.text_column == MESSAGES) and isinstance(first.get(MESSAGES), list):
-        table = read_conversations(table, columns, data=data)
-    else:
-        _check_column(columns, first, args.text_column, data)
-        table = table.select_columns(args.text_column)
-        if args.text_column != "text":
-            table = table.rename_column(args.text_column, "text")
-    return table.filter(_has_text)
-
-
-def _check_column(columns: list[str], first: dict, column: str, data: str) -> None:
-    known = f"its columns are: {', '.join(columns)}."
-    if column not in columns:
-        raise UserError(f"text_column={column!r} is not in {data}; {known}")
-    if not isinstance(first.get(column), str | None):
-        raise UserError(
-            f"text_column={column!r} of {data} does not hold text, but for example "
-            f"{first[column]!r}; {known}"
-        )
-
-
-def _has_text(row: dict) -> bool:
-    return bool(row["text"])
+    column, streaming = args.text_column, args.streaming
+    if files:
+        return read_tables(data, files, text_column=column, streaming=streaming)
+    place: dict[str, Any] = {"split": args.dataset_split, "streaming": streaming}
+    return load_table(data, args.dataset_config, text_column=column, **place)
 
 
 def _split_table(table: Documents, args: DataArguments) -> tuple[Documents, Documents]:

@@ -48,20 +48,32 @@ class DocumentEncoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
-        self.dtype = "uint16" if len(tokenizer) <= 2**16 else "int32"
+        self.dtype = "uint16" if count_ids(tokenizer) <= 2**16 else "int32"
         self.by_character = _is_by_character(tokenizer)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[np.ndarray]]:
         texts, eos = batch["text"], self.tokenizer.eos_token_id
         starts = batch.get("starts") or [True] * len(texts)
         first = np.array([] if eos is None else [eos], dtype=np.int32)
-        encoded = self._look_up(texts) if self.by_character else self._encode(texts)
+        by_character = self.by_character
+        encoded = self._look_up(texts) if by_character else self._encode_pieces(texts, starts)
         return {
             "input_ids": [
                 np.concatenate((first[:new], ids), dtype=self.dtype, casting="unsafe")
                 for new, ids in zip(starts, map(np.asarray, encoded), strict=True)
             ]
         }
+
+    def _encode_pieces(self, texts: list[str], starts: list[bool]) -> Iterator[list[int]]:
+        # Many tokenizers put a space where a text begins. A piece that continues a text gets its
+        # own first letter in front, as if it were the end of the piece before, and loses it again.
+        fronts = ["" if new else _find_front(text) for text, new in zip(texts, starts, strict=True)]
+        tokens_of = dict(zip(used := sorted(set(fronts)), self._encode(used), strict=True))
+        joined = [front + text for front, text in zip(fronts, texts, strict=True)]
+        for front, text, ids in zip(fronts, texts, self._encode(joined), strict=True):
+            known = tokens_of[front]
+            # A tokenizer that joins what is in front to the piece must encode the piece alone.
+            yield ids[len(known) :] if ids[: len(known)] == known else self._encode([text])[0]
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         # "<|endoftext|>" inside a text is text, not the end of a document.
@@ -93,6 +105,20 @@ class DocumentEncoder:
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_table"}
+
+
+def count_ids(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return one more than the largest id; a vocabulary with holes has fewer tokens than that."""
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
+
+
+def _find_front(text: str) -> str:
+    """Return what may stand before a piece of a text; `reading.read_pieces` says where it is cut.
+
+    >>> _find_front(" and so on")
+    'a'
+    """
+    return text[1:2] if text.startswith(" ") else text[:1] + "\n"
 
 
 def _is_by_character(tokenizer: PreTrainedTokenizerBase) -> bool:

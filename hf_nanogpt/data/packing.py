@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .conversations import MESSAGES, ConversationEncoder, Documents
 from .encoding import DocumentEncoder, decode_ids, decode_labels, encode_unlearnt, is_learnt
+from .reading import explain_cache_errors
 
 _VERSION = 2  # of the tokens; a new number makes `datasets` ignore those in its cache
 _SHUFFLE_BUFFER = 10_000  # documents of a stream; the next one is drawn from these
@@ -34,6 +35,8 @@ class PackedBlocks(torch_data.Dataset):
 
     The corpus stays on disk and may be larger than memory; another process opens it again.
     """
+
+    num_bytes: int | None = None  # of the text, if they were counted
 
     def __init__(self, pieces: Pieces, *, context_length: int):
         self.open_pieces = pieces
@@ -70,6 +73,8 @@ class PackedStream(torch_data.IterableDataset):
     depends only on the seed. If several processes train, the first reads for all of them
     (Accelerate's default), so that no document is read twice.
     """
+
+    num_bytes: int | None = None  # of the text, if they were counted
 
     def __init__(
         self,
@@ -140,14 +145,15 @@ def tokenize_documents(
     eos = tokenizer.eos_token_id
     vocabulary = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer
     encoding = (vocabulary, tokenizer.chat_template) if is_chat else vocabulary
-    tokens = documents.map(
-        encode,
-        **settings,
-        features=Features({"input_ids": List(Value(encode.dtype))}),
-        num_proc=num_proc,
-        new_fingerprint=Hasher.hash((_VERSION, documents._fingerprint, encoding, eos)),
-        desc="Tokenising",
-    )
+    with explain_cache_errors():
+        tokens = documents.map(
+            encode,
+            **settings,
+            features=Features({"input_ids": List(Value(encode.dtype))}),
+            num_proc=num_proc,
+            new_fingerprint=Hasher.hash((_VERSION, documents._fingerprint, encoding, eos)),
+            desc="Tokenising",
+        )
     return partial(_open_arrow, tokens, np.array([] if eos is None else [eos], dtype=encode.dtype))
 
 

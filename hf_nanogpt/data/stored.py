@@ -35,10 +35,11 @@ from ..errors import UserError, one_line, without_secrets
 from ..untrusted import read_json
 from .conversations import MESSAGES, Documents
 from .corpus import Corpus, prepare_tokenizer, tokenize_sides
-from .documents import DataArguments, load_documents
+from .documents import DataArguments, count_bytes, load_documents
 from .encoding import DocumentEncoder
 from .packing import Tokens
 from .processes import run_in_order
+from .reading import explain_read_errors, hash_files
 from .sources import TOKENIZED, find_files
 from .token_files import find_token_files, load_token_files
 from .tokenization import TRAINED, load_tokenizer
@@ -67,9 +68,14 @@ def prepare_data(args: DataArguments) -> Corpus:
         UserError: as `load_documents`; or a folder of tokens is incomplete or does not fit.
     """
     folder = Path(args.data).expanduser()
-    if not holds_tokens(folder):
-        return Corpus(*load_documents(args))
+    with explain_read_errors(without_secrets(args.data)):
+        has_tokens = holds_tokens(folder)
+    if not has_tokens:
+        train, validation = load_documents(args)
+        return Corpus(train, validation, num_bytes=count_bytes(validation))
+    num_bytes = None
     if (folder / TOKENIZED).is_file():
+        num_bytes = _read_description(folder).get("splits", {}).get("validation", {}).get("bytes")
         stored, train, validation = _load_folder(folder, args)
     else:
         stored, train, validation = load_token_files(folder, args.tokenizer)
@@ -78,7 +84,7 @@ def prepare_data(args: DataArguments) -> Corpus:
             f"validation_data={without_secrets(args.validation_data)} cannot be used with "
             f"data={args.data}, which already holds tokens to validate on: leave it out."
         )
-    return Corpus(train, validation, stored)
+    return Corpus(train, validation, stored, num_bytes)
 
 
 def holds_tokens(folder: Path) -> bool:
@@ -212,8 +218,7 @@ def _check_source(
     A change in a stream from the Hub goes unnoticed.
     """
     names = [args.data, *([args.validation_data] if args.validation_data else [])]
-    files = [(str(p), p.stat()) for name in names for p in find_files(name)]
-    state: Any = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in files]
+    state: Any = hash_files([path for name in names for path in find_files(name)])
     if not state and isinstance(documents, Dataset):
         state = documents._fingerprint
     source = Hasher.hash(state)

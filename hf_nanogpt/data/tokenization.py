@@ -6,12 +6,15 @@ So each encodes every Unicode text, decodes it exactly, and loads anywhere as a 
 """
 
 import json
+import re
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 import torch
+from datasets.utils import are_progress_bars_disabled
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -19,10 +22,14 @@ from ..checkpoint.foreign import read_tokenizer
 from ..checkpoint.loading import TOKENIZER_FILES, download, split_revision
 from ..errors import UserError, did_you_mean
 from .documents import DataArguments, Documents
+from .encoding import count_ids
 
 END_OF_TEXT = "<|endoftext|>"
 TokenizerKind = Literal["bpe", "char", "byte"]
 TRAINED = get_args(TokenizerKind)
+_LONG = 300  # characters
+_RUN = re.compile(rf"\w{{{_LONG}}}|\s{{{_LONG}}}|[^\w\s]{{{_LONG}}}")
+_BLANKS = re.compile(rf"\s{{{_LONG}}}")
 _ENOUGH = 64_000_000  # characters: more text than this does not change a small vocabulary
 
 
@@ -118,15 +125,30 @@ def _train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         min_frequency=2,
         special_tokens=[END_OF_TEXT],
         initial_alphabet=alphabet,
-        show_progress=False,
+        show_progress=sys.stderr.isatty() and not are_progress_bars_disabled(),
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator(_cut_runs(texts), trainer)
     if (size := tokenizer.get_vocab_size()) < vocab_size:
         raise UserError(
             f"vocab_size={vocab_size} is too large: this text gives only {size} tokens. Lower "
             "vocab_size, give more text, or use tokenizer='char'."
         )
     return tokenizer
+
+
+def _cut_runs(texts: Iterable[str]) -> Iterator[str]:
+    """Cut runs of letters, blanks or signs, which the trainer takes for one word.
+
+    Its time grows with the square of their length. Encoding does not cut them.
+    """
+    for text in texts:
+        start = 0
+        # Most texts have none, which this finds out faster.
+        if max(map(len, text.split()), default=0) >= _LONG or _BLANKS.search(text):
+            for run in _RUN.finditer(text):
+                yield text[start : run.end()]
+                start = run.end()
+        yield text[start:]
 
 
 def _join_characters(characters: set[str]) -> Tokenizer:
@@ -152,29 +174,32 @@ def _byte_level(model: models.BPE) -> Tokenizer:
 
 
 def token_byte_counts(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
-    """Return the bytes of text that each token stands for, (len(tokenizer),); 0 if special.
+    """Return the bytes of text that each token stands for, (largest id + 1,); 0 if special.
 
-    Exact for byte-level tokenizers (ours, GPT-2's, Qwen's, Llama 3's): the sum over an encoded text
-    is the length of the text in UTF-8. For others a token counts as the bytes that it adds when
-    decoded.
+    The sum over an encoded text is the length of the text in UTF-8 for byte-level tokenizers that
+    change nothing in a text (ours, GPT-2's, Llama 3's). It is not for those that normalise it
+    (Qwen's), or put a space in front of it (Llama 2's). For tokenizers that are not byte-level, a
+    token counts as the bytes that it adds when decoded.
     """
-    size, special = len(tokenizer), set(tokenizer.all_special_ids)
-    tokens = tokenizer.convert_ids_to_tokens(list(range(size)))
+    special = set(tokenizer.all_special_ids)
+    tokens = {i: token for token, i in tokenizer.get_vocab().items() if i not in special}
     if _is_byte_level(tokenizer):
-        counts = [len(token) for token in tokens]  # one symbol a byte
+        counts = {i: len(token) for i, token in tokens.items()}  # one symbol a byte
     else:
         # Decode each behind another token, as decoders drop the space at the start of a text.
-        anchor = next(i for i in range(size) if i not in special)
+        anchor = min(tokens, default=0)
         decode: Callable[[list[int]], Any] = tokenizer.decode  # a text, or of batches a list
         start = len(decode([anchor]).encode())
-        counts = [
+        counts = {
             # <0x0A> stands for a byte, which alone may not decode
-            1 if token.startswith("<0x") else len(decode([anchor, i]).encode()) - start
-            for i, token in enumerate(tokens)
-        ]
+            i: 1 if token.startswith("<0x") else len(decode([anchor, i]).encode()) - start
+            for i, token in tokens.items()
+        }
     for i, token in tokenizer.added_tokens_decoder.items():  # these stand for what they spell
         counts[i] = len(token.content.encode())
-    return torch.tensor([0 if i in special else count for i, count in enumerate(counts)])
+    return torch.tensor(
+        [0 if i in special else counts.get(i, 0) for i in range(count_ids(tokenizer))]
+    )
 
 
 def _is_byte_level(tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -2,9 +2,11 @@
 
 import hashlib
 import os
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from datasets import config
 from datasets.utils import tqdm
@@ -58,6 +60,11 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
+def _ending(url: str) -> str:
+    """Return how the name in an address ends, such as `.txt` or `.jsonl.gz`: it says the format."""
+    return "".join(re.findall(r"\.\w{1,8}(?=\.|$)", urlsplit(url).path)[-2:])
+
+
 def _download(url: str, folder: Path, name: str) -> Path:
     # Like all requests to the Hub, this one carries the token; a redirect elsewhere drops it.
     is_hub = url.startswith(f"{constants.ENDPOINT}/")
@@ -66,10 +73,9 @@ def _download(url: str, folder: Path, name: str) -> Path:
         "GET", url, headers=headers, follow_redirects=True, timeout=_TIMEOUT
     ) as answer:
         answer.raise_for_status()
-        # What changes with the content; some servers do not say.
-        date = (answer.headers.get("Last-Modified"), answer.headers.get("Content-Length"))
-        version = answer.headers.get("ETag") or (" ".join(map(str, date)) if date[0] else "")
-        path = folder / f"{name}-{_digest(version)}"
+        # What changes with the content; some servers do not say. (A date has only whole seconds.)
+        version = answer.headers.get("ETag", "")
+        path = folder / f"{name}-{_digest(version)}{_ending(url)}"
         return path if version and path.is_file() else _save(answer, path, url, version)
 
 
@@ -93,7 +99,8 @@ def _save(answer: Any, path: Path, url: str, version: str) -> Path:
                 checksum.update(piece)
                 bar.update(len(piece))
         if not version:
-            path = path.with_name(f"{path.name.partition('-')[0]}-{checksum.hexdigest()[:32]}")
+            name = f"{path.name.partition('-')[0]}-{checksum.hexdigest()[:32]}"
+            path = path.with_name(name + _ending(url))
         if version or not path.is_file():  # the same content keeps the time of its first download
             os.replace(part, path)
     return path

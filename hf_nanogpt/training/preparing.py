@@ -12,7 +12,7 @@ from ..cpu_kernels import use_cpu_kernels
 from ..data.conversations import fit_model
 from ..data.corpus import Corpus, tokenize_sides
 from ..data.documents import DataArguments
-from ..data.encoding import is_learnt
+from ..data.encoding import count_ids, is_learnt
 from ..data.packing import PackedBlocks, PackedStream, cut_blocks
 from ..errors import UserError
 from ..evaluation import check_context_length
@@ -89,7 +89,7 @@ def prepare_model(
     else:
         names = ("bos_token_id", "eos_token_id", "pad_token_id")
         special = {name: getattr(tokenizer, name) for name in names}
-        config = make_config(architecture, vocab_size=len(tokenizer), **special)
+        config = make_config(architecture, vocab_size=count_ids(tokenizer), **special)
         set_seed(args.seed)
         model, known = NanoGPTForCausalLM(config), len(tokenizer)
     # The chat template may have added tokens to the tokenizer of a checkpoint.
@@ -129,4 +129,6 @@ def prepare_blocks(
         raise UserError(
             "The training data has no message of the assistant, so there is nothing to learn."
         )
-    return blocks, cut_blocks(validation, **cut)
+    validation_blocks = cut_blocks(validation, **cut)
+    validation_blocks.num_bytes = corpus.num_bytes
+    return blocks, validation_blocks

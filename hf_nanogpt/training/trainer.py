@@ -50,12 +50,13 @@ class NanoGPTTrainer(HubTrainer):
         # With a tokenizer, blocks are packed and metrics exact, unless the user chose otherwise.
         tokenizer = kwargs.get("processing_class")
         self.byte_counts = None
+        self.num_bytes: int | None = None  # of the text that is evaluated
         if isinstance(tokenizer, PreTrainedTokenizerBase):
             if kwargs.get("data_collator") is None:
                 mask = getattr(args, "document_mask", True)
                 kwargs["data_collator"] = PackedCollator(tokenizer.eos_token_id, mask)
             if kwargs.get("compute_metrics") is None:
-                kwargs["compute_metrics"] = _compute_metrics
+                kwargs["compute_metrics"] = self._compute_metrics
                 self.byte_counts = token_byte_counts(tokenizer)
         self.speed = speed or SpeedCallback()
         kwargs["callbacks"] = [self.speed, *(kwargs.get("callbacks") or [])]
@@ -159,6 +160,10 @@ class NanoGPTTrainer(HubTrainer):
         with settings_errors():  # of lr_scheduler_kwargs
             return super().create_scheduler(num_training_steps, optimizer)
 
+    def evaluation_loop(self, dataloader, *args, **kwargs):
+        self.num_bytes = getattr(dataloader.dataset, "num_bytes", None)
+        return super().evaluation_loop(dataloader, *args, **kwargs)
+
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Return the sums of each row as "logits", which Trainer gathers over all processes."""
         if self.byte_counts is None:
@@ -166,6 +171,16 @@ class NanoGPTTrainer(HubTrainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             sums = sum_losses(model, self._prepare_inputs(inputs), self.byte_counts)
         return None, sums, sums
+
+    def _compute_metrics(self, prediction) -> dict[str, float]:
+        result = summarize_losses(torch.as_tensor(prediction.predictions), self.num_bytes)
+        return {
+            "loss": result.loss,
+            "perplexity": result.perplexity,
+            "bits_per_byte": result.bits_per_byte,
+            "tokens": result.num_tokens,
+            "bytes": result.num_bytes,
+        }
 
     def gather_model(self) -> PreTrainedModel:
         """Return the trained model; with FSDP, whole again on the process that saves."""
@@ -203,14 +218,3 @@ def _prepare_fsdp(plugin: FullyShardedDataParallelPlugin) -> None:
     if policy := plugin.mixed_precision_policy:
         policy = replace(policy, reduce_dtype=torch.float32, output_dtype=None)
         plugin.mixed_precision_policy = policy
-
-
-def _compute_metrics(prediction) -> dict[str, float]:
-    result = summarize_losses(torch.as_tensor(prediction.predictions))
-    return {
-        "loss": result.loss,
-        "perplexity": result.perplexity,
-        "bits_per_byte": result.bits_per_byte,
-        "tokens": result.num_tokens,
-        "bytes": result.num_bytes,
-    }
