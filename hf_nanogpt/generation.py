@@ -138,8 +138,7 @@ def stream_text(
     defaults = model.generation_config
     for name, value in sampling.items():
         sampling[name] = getattr(defaults, name) if value is None else value
-    ends = [eos_token_id, defaults.eos_token_id, tokenizer.eos_token_id]
-    first_end = next((end for end in ends if end is not None), None)
+    ends = find_ends(model, tokenizer) if eos_token_id is None else eos_token_id
     ids = encode_prompt(model, tokenizer, prompt) if isinstance(prompt, str) else prompt
     settings = {
         "input_ids": ids,
@@ -154,7 +153,7 @@ def stream_text(
         ),
         **dict.fromkeys(_WARPERS),  # switched off, as they are among the processors above
         "num_beams": 1,  # beams cannot be streamed
-        "eos_token_id": first_end if stop_at_eos else None,
+        "eos_token_id": ends if stop_at_eos else None,
         CACHE: past_key_values,
         "pad_token_id": 0,  # unused, as there is one row; without it transformers warns
         **(compiled_decoding() if compile else {}),
@@ -163,6 +162,12 @@ def stream_text(
     if streamer is None:
         streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     return _generate_in_thread(model, settings, streamer)
+
+
+def find_ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | list[int] | None:
+    """Return the ids that end a text: those of the model's settings, else the tokenizer's."""
+    ends = model.generation_config.eos_token_id
+    return tokenizer.eos_token_id if ends is None else ends
 
 
 def _build_processors(

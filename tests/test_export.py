@@ -7,10 +7,10 @@ import pytest
 import torch
 from conftest import FAMILIES, tiny_config, tiny_model
 from safetensors.torch import load_file, save_file
-from transformers import GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig
 
-from hf_nanogpt import list_presets, load_checkpoint, load_preset, train_tokenizer
-from hf_nanogpt.convert import convert_checkpoint, export_checkpoint, find_native_format
+from hf_nanogpt import generate_text, list_presets, load_checkpoint, load_preset, train_tokenizer
+from hf_nanogpt.convert import convert_checkpoint, export_checkpoint, find_native_format, onnx
 
 TEXT = "héllo wörld 日本語 12345  foo\n\n\tit's<|endoftext|>😀"
 TOKENIZER = train_tokenizer(["hello world, wörld it's 123\n foo"] * 9, kind="bpe", vocab_size=270)
@@ -147,6 +147,36 @@ def test_tokenizer_and_generation_settings_come_along_both_ways(tmp_path):
     assert model.generation_config.eos_token_id == [0, 5]
     config = (tmp_path / "back" / "tokenizer_config.json").read_text(encoding="utf-8")
     assert "is_local" not in config
+
+
+def test_an_export_ends_a_text_where_our_generate_ends_it(tmp_path):
+    model = save_checkpoint("nano", tmp_path / "ours", eos_token_id=None)
+    torch.nn.init.zeros_(model.lm_head.weight)  # then the first token, eos, always comes
+    model.save_pretrained(tmp_path / "ours")
+    export_checkpoint(tmp_path / "ours", tmp_path / "native")
+    native = AutoModelForCausalLM.from_pretrained(tmp_path / "native")
+    ids = torch.tensor([[7, 8, 9]])
+    found = native.generate(ids, do_sample=False, max_new_tokens=9)
+    assert found.tolist() == [[7, 8, 9, TOKENIZER.eos_token_id]]
+    assert generate_text(model, TOKENIZER, "x", temperature=0) == ["x"]
+    assert onnx._describe(model, TOKENIZER)["eos_token_id"] == str(TOKENIZER.eos_token_id)
+
+
+def test_another_tokenizer_gives_a_converted_model_its_special_tokens(tmp_path):
+    save_checkpoint("gpt2", tmp_path / "ours")
+    export_checkpoint(tmp_path / "ours", tmp_path / "native")
+    settings = GenerationConfig(temperature=0.7, do_sample=True, eos_token_id=[0, 5])
+    other = train_tokenizer([], kind="byte")
+    for eos, expected in ((None, [0, 5]), ("a", other.get_vocab()["a"])):
+        other.eos_token = eos
+        settings.save_pretrained(tmp_path / "native")
+        other.save_pretrained(tmp_path / f"other-{eos}")
+        convert_checkpoint(
+            tmp_path / "native", tmp_path / f"{eos}", tokenizer=tmp_path / f"other-{eos}"
+        )
+        model, _ = load_checkpoint(tmp_path / f"{eos}")
+        assert model.generation_config.eos_token_id == expected
+        assert model.generation_config.temperature == 0.7
 
 
 def test_a_checkpoint_without_a_tokenizer_is_exported_without(tmp_path):

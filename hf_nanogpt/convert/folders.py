@@ -1,18 +1,25 @@
 """Both ends of a conversion: what is loaded, and what is written whole or not at all."""
 
-import shutil
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, cast
 
 from safetensors import SafetensorError
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
-from ..checkpoint.foreign import TOKENIZERS, check_generation_config, read_tokenizer
+from ..checkpoint.foreign import CONFIG, TOKENIZERS, check_generation_config, read_tokenizer
 from ..checkpoint.loading import TOKENIZER_FILES, download, load_checkpoint, split_revision
 from ..checkpoint.writing import check_writable, clear_abandoned, staged_folder
-from ..errors import UserError
+from ..errors import UserError, explain_errors
 from ..modeling_nanogpt import NanoGPTForCausalLM
+from ..untrusted import read_json
 
 _GENERATION = "generation_config.json"
 
@@ -27,6 +34,18 @@ def load_tokenizer(place: str | Path) -> PreTrainedTokenizerBase | None:
     for key in ("is_local", "local_files_only"):  # they describe this call, not the tokenizer
         tokenizer.init_kwargs.pop(key, None)
     return tokenizer
+
+
+def check_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, *, where: str | Path
+) -> None:
+    """Raise a `UserError` if the model has no embedding for a token of the tokenizer."""
+    largest = max(tokenizer.get_vocab().values(), default=-1)
+    if largest >= config.vocab_size:
+        raise UserError(
+            f"The tokenizer has a token number {largest}, but the model in {where} has vocab_size="
+            f"{config.vocab_size}: give the tokenizer that it was trained with."
+        )
 
 
 def load_our_model(
@@ -78,17 +97,44 @@ def write_folder(
     tokenizer: PreTrainedTokenizerBase | None,
     destination: Path,
     *,
-    settings_from: Path | None = None,
+    settings: dict[str, Any] | None = None,
 ) -> None:
-    """Write a whole checkpoint, with the generation settings of another folder, or nothing."""
-    settings = settings_from and settings_from / _GENERATION
+    """Write a whole checkpoint, or nothing; `settings` are those of generation.
+
+    Texts end where our `stream_text` ends them: at the tokenizer's eos if the settings have none.
+    """
     with written_folder(destination) as staged:
         model.save_pretrained(staged)
         if tokenizer is not None:
             tokenizer.save_pretrained(staged)
-        if settings and settings.is_file():
-            check_generation_config(settings.parent)  # do not copy a damaged one
-            shutil.copyfile(settings, staged / _GENERATION)
+        file = staged / _GENERATION
+        settings = dict(settings or json.loads(file.read_text(encoding="utf-8")))
+        if settings.get("eos_token_id") is None and tokenizer is not None:
+            settings["eos_token_id"] = tokenizer.eos_token_id
+        file.write_text(f"{json.dumps(settings, indent=2)}\n", encoding="utf-8")
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """Return the settings of generation in a folder; older ones have them in `config.json`."""
+    if (folder / _GENERATION).is_file():
+        check_generation_config(folder)  # do not copy a damaged one
+        return read_json(folder / _GENERATION)
+    path = folder / CONFIG
+    with explain_errors(f"{path} has settings of generation that are not valid"):
+        settings = GenerationConfig.from_model_config(read_json(path))
+        return cast(dict[str, Any], json.loads(settings.to_json_string()))
+
+
+def use_special_tokens(
+    tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, settings: dict[str, Any]
+) -> None:
+    """Replace special ids of another tokenizer in the configuration and in the settings."""
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        own = getattr(tokenizer, name)
+        for place in (vars(model.config), settings):
+            known = place.get(name)
+            if own is not None and own not in (known if isinstance(known, list) else [known]):
+                place[name] = own
 
 
 @contextmanager
