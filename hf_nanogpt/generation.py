@@ -1,8 +1,10 @@
 """Text from a prompt: a thin layer over transformers' `generate()`."""
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
+from queue import SimpleQueue
 from threading import Event, Thread
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import (
@@ -16,12 +18,12 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TemperatureLogitsWarper,
-    TextIteratorStreamer,
     TopHLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
     TypicalLogitsWarper,
 )
+from transformers.generation import BaseStreamer
 
 from .errors import UserError, explain_errors, settings_errors
 from .modeling_nanogpt import CACHE
@@ -100,7 +102,8 @@ def stream_text(
     has none, the setting is off. Closing the iterator stops the model.
 
     Args:
-        prompt: the text to continue, as a string or as token ids (1, T).
+        prompt: the text to continue. Or token ids (1, T), as of a chat: what follows them is then a
+            text of its own, which begins without the space that some tokenizers put before words.
         max_new_tokens: by default 100, or as many as still fit the context.
         temperature: 0 always takes the most likely token (greedy). Above 0 samples: below 1 is more
             cautious, above 1 more varied.
@@ -159,9 +162,11 @@ def stream_text(
         **(compiled_decoding() if compile else {}),
         **({"stop_strings": stop_strings, "tokenizer": tokenizer} if stop_strings else {}),
     }
-    if streamer is None:
-        streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    return _generate_in_thread(model, settings, streamer)
+    if streamer is not None:
+        return _generate_in_thread(model, settings, streamer)
+    context = ids[0].tolist() if isinstance(prompt, str) else []
+    tokens = _generate_in_thread(model, settings, TokenStreamer())
+    return _decode(tokens, TextDecoder(tokenizer, context))
 
 
 def find_ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | list[int] | None:
@@ -246,16 +251,84 @@ def encode_prompt(
     return torch.tensor([ids], device=model.device)
 
 
+class TokenStreamer(BaseStreamer):
+    """Yields the token ids that `generate` makes, without those of the prompt."""
+
+    def __init__(self) -> None:
+        self.queue: SimpleQueue[int | None] = SimpleQueue()
+        self.prompt_seen = False
+
+    def put(self, value: torch.Tensor) -> None:
+        if self.prompt_seen:
+            for token in value.flatten().tolist():
+                self.queue.put(token)
+        self.prompt_seen = True
+
+    def end(self) -> None:
+        self.queue.put(None)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.queue.get, None)
+
+
+class TextDecoder:
+    """Decodes tokens as they come; the pieces joined are what the tokens add to the context's text.
+
+    No token has a text of its own: it may hold a part of a character, and SentencePiece drops the
+    space of the first one. So each is decoded together with some that came before it.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, context: Sequence[int] = ()):
+        self.tokenizer = tokenizer
+        self.ids = list(context)
+        # The tokens before `done` are decoded, those from `first` on were the last ones.
+        self.first, self.done = 0, len(self.ids)
+
+    def add(self, token: int) -> str:
+        """Return the text that is now certain."""
+        self.ids.append(token)
+        text = self.finish()
+        # Wait for the rest of a character, and keep what precedes a token without a text. The text
+        # of LLaMA's bytes depends on those after them: one that is invalid spoils them all.
+        is_byte = str(self.tokenizer.convert_ids_to_tokens(token)).startswith("<0x")
+        if not text or is_byte or text.endswith("\N{REPLACEMENT CHARACTER}"):
+            return ""
+        self.first, self.done = self.done, len(self.ids)
+        return text
+
+    def finish(self) -> str:
+        """Return the rest of the text, if no more tokens come."""
+        before = self._decode(self.ids[self.first : self.done])
+        return self._decode(self.ids[self.first :])[len(before) :]
+
+    def _decode(self, ids: list[int]) -> str:
+        return cast(str, self.tokenizer.decode(ids, skip_special_tokens=True))  # a list for a batch
+
+
+def _decode(tokens: Generator[int, None, None], decoder: TextDecoder) -> Generator[str, None, None]:
+    with closing(tokens):
+        for token in tokens:
+            if text := decoder.add(token):
+                yield text
+        if rest := decoder.finish():
+            yield rest
+
+
 def _generate_in_thread(
     model: Any, settings: dict[str, Any], streamer: Any
 ) -> Generator[Any, None, None]:
     closed = Event()
     settings["stopping_criteria"] = [lambda *_, **__: closed.is_set()]
     errors: list[BaseException] = []
+    # Autocast belongs to a thread: hand the caller's over.
+    device = model.device.type
+    autocast = {"enabled": torch.is_autocast_enabled(device)}
+    autocast |= {"dtype": torch.get_autocast_dtype(device)} if autocast["enabled"] else {}
 
     def work() -> None:
         try:
-            with settings_errors():  # transformers checks some of them only now
+            # settings_errors: transformers checks some of them only now.
+            with settings_errors(), torch.autocast(device, **autocast):
                 model.generate(**settings, streamer=streamer)
         except BaseException as error:  # raised below, in the reader's thread
             errors.append(error)

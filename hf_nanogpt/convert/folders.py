@@ -111,7 +111,43 @@ def write_folder(
         settings = dict(settings or json.loads(file.read_text(encoding="utf-8")))
         if settings.get("eos_token_id") is None and tokenizer is not None:
             settings["eos_token_id"] = tokenizer.eos_token_id
-        file.write_text(f"{json.dumps(settings, indent=2)}\n", encoding="utf-8")
+        _write_json(file, settings)
+        if not isinstance(model, NanoGPTForCausalLM):
+            _add_older_names(staged, model)
+
+
+def _add_older_names(folder: Path, model: PreTrainedModel) -> None:
+    """Let transformers 4 and what is built on it read a native checkpoint as transformers 5 does.
+
+    Release 4.57, the last, has `rope_theta` and `rope_scaling` instead of `rope_parameters`, and
+    would take a base of 10000 without a word. The tokenizer's names are older, too.
+    """
+    config = read_json(folder / CONFIG)
+    if rope := config.get("rope_parameters"):
+        scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
+        plain = rope["rope_type"] == "default"
+        if rope["rope_type"] == "longrope":  # it looks for the length here, and makes the factor
+            length = rope["original_max_position_embeddings"]
+            config["original_max_position_embeddings"] = length
+            if config["max_position_embeddings"] / length != rope.get("factor"):
+                scaling["attention_factor"] = model.base_model.rotary_emb.attention_scaling
+        config |= {"rope_theta": rope["rope_theta"], "rope_scaling": None if plain else scaling}
+        _write_json(folder / CONFIG, config)
+    path = folder / "tokenizer_config.json"
+    if path.is_file():
+        fields = read_json(path)
+        if fields.get("tokenizer_class") == "TokenizersBackend":
+            fields["tokenizer_class"] = "PreTrainedTokenizerFast"
+            # Otherwise it returns token_type_ids, too, which `generate` refuses.
+            fields.setdefault("model_input_names", ["input_ids", "attention_mask"])
+        if isinstance(fields.get("extra_special_tokens"), list):
+            fields["additional_special_tokens"] = fields.pop("extra_special_tokens")
+        _write_json(path, fields)
+
+
+def _write_json(path: Path, fields: dict[str, Any]) -> None:
+    text = json.dumps(fields, indent=2, ensure_ascii=False)
+    path.write_text(f"{text}\n", encoding="utf-8")
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
