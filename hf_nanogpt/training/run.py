@@ -25,6 +25,7 @@ from ..checkpoint.writing import (
 )
 from ..data.corpus import prepare_tokenizer
 from ..data.documents import DataArguments
+from ..data.encoding import is_learnt
 from ..data.stored import prepare_data
 from ..errors import UserError, settings_errors
 from ..hub import render_model_card, write_card
@@ -112,6 +113,8 @@ def train(
             **collect_metrics(trainer, seconds, sample_before=before),
             **collect_facts(str(recipe), written, start_from, data_args, args, length),
             "is_chat": trainer.processing_class.chat_template is not None,
+            # In conversations only the answers are learnt, in other text every token.
+            "learnt_answers": not all(is_learnt(next(iter(trainer.eval_dataset))["input_ids"])),
         }
         result = _write_folder(trainer, metrics, prompt)
         if args.push_to_hub:
