@@ -81,12 +81,12 @@ ANSWERS = "- It learnt to answer only from the conversations"
         ({}, CONTINUES),
         ({"is_chat": True, "learnt_answers": True}, ANSWERS),
         ({"start_from": "a/b"}, "- This training taught it to continue texts, not to answer"),
-        ({"start_from": "a/b", "is_chat": True}, "- This training taught it to continue texts"),
+        ({"start_from": "a/b", "is_chat": True}, "- It was trained on 4,000 tokens"),
         (
             {"start_from": "a/b", "is_chat": True, "learnt_answers": True},
             "- This training taught it to answer as in the conversations of user/corpus.",
         ),
-        ({"is_chat": True}, "- It was trained on 4,000 tokens"),  # of version 0.1: not known
+        ({"is_chat": True}, "- It was trained on 4,000 tokens"),  # whether it answers is not known
     ],
     ids=str,
 )

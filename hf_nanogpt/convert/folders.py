@@ -188,8 +188,11 @@ def written_folder(folder: Path, *, file: Path | None = None) -> Iterator[Path]:
             folder.rmdir()
         # tokenizers, which is written in Rust, raises a bare Exception when the disk is full.
         if isinstance(error, OSError | SafetensorError) or type(error) is Exception:
+            # numpy says how many items were written, but not why.
+            unknown = isinstance(error, OSError) and error.errno is None
+            why = "the disk is full, or a limit on files is reached" if unknown else error
             raise UserError(
                 f"destination={file or folder} could not be written, and nothing was left there: "
-                f"{error}. Free some space, or choose another place."
+                f"{why}. Free some space, or choose another place."
             ) from error
         raise
