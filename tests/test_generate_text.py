@@ -25,7 +25,7 @@ from transformers.utils import logging
 
 from hf_nanogpt import generate_text, stream_text, train_tokenizer
 from hf_nanogpt.cli import main
-from hf_nanogpt.generation import TextDecoder
+from hf_nanogpt.streaming import TextDecoder
 
 TOKENIZER = train_tokenizer([], kind="byte")
 LETTERS = TOKENIZER("abcdefghijklmnopqrstuvwxyz ")["input_ids"]

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "hf_nanogpt"
 LEVELS = [
     "configuration_nanogpt",
     "modeling_nanogpt",
-    "auto errors hub_errors untrusted flops cpu_kernels",
+    "auto errors hub_errors untrusted streaming flops cpu_kernels",
     "checkpoint presets",
     "data",
     "quantization generation evaluation convert",

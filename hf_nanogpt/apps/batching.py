@@ -19,7 +19,8 @@ from transformers import ContinuousBatchingConfig, PreTrainedModel, PreTrainedTo
 from transformers.utils import logging
 
 from ..errors import UserError
-from ..generation import TextDecoder, TokenStreamer, stream_text
+from ..generation import stream_text
+from ..streaming import TextDecoder, TokenStreamer
 
 logger = logging.get_logger(__name__)
 

@@ -29,7 +29,8 @@ from starlette.routing import Route
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import UserError, one_line
-from ..generation import TextDecoder, encode_prompt
+from ..generation import encode_prompt
+from ..streaming import TextDecoder
 from .batching import EndedError, StoppingDecoder, Writer
 from .chat import NO_TEMPLATE, find_turn_ends, render_messages
 from .openai_api import CompletionRequest, ResponseFormat, check_request, format_event, parse_body

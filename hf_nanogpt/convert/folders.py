@@ -130,7 +130,8 @@ def _add_older_names(folder: Path, model: PreTrainedModel) -> None:
             length = rope["original_max_position_embeddings"]
             config["original_max_position_embeddings"] = length
             if config["max_position_embeddings"] / length != rope.get("factor"):
-                scaling["attention_factor"] = model.base_model.rotary_emb.attention_scaling
+                rotary: Any = model.base_model.rotary_emb
+                scaling["attention_factor"] = rotary.attention_scaling
         config |= {"rope_theta": rope["rope_theta"], "rope_scaling": None if plain else scaling}
         _write_json(folder / CONFIG, config)
     path = folder / "tokenizer_config.json"

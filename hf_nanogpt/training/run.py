@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -109,12 +109,13 @@ def train(
 
         # Gather what metrics.json and the card say, and write the folder.
         length, written = trainer.speed.context_length, [*as_flags(settings), *flags]
+        validation = next(iter(cast(Any, trainer.eval_dataset)))
         metrics = {
             **collect_metrics(trainer, seconds, sample_before=before),
             **collect_facts(str(recipe), written, start_from, data_args, args, length),
             "is_chat": trainer.processing_class.chat_template is not None,
             # In conversations only the answers are learnt, in other text every token.
-            "learnt_answers": not all(is_learnt(next(iter(trainer.eval_dataset))["input_ids"])),
+            "learnt_answers": not all(is_learnt(validation["input_ids"])),
         }
         result = _write_folder(trainer, metrics, prompt)
         if args.push_to_hub:
