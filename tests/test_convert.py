@@ -10,20 +10,25 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, cache_of
+from huggingface_hub import HfApi
 from references import IDS, LENGTH, NEO, REFERENCES, make_reference, make_tokens
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
     GPT2Tokenizer,
     GPTNeoConfig,
     GPTNeoForCausalLM,
     PreTrainedModel,
 )
 
-from hf_nanogpt import NanoGPTForCausalLM, load_checkpoint
+from hf_nanogpt import NanoGPTForCausalLM, load_checkpoint, train_tokenizer
+from hf_nanogpt.checkpoint.loading import local_folder
 from hf_nanogpt.convert import convert_checkpoint, export_checkpoint
 
 TOLERANCE = 1e-5
+ENDS = ("bos_token_id", "eos_token_id")
 
 
 @pytest.fixture(scope="session")
@@ -264,6 +269,23 @@ def test_generation_settings_in_an_old_config_are_kept(tmp_path):
     convert_checkpoint(tmp_path / "theirs", tmp_path / "ours")
     theirs, ours = (load(tmp_path / f).generation_config.to_diff_dict() for f in ("theirs", "ours"))
     assert old.items() <= theirs.items() and old.items() <= ours.items()
+
+
+def test_additional_chat_templates_of_a_hub_source_are_kept(hub, tmp_path):
+    words = train_tokenizer([], kind="byte")
+    words.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    config = GPT2Config(vocab_size=257, n_embd=8, n_layer=1, n_head=1, **dict.fromkeys(ENDS, 0))
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "theirs")
+    words.save_pretrained(tmp_path / "theirs")
+    (tmp_path / "theirs" / "other").mkdir()
+    (tmp_path / "theirs" / "other" / "config.json").write_text("{}")  # is not downloaded
+    api = HfApi()
+    api.create_repo("user/words")
+    api.upload_folder(repo_id="user/words", folder_path=tmp_path / "theirs")
+    convert_checkpoint("user/words", tmp_path / "ours")
+    _, found = load_checkpoint(tmp_path / "ours")
+    assert found.chat_template == words.chat_template
+    assert not (local_folder("user/words") / "other").exists()
 
 
 def test_gpt2_with_its_own_tokenizer_writes_the_same_text(tmp_path):
