@@ -16,6 +16,7 @@ from hf_nanogpt import load_checkpoint
 def generate_by_hand(model, ids, mask, *, new_tokens, temperature=0.0, use_cache=True):
     """Append up to `new_tokens` to each row of `ids` (B, T), padded on the left (mask 0)."""
     config = model.generation_config
+    ends = [] if config.eos_token_id is None else config.eos_token_id  # one id, or several
     cache = DynamicCache(config=model.config) if use_cache else None  # grows with each step
     running = torch.ones(len(ids), 1, dtype=torch.bool)
     for _ in range(new_tokens):
@@ -32,7 +33,7 @@ def generate_by_hand(model, ids, mask, *, new_tokens, temperature=0.0, use_cache
         # Append it; rows that have ended get padding.
         token = torch.where(running, token, config.pad_token_id or 0)
         ids, mask = torch.cat([ids, token], dim=1), torch.cat([mask, mask[:, -1:]], dim=1)
-        running &= token != config.eos_token_id
+        running &= ~torch.isin(token, ids.new_tensor(ends))
         if not running.any():
             break
     return ids

@@ -20,6 +20,7 @@ SIZES = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim"),
     *("num_attention_heads", "num_key_value_heads", "max_position_embeddings", "sliding_window"),
 )
+_BIASES = ("attention_bias", "mlp_bias")  # what nanoGPT's `bias` sets
 
 # `Derived[int]` is an int that `__post_init__` derives if it is left at None. At run time `@strict`
 # has to accept None; a type checker lets whoever reads the field later use it without a check.
@@ -105,6 +106,25 @@ class NanoGPTConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
 
+    def __new__(cls, *args, **kwargs):
+        """Check the names here: `__post_init__` cannot tell a given value from a default."""
+        cls.resolve_names(kwargs)
+        return super().__new__(cls)
+
+    @classmethod
+    def resolve_names(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """Return fields by their full names; raise if two names of one field disagree."""
+        found: dict[str, str] = {}  # the name by which each field came
+        for name, value in given.items():
+            for field in _BIASES if name == "bias" else [cls.attribute_map.get(name, name)]:
+                other = found.setdefault(field, name)
+                if given[other] != value:
+                    raise ValueError(
+                        f"{other}={given[other]!r} and {name}={value!r} contradict each other: "
+                        "leave one of them out."
+                    )
+        return {field: given[name] for field, name in found.items()}
+
     def __post_init__(self, **kwargs):
         # The base class would resolve short names only after we have derived the other fields.
         for alias, name in self.attribute_map.items():
@@ -113,6 +133,7 @@ class NanoGPTConfig(PreTrainedConfig):
         if "bias" in kwargs:
             self.attention_bias = self.mlp_bias = kwargs.pop("bias")
         self._refuse_unknown_names(kwargs)
+        self._merge_rope(kwargs)
         self._check_sizes()
         self._derive_missing()
         super().__post_init__(**kwargs)
@@ -134,12 +155,36 @@ class NanoGPTConfig(PreTrainedConfig):
             hint = f"Did you mean {nearest[0]!r}?" if nearest else f"Known: {sorted(known)}."
             raise ValueError(f"{name}={kwargs[name]!r} is not a field of NanoGPTConfig. {hint}")
 
+    def _merge_rope(self, kwargs: dict):
+        """Move `rope_scaling` and `rope_theta`, the older names, into `rope_parameters`."""
+        scaling, theta = kwargs.pop("rope_scaling", None), kwargs.pop("rope_theta", None)
+        given = {"rope_parameters": self.rope_parameters, "rope_scaling": scaling}
+        given |= {"rope_theta": theta, "partial_rotary_factor": kwargs.get("partial_rotary_factor")}
+        given = {name: value for name, value in given.items() if value is not None}
+        if given and self.position_embedding_type == "learned":
+            raise ValueError(
+                f"{given} is for rotary positions, but position_embedding_type='learned': leave "
+                "out one of them."
+            )
+        rope = given.get("rope_parameters", scaling)
+        if scaling not in (None, rope):
+            raise ValueError(f"{given} contradict each other: leave out rope_scaling.")
+        if isinstance(rope, dict):  # a copy, because the base class adds to it
+            rope = dict(rope)
+            if theta is not None and rope.setdefault("rope_theta", theta) != theta:
+                raise ValueError(f"{given} contradict each other: leave out rope_theta.")
+        elif theta is not None:
+            rope = {"rope_type": "default", "rope_theta": theta}
+        self.rope_parameters = rope
+
     def _check_sizes(self):
-        """Raise on a size that is not positive, before anything is divided by it."""
+        """Raise on a size that is too small, before anything is divided by it."""
         for name in SIZES:
+            # A window of 1 is no attention at all, and transformers' cache keeps all tokens then.
+            least = 2 if name == "sliding_window" else 1
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value} must be a whole number, at least 1.")
+            if value is not None and value < least:
+                raise ValueError(f"{name}={value} must be a whole number, at least {least}.")
 
     def _derive_missing(self):
         """Fill in every field that was left at `None`."""
@@ -199,6 +244,11 @@ class NanoGPTConfig(PreTrainedConfig):
             raise ValueError(
                 "layer_types has 'sliding_attention', but sliding_window is None: set "
                 "sliding_window to the number of positions that these layers see."
+            )
+        if "sliding_attention" not in self.layer_types and self.sliding_window is not None:
+            raise ValueError(
+                f"sliding_window={self.sliding_window}, but no entry of layer_types is "
+                "'sliding_attention': set sliding_window to None, or leave out layer_types."
             )
 
     def _check_rope(self):

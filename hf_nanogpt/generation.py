@@ -1,6 +1,7 @@
 """Text from a prompt: a thin layer over transformers' `generate()`."""
 
 from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from threading import Event, Thread
 from typing import Any
 
@@ -16,7 +17,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TemperatureLogitsWarper,
-    TextIteratorStreamer,
     TopHLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -25,6 +25,7 @@ from transformers import (
 
 from .errors import UserError, explain_errors, settings_errors
 from .modeling_nanogpt import CACHE
+from .streaming import TextDecoder, TokenStreamer
 
 # What shapes the distribution of the next token, in the order in which transformers applies it, and
 # the value that changes nothing.
@@ -100,7 +101,8 @@ def stream_text(
     has none, the setting is off. Closing the iterator stops the model.
 
     Args:
-        prompt: the text to continue, as a string or as token ids (1, T).
+        prompt: the text to continue. Or token ids (1, T), as of a chat: what follows them is then a
+            text of its own, which begins without the space that some tokenizers put before words.
         max_new_tokens: by default 100, or as many as still fit the context.
         temperature: 0 always takes the most likely token (greedy). Above 0 samples: below 1 is more
             cautious, above 1 more varied.
@@ -138,8 +140,7 @@ def stream_text(
     defaults = model.generation_config
     for name, value in sampling.items():
         sampling[name] = getattr(defaults, name) if value is None else value
-    ends = [eos_token_id, defaults.eos_token_id, tokenizer.eos_token_id]
-    first_end = next((end for end in ends if end is not None), None)
+    ends = find_ends(model, tokenizer) if eos_token_id is None else eos_token_id
     ids = encode_prompt(model, tokenizer, prompt) if isinstance(prompt, str) else prompt
     settings = {
         "input_ids": ids,
@@ -154,15 +155,23 @@ def stream_text(
         ),
         **dict.fromkeys(_WARPERS),  # switched off, as they are among the processors above
         "num_beams": 1,  # beams cannot be streamed
-        "eos_token_id": first_end if stop_at_eos else None,
+        "eos_token_id": ends if stop_at_eos else None,
         CACHE: past_key_values,
         "pad_token_id": 0,  # unused, as there is one row; without it transformers warns
         **(compiled_decoding() if compile else {}),
         **({"stop_strings": stop_strings, "tokenizer": tokenizer} if stop_strings else {}),
     }
-    if streamer is None:
-        streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    return _generate_in_thread(model, settings, streamer)
+    if streamer is not None:
+        return _generate_in_thread(model, settings, streamer)
+    context = ids[0].tolist() if isinstance(prompt, str) else []
+    tokens = _generate_in_thread(model, settings, TokenStreamer())
+    return _decode(tokens, TextDecoder(tokenizer, context))
+
+
+def find_ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | list[int] | None:
+    """Return the ids that end a text: those of the model's settings, else the tokenizer's."""
+    ends = model.generation_config.eos_token_id
+    return tokenizer.eos_token_id if ends is None else ends
 
 
 def _build_processors(
@@ -241,16 +250,30 @@ def encode_prompt(
     return torch.tensor([ids], device=model.device)
 
 
+def _decode(tokens: Generator[int, None, None], decoder: TextDecoder) -> Generator[str, None, None]:
+    with closing(tokens):
+        for token in tokens:
+            if text := decoder.add(token):
+                yield text
+        if rest := decoder.finish():
+            yield rest
+
+
 def _generate_in_thread(
     model: Any, settings: dict[str, Any], streamer: Any
 ) -> Generator[Any, None, None]:
     closed = Event()
     settings["stopping_criteria"] = [lambda *_, **__: closed.is_set()]
     errors: list[BaseException] = []
+    # Autocast belongs to a thread: hand the caller's over.
+    device = model.device.type
+    enabled = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if enabled else None
 
     def work() -> None:
         try:
-            with settings_errors():  # transformers checks some of them only now
+            # settings_errors: transformers checks some of them only now.
+            with settings_errors(), torch.autocast(device, dtype, enabled):
                 model.generate(**settings, streamer=streamer)
         except BaseException as error:  # raised below, in the reader's thread
             errors.append(error)

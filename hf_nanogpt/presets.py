@@ -47,7 +47,7 @@ _LLAMA: dict[str, Any] = {
 _QWEN3: dict[str, Any] = {
     "vocab_size": 151936,
     "max_position_embeddings": 40960,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+    "rope_theta": 1e6,
     "head_dim": 128,
     "num_key_value_heads": 8,
     "initializer_range": 0.02,
@@ -89,11 +89,12 @@ PRESETS: dict[str, dict[str, Any]] = {
     "gpt3-6.7b": _GPT3 | _size(32, 4096, 32),
     "gpt3-13b": _GPT3 | _size(40, 5120, 40),
     "gpt3-175b": _GPT3 | _size(96, 12288, 96),
-    # Touvron et al. 2023 (arXiv:2302.13971), table 2; MLP widths from the released weights.
+    # Touvron et al. 2023 (arXiv:2302.13971), table 2; MLP widths and norm_eps are those
+    # of the released weights.
     "llama-7b": _LLAMA | _size(32, 4096, 32, intermediate_size=11008),
     "llama-13b": _LLAMA | _size(40, 5120, 40, intermediate_size=13824),
     "llama-33b": _LLAMA | _size(60, 6656, 52, intermediate_size=17920),
-    "llama-65b": _LLAMA | _size(80, 8192, 64, intermediate_size=22016),
+    "llama-65b": _LLAMA | _size(80, 8192, 64, intermediate_size=22016, norm_eps=1e-5),
     # Yang et al. 2025 (arXiv:2505.09388), table 1, and the released configurations.
     "qwen3-0.6b": _QWEN3 | _size(28, 1024, 16, intermediate_size=3072, tie_word_embeddings=True),
     "qwen3-1.7b": _QWEN3 | _size(28, 2048, 16, intermediate_size=6144, tie_word_embeddings=True),
@@ -115,14 +116,14 @@ _SOURCES = {
     "nanochat": "nanochat, which transformers has as NanoChatForCausalLM",
 }
 
-# Fields that a row may state, and what each depends on: an override of the latter drops the former,
+# Fields that a row may state, and what each depends on: a new value of the latter drops the former,
 # which the configuration then derives again.
 _DEPENDS = {
     "intermediate_size": {"hidden_size", "mlp_type"},
     "head_dim": {"hidden_size", "num_attention_heads"},
     "num_key_value_heads": {"num_attention_heads"},
     "layer_types": {"sliding_window"},
-    "rope_parameters": {"position_embedding_type"},
+    "rope_theta": {"position_embedding_type"},
 }
 
 
@@ -149,17 +150,33 @@ def load_preset(name: str, **overrides: Any) -> NanoGPTConfig:
     if name not in PRESETS:
         hint = did_you_mean(name, PRESETS)
         raise UserError(f"preset={name!r} is unknown.{hint} Known: {', '.join(PRESETS)}.")
-    aliases = NanoGPTConfig.attribute_map
-    overrides = {aliases.get(key, key): value for key, value in overrides.items()}
-    if "bias" in overrides:
-        bias = overrides.pop("bias")
-        overrides = {"attention_bias": bias, "mlp_bias": bias} | overrides
     row = copy.deepcopy(PRESETS[name])
-    kept = {key: row[key] for key in row if not _DEPENDS.get(key, set()) & set(overrides)}
-    fields = kept | overrides
+    with settings_errors(of_rope=True):
+        if "bias" in overrides:
+            bias = overrides.pop("bias")
+            overrides = dict.fromkeys(("attention_bias", "mlp_bias"), bias) | overrides
+        overrides = NanoGPTConfig.resolve_names(overrides)
+        return NanoGPTConfig(**_override(row, overrides))
+
+
+def _override(row: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a row with overrides, without what these make wrong."""
+    before = NanoGPTConfig(**row | {"layer_types": None})
+    changed = {key for key, value in overrides.items() if getattr(before, key, None) != value}
+    kept = {key: row[key] for key in row if not _DEPENDS.get(key, set()) & changed}
+    # The override's rope parameters keep the row's base unless they have their own.
+    ropes = [overrides.get(key) for key in ("rope_parameters", "rope_scaling")]
+    if any(isinstance(rope, dict) and "rope_theta" in rope for rope in ropes):
+        kept.pop("rope_theta", None)
+    # A smaller vocabulary lacks the row's special tokens.
+    size = overrides.get("vocab_size", before.vocab_size)
+    for key in ("bos_token_id", "eos_token_id"):
+        if isinstance(size, int) and (kept.get(key) or 0) >= size:
+            del kept[key]
     # A row states the pattern of its layers, which repeats.
     if "layer_types" not in overrides and (pattern := kept.get("layer_types")):
-        layers = fields["num_hidden_layers"]
-        fields["layer_types"] = [pattern[i % len(pattern)] for i in range(layers)]
-    with settings_errors(of_rope=True):
-        return NanoGPTConfig(**fields)
+        layers = (kept | overrides)["num_hidden_layers"]
+        kept["layer_types"] = [pattern[i % len(pattern)] for i in range(layers)]
+    if "sliding_attention" not in ((kept | overrides).get("layer_types") or ["sliding_attention"]):
+        kept.pop("sliding_window", None)
+    return kept | overrides

@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import cache_of, tiny_model
 from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 LENGTH = 20
 
@@ -81,6 +82,29 @@ def test_greedy_token_is_the_largest_logit(family, tokens):
     assert torch.equal(
         model.generate(tokens, attention_mask=mask, max_new_tokens=5, do_sample=False), ids
     )
+
+
+def test_generate_uses_the_cache_of_transformers():
+    for family, kinds in (
+        ("nano", {DynamicLayer}),
+        ("gpt3", {DynamicLayer, DynamicSlidingWindowLayer}),
+    ):
+        given = {"max_new_tokens": 2, "return_dict_in_generate": True}
+        output = tiny_model(family).generate(torch.tensor([[5, 6]]), **given)
+        assert {type(layer) for layer in cache_of(output).layers} == kinds
+
+
+def test_shallow_copies_of_a_cache_layer_go_separate_ways(tokens):
+    model = tiny_model("nano")
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        in_chunks(model, tokens[:, :12], [10, 2], cache)
+        branch = copy.copy(cache)
+        branch.layers = [copy.copy(layer) for layer in cache.layers]
+        model(tokens[:, :4], past_key_values=branch)
+        rest = model(tokens[:, 12:], past_key_values=cache).logits
+        expected = model(tokens, use_cache=False).logits[:, 12:]
+    torch.testing.assert_close(rest, expected, rtol=0, atol=1e-5)
 
 
 def test_copies_of_a_cache_go_separate_ways(tokens):

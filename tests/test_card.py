@@ -71,6 +71,38 @@ def test_the_card_leaves_out_what_is_missing_in_the_metrics():
     assert "None" not in bare and "model-index" not in bare and "[]" not in bare
 
 
+CONTINUES = "- It continues a text. It was not trained to answer"
+ANSWERS = "- It learnt to answer only from the conversations"
+
+
+@pytest.mark.parametrize(
+    ("facts", "first"),
+    [
+        ({}, CONTINUES),
+        ({"is_chat": True, "learnt_answers": True}, ANSWERS),
+        ({"start_from": "a/b"}, "- This training taught it to continue texts, not to answer"),
+        ({"start_from": "a/b", "is_chat": True}, "- It was trained on 4,000 tokens"),
+        (
+            {"start_from": "a/b", "is_chat": True, "learnt_answers": True},
+            "- This training taught it to answer as in the conversations of user/corpus.",
+        ),
+        ({"is_chat": True}, "- It was trained on 4,000 tokens"),  # whether it answers is not known
+    ],
+    ids=str,
+)
+def test_a_card_says_of_answers_what_its_training_knows(facts, first):
+    limitations = render(**facts).split("## Limitations\n\n")[1]
+    assert limitations.startswith(first)
+    assert limitations.count("- It was trained on 4,000 tokens") == 1
+    assert all(line.startswith("- ") for line in limitations.split("\n\n")[0].splitlines())
+
+
+def test_a_card_of_a_model_that_was_not_trained_here_claims_nothing_about_answers():
+    bare = render_model_card(CONFIG, {"num_parameters": 7}, name="user/gpt")
+    limitations = bare.split("## Limitations\n\n")[1].split("\n\n")[0]
+    assert limitations == "- It cannot see back more than 64 tokens."
+
+
 def test_every_python_snippet_is_python():
     for snippet in re.findall(r"```python\n(.*?)```", render(), re.DOTALL):
         compile(snippet, "card", "exec")

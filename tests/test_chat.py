@@ -29,9 +29,9 @@ CHAT = [sys.executable, "-m", "hf_nanogpt", "chat"]
 GREEDY = {"temperature": 0, "max_new_tokens": 12}
 
 
-def talker(family: str = "nano", *, block_size: int = 256):
+def talker(family: str = "nano", *, block_size: int = 256, **overrides):
     """Return a random tiny model that speaks in small letters and ends an answer if made to."""
-    model = tiny_model(family, vocab_size=len(TOKENIZER), block_size=block_size)
+    model = tiny_model(family, vocab_size=len(TOKENIZER), block_size=block_size, **overrides)
     spoken = {END, *TOKENIZER("abcdefghijklmnopqrstuvwxyz ")["input_ids"]}
     model.generation_config.suppress_tokens = sorted(set(range(len(TOKENIZER))) - spoken)
     model.generation_config.sequence_bias = [[[END], -1e3]]
@@ -64,6 +64,19 @@ def test_each_answer_is_the_one_to_the_whole_conversation(family):
         said = "".join(chat.answer(text))
         assert len(said) == 12 and said == answer_whole(model, so_far)
         assert chat.messages[-2:] == [user(text), {"role": "assistant", "content": said}]
+
+
+@pytest.mark.parametrize("rope_type", ["longrope", "dynamic"])
+def test_a_chat_past_the_original_context_reads_all_of_it_anew(rope_type):
+    rope = {"rope_type": rope_type, "rope_theta": 1e4, "factor": 4.0}
+    if rope_type == "longrope":
+        factors = {"short_factor": [1.0] * 4, "long_factor": [1.0, 2.0, 4.0, 8.0]}
+        rope |= factors | {"original_max_position_embeddings": 60}
+    model = talker(rope_parameters=rope)
+    chat = Chat(model, TOKENIZER, **GREEDY)
+    for text in ("hello", "and you?", "good", "bye"):
+        so_far = [*chat.messages, user(text)]
+        assert "".join(chat.answer(text)) == answer_whole(model, so_far)
 
 
 def test_chat_leaves_the_settings_of_the_model_alone():

@@ -195,6 +195,8 @@ def test_export_and_convert_there_and_back(checkpoint, capsys, tmp_path):
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert main(["export", str(checkpoint), str(tmp_path / "a.gguf"), "--to", "gguf"]) == 0
+    assert main(["export", str(checkpoint), str(tmp_path / "b.gguf"), "--dtype", "f16"]) == 0
+    assert (tmp_path / "b.gguf").is_file()  # the ending decides
     assert (tmp_path / "a.gguf").read_bytes().startswith(b"GGUF")
     assert "not empty" in refuse(capsys, "export", checkpoint, tmp_path / "native")
     assert "qk_norm" in refuse(capsys, "export", checkpoint, tmp_path / "b", "--to", "llama")

@@ -6,9 +6,10 @@ import json
 import pytest
 import torch
 from conftest import FAMILIES, tiny_config
-from transformers import AutoConfig
+from transformers import AutoConfig, LlamaConfig, Qwen3Config
 
 from hf_nanogpt import NanoGPTConfig, NanoGPTForCausalLM, list_presets, load_preset, presets
+from hf_nanogpt.errors import UserError
 
 SHORT = {
     "n_layer": (3, "num_hidden_layers"),
@@ -50,6 +51,29 @@ def test_values_left_out_are_derived():
     assert NanoGPTConfig(position_embedding_type="learned").rope_parameters is None
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"rope_theta": 5e5},
+        {"rope_scaling": YARN},
+        {"rope_scaling": YARN, "rope_theta": 5e5},
+        {"rope_parameters": YARN, "rope_theta": 5e5},
+        {"rope_parameters": YARN | {"rope_theta": 5e5}, "rope_theta": 5e5},
+        {"rope_parameters": {"rope_theta": 5e5}},
+        {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_theta": 5e5},
+    ],
+    ids=str,
+)
+def test_older_names_of_rope_mean_what_they_mean_in_llama(fields):
+    given = copy.deepcopy(fields)
+    llama = LlamaConfig(**copy.deepcopy(fields) | {"max_position_embeddings": 1024})
+    assert NanoGPTConfig(**given).rope_parameters == llama.rope_parameters
+    assert given == fields  # a dictionary of the caller is left as it was
+
+
 @pytest.mark.parametrize(
     ("name", "nearest"),
     [("n_layers", "n_layer"), ("hiden_size", "hidden_size"), ("droput", "dropout")],
@@ -67,7 +91,24 @@ def test_unknown_field_far_from_all_names_lists_the_fields():
 
 SIZES = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim"]
 SIZES += ["num_attention_heads", "num_key_value_heads", "max_position_embeddings", "sliding_window"]
-REFUSED = [({name: 0}, [f"{name}=0", "at least 1"]) for name in SIZES] + [
+REFUSED = [({name: 0}, [f"{name}=0", "at least"]) for name in SIZES] + [
+    ({"sliding_window": 1}, ["sliding_window=1", "at least 2"]),
+    (
+        {"n_layer": 1, "layer_types": ["full_attention"], "sliding_window": 5},
+        ["sliding_window=5", "layer_types", "None"],
+    ),
+    ({"hidden_size": 768, "n_embd": 64}, ["hidden_size=768", "n_embd=64"]),
+    ({"n_positions": 64, "block_size": 32}, ["n_positions=64", "block_size=32"]),
+    ({"attention_bias": False, "bias": True}, ["attention_bias=False", "bias=True"]),
+    (
+        {"rope_theta": 5e5, "rope_parameters": {"rope_theta": 1e4}},
+        ["500000", "10000", "rope_theta"],
+    ),
+    (
+        {"rope_scaling": {"rope_type": "default"}, "rope_parameters": {"rope_theta": 1e4}},
+        ["rope_scaling", "rope_parameters"],
+    ),
+    ({"position_embedding_type": "learned", "rope_theta": 5e5}, ["rope_theta", "'learned'"]),
     ({"n_embd": 10, "n_head": 4}, ["hidden_size (n_embd)=10", "n_head)=4", "or set head_dim"]),
     ({"n_head": 12, "num_key_value_heads": 5}, ["num_key_value_heads=5", "=12", "divisors"]),
     ({"n_embd": 12, "n_head": 4}, ["head_dim=3 is odd", "position_embedding_type='learned'"]),
@@ -198,6 +239,56 @@ def test_preset_keeps_what_an_override_does_not_touch():
     assert qwen.rope_parameters["rope_theta"] == 1e6
     assert load_preset("gpt2", bias=False).attention_bias is False
     assert load_preset("gpt2", bias=False, mlp_bias=True).mlp_bias is True
+
+
+@pytest.mark.parametrize("name", list_presets())
+def test_overriding_a_field_of_a_preset_with_its_own_value_changes_nothing(name):
+    config = load_preset(name).to_dict()
+    for key in NanoGPTConfig.__annotations__:
+        assert load_preset(name, **{key: config[key]}).to_dict() == config, key
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"rope_scaling": YARN},
+        {"rope_parameters": YARN},
+        {"rope_theta": 5e5},
+        {"rope_scaling": YARN, "rope_theta": 5e5},
+        {"rope_parameters": YARN | {"rope_theta": 5e5}},
+    ],
+    ids=str,
+)
+def test_rope_of_a_preset_is_what_qwen3_makes_of_the_same_settings(overrides):
+    base = {} if "rope_theta" in str(overrides) else {"rope_theta": 1e6}
+    qwen = Qwen3Config(**copy.deepcopy(overrides) | base | {"max_position_embeddings": 40960})
+    assert load_preset("qwen3-0.6b", **overrides).rope_parameters == qwen.rope_parameters
+
+
+def test_override_of_a_preset_that_contradicts_another_is_refused():
+    for overrides in ({"hidden_size": 64, "n_embd": 128}, {"n_positions": 8, "block_size": 16}):
+        with pytest.raises(UserError, match="contradict"):
+            load_preset("gpt2", **overrides)
+    with pytest.raises(UserError, match=r"rope_theta.*'learned'"):
+        load_preset("gpt2", rope_theta=5e5)
+
+
+def test_preset_with_a_smaller_vocabulary_has_no_token_outside_it():
+    small = load_preset("gpt2", vocab_size=1000)
+    assert (small.bos_token_id, small.eos_token_id) == (None, None)
+    assert load_preset("gpt2", vocab_size=1000, eos_token_id=7).eos_token_id == 7
+    assert load_preset("gpt2", vocab_size=50304).eos_token_id == 50256  # nanoGPT's padded one
+
+
+def test_preset_without_a_sliding_layer_has_no_window():
+    for overrides in ({"n_layer": 1}, {"layer_types": ["full_attention"] * 12}):
+        config = load_preset("gpt3-125m", **overrides)
+        assert config.sliding_window is None and set(config.layer_types) == {"full_attention"}
+
+
+def test_llama_has_the_norm_eps_of_the_released_weights():
+    names = ("llama-7b", "llama-13b", "llama-33b", "llama-65b")
+    assert [load_preset(name).norm_eps for name in names] == [1e-6, 1e-6, 1e-6, 1e-5]
 
 
 def test_preset_rows_are_not_changed_by_use(monkeypatch):

@@ -169,7 +169,7 @@ def test_evaluation_repeats_what_training_measured_on_answers(chat, table):
     found = evaluate(str(chat.output_dir), data=table, held_out=0.1)
     assert found.num_tokens == chat.metrics["eval_tokens"]
     assert found.loss == pytest.approx(chat.metrics["eval_loss"], rel=1e-5)
-    assert chat.metrics["eval_loss"] < 0.1
+    assert chat.metrics["eval_loss"] < 0.1 and chat.metrics["learnt_answers"] is True
 
 
 def test_the_exported_model_keeps_the_template_and_the_end(chat, tmp_path):

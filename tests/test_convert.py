@@ -10,14 +10,25 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, cache_of
-from references import LENGTH, REFERENCES, make_reference, make_tokens
+from huggingface_hub import HfApi
+from references import IDS, LENGTH, NEO, REFERENCES, make_reference, make_tokens
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GPT2Tokenizer, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPT2Tokenizer,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
+    PreTrainedModel,
+)
 
-from hf_nanogpt import NanoGPTForCausalLM, load_checkpoint
+from hf_nanogpt import NanoGPTForCausalLM, load_checkpoint, train_tokenizer
+from hf_nanogpt.checkpoint.loading import local_folder
 from hf_nanogpt.convert import convert_checkpoint, export_checkpoint
 
 TOLERANCE = 1e-5
+ENDS = ("bos_token_id", "eos_token_id")
 
 
 @pytest.fixture(scope="session")
@@ -215,6 +226,66 @@ def test_a_config_of_older_transformers_means_the_same(pairs):
     (old / "config.json").write_text(json.dumps(fields), encoding="utf-8")
     convert_checkpoint(old, old.parent / "old-ours")
     assert read_config(old.parent / "old-ours") == read_config(ours)
+
+
+def test_gpt_neo_whose_layers_disagree_with_their_pattern_is_what_transformers_runs(tmp_path):
+    model = make_reference("gpt_neo, global and local")
+    model.save_pretrained(tmp_path / "theirs")
+    fields = read_config(tmp_path / "theirs")
+    fields["attention_layers"] = ["local", "local", "global", "local"]
+    (tmp_path / "theirs" / "config.json").write_text(json.dumps(fields), encoding="utf-8")
+    convert_checkpoint(tmp_path / "theirs", tmp_path / "ours")
+    export_checkpoint(tmp_path / "ours", tmp_path / "native")
+    with torch.no_grad():
+        before = model(make_tokens()).logits
+        theirs, *ours = (
+            load(tmp_path / f)(make_tokens()).logits for f in ("theirs", "ours", "native")
+        )
+    assert difference(theirs, before) > 1
+    assert max(difference(theirs, logits) for logits in ours) <= TOLERANCE
+
+
+@pytest.mark.parametrize(("heads", "is_exact"), [(4, True), (8, False)])  # of 16 and of 8
+def test_a_rounded_conversion_of_half_precision_says_so(heads, is_exact, tmp_path, caplog):
+    model = GPTNeoForCausalLM(GPTNeoConfig(**NEO | IDS | {"num_heads": heads}))
+    for dtype in (torch.bfloat16, torch.float32):
+        place = tmp_path / str(dtype)
+        model.to(dtype).save_pretrained(place / "theirs")
+        convert_checkpoint(place / "theirs", place / "ours")
+        export_checkpoint(place / "ours", place / "native", to="gpt_neo")
+        warnings = [r.getMessage() for r in caplog.records if "rounded" in r.getMessage()]
+        assert len(warnings) == (0 if is_exact else 2)  # only of bfloat16, once each way
+    assert is_exact or "q_proj.weight and 3 more" in warnings[0]
+
+
+def test_generation_settings_in_an_old_config_are_kept(tmp_path):
+    model = make_reference("gpt2")
+    model.save_pretrained(tmp_path / "theirs")
+    (tmp_path / "theirs" / "generation_config.json").unlink()
+    old = {"do_sample": True, "temperature": 0.7, "top_k": 9, "eos_token_id": 5}
+    (tmp_path / "theirs" / "config.json").write_text(
+        json.dumps(read_config(tmp_path / "theirs") | old), encoding="utf-8"
+    )
+    convert_checkpoint(tmp_path / "theirs", tmp_path / "ours")
+    theirs, ours = (load(tmp_path / f).generation_config.to_diff_dict() for f in ("theirs", "ours"))
+    assert old.items() <= theirs.items() and old.items() <= ours.items()
+
+
+def test_additional_chat_templates_of_a_hub_source_are_kept(hub, tmp_path):
+    words = train_tokenizer([], kind="byte")
+    words.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    config = GPT2Config(vocab_size=257, n_embd=8, n_layer=1, n_head=1, **dict.fromkeys(ENDS, 0))
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "theirs")
+    words.save_pretrained(tmp_path / "theirs")
+    (tmp_path / "theirs" / "other").mkdir()
+    (tmp_path / "theirs" / "other" / "config.json").write_text("{}")  # is not downloaded
+    api = HfApi()
+    api.create_repo("user/words")
+    api.upload_folder(repo_id="user/words", folder_path=tmp_path / "theirs")
+    convert_checkpoint("user/words", tmp_path / "ours")
+    _, found = load_checkpoint(tmp_path / "ours")
+    assert found.chat_template == words.chat_template
+    assert not (local_folder("user/words") / "other").exists()
 
 
 def test_gpt2_with_its_own_tokenizer_writes_the_same_text(tmp_path):

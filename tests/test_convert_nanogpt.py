@@ -140,7 +140,7 @@ def test_a_named_tokenizer_gives_the_model_its_special_tokens(tmp_path):
 
 def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(ckpt, tmp_path):
     train_tokenizer([], kind="byte").save_pretrained(tmp_path / "words")
-    with pytest.raises(ValueError, match=rf"token number 256, but vocab_size={len(STOI)}"):
+    with pytest.raises(ValueError, match=rf"token number 256, but .*vocab_size={len(STOI)}"):
         convert_checkpoint(ckpt, tmp_path / "ours", tokenizer=tmp_path / "words")
     assert not (tmp_path / "ours").exists()
 

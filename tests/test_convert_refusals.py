@@ -9,7 +9,7 @@ import torch
 from children import forked, run_python
 from references import make_reference
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
 
 from hf_nanogpt import train_tokenizer
 from hf_nanogpt.convert import convert_checkpoint, export_checkpoint
@@ -20,7 +20,9 @@ from hf_nanogpt.errors import UserError
 def source(tmp_path) -> Path:
     """A GPT-2 of transformers in four shards, with a tokenizer."""
     make_reference("gpt2").save_pretrained(tmp_path / "source", max_shard_size="60KB")
-    train_tokenizer([], kind="byte").save_pretrained(tmp_path / "source")
+    letters = {letter: i for i, letter in enumerate("abcdefghijklmnopqrstuvwxyz")}
+    words = GPT2Tokenizer(vocab=letters | {"<|endoftext|>": 26}, merges=[])
+    words.save_pretrained(tmp_path / "source")
     return tmp_path / "source"
 
 
@@ -149,6 +151,14 @@ def test_a_destination_with_something_in_it_is_refused_and_not_touched(convert, 
         convert(source, source / "config.json" / "deep")
 
 
+@pytest.mark.parametrize("given", [True, False], ids=["given", "of the source"])
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(given, source, tmp_path):
+    place = tmp_path / "bytes" if given else source
+    train_tokenizer([], kind="byte").save_pretrained(place)
+    settings = {"tokenizer": place} if given else {}
+    refuse(source, "token number 256, but the model in .* has vocab_size=67", **settings)
+
+
 # The disk
 
 # Converts each source while files may not grow beyond its limit: what a full disk does.
@@ -168,9 +178,9 @@ for source, limit in zip(cases[::2], cases[1::2]):
 @forked
 def test_a_disk_that_is_full_leaves_nothing_behind(source):
     long_words = source.parent / "long"  # its tokenizer is the largest of its files
-    GPT2LMHeadModel(GPT2Config(vocab_size=9, n_embd=8, n_layer=1, n_head=1)).save_pretrained(
-        long_words
-    )
+    GPT2LMHeadModel(
+        GPT2Config(vocab_size=2900, n_positions=8, n_embd=4, n_layer=1, n_head=1)
+    ).save_pretrained(long_words)
     characters = "".join(map(chr, range(0x4E00, 0x5800)))
     train_tokenizer([characters], kind="char").save_pretrained(long_words)
     # The first file that does not fit: our code, the weights, the tokenizer.

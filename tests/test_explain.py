@@ -16,7 +16,7 @@ from transformers import LlamaTokenizer
 
 from hf_nanogpt import explain_text, train_tokenizer
 from hf_nanogpt.analysis.explain import MAX_WEIGHTS, render_page, render_table
-from hf_nanogpt.analysis.likeliest import show_token
+from hf_nanogpt.analysis.likeliest import show_token, spell_tokens
 from hf_nanogpt.cli import main
 from hf_nanogpt.errors import UserError
 
@@ -102,6 +102,16 @@ def test_every_token_is_visible():
     assert [p.token for p in found] == ["<s>", " a", " a", None]
     names = {name for position in found for name, _ in position.likeliest}
     assert any(re.fullmatch(r"<[1-6]?\d>", name) for name in names)  # ids without a token
+
+
+def test_byte_tokens_of_llama_and_added_tokens_are_readable():
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2, "<0xE9>": 3, "<0x41>": 4, "a": 5}
+    llama = LlamaTokenizer(vocab=vocabulary, merges=[])
+    assert spell_tokens(llama, [3, 4, 5]) == ["<E9>", "A", "a"]
+    tokenizer = train_tokenizer([], kind="byte")
+    tokenizer.add_tokens(["é", "<thought>"])
+    ids = tokenizer("é<thought>").input_ids
+    assert spell_tokens(tokenizer, ids) == ["é", "<thought>"]
 
 
 # The table

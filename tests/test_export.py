@@ -5,15 +5,18 @@ import sys
 
 import pytest
 import torch
+from compat import OVERLAYS, find_environment
 from conftest import FAMILIES, tiny_config, tiny_model
+from references import ROPE
 from safetensors.torch import load_file, save_file
-from transformers import GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig
 
-from hf_nanogpt import list_presets, load_checkpoint, load_preset, train_tokenizer
-from hf_nanogpt.convert import convert_checkpoint, export_checkpoint, find_native_format
+from hf_nanogpt import generate_text, list_presets, load_checkpoint, load_preset, train_tokenizer
+from hf_nanogpt.convert import convert_checkpoint, export_checkpoint, find_native_format, onnx
 
-TEXT = "héllo wörld 日本語 12345  foo\n\n\tit's<|endoftext|>😀"
+TEXT = "héllo wörld 日本語 12345  foo\n\n\tit's<|endoftext|>😀<|im_end|>"
 TOKENIZER = train_tokenizer(["hello world, wörld it's 123\n foo"] * 9, kind="bpe", vocab_size=270)
+TOKENIZER.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
 FORMATS = {
     "nano": "qwen3",
     "gpt1": "gpt1",
@@ -149,6 +152,36 @@ def test_tokenizer_and_generation_settings_come_along_both_ways(tmp_path):
     assert "is_local" not in config
 
 
+def test_an_export_ends_a_text_where_our_generate_ends_it(tmp_path):
+    model = save_checkpoint("nano", tmp_path / "ours", eos_token_id=None)
+    torch.nn.init.zeros_(model.lm_head.weight)  # then the first token, eos, always comes
+    model.save_pretrained(tmp_path / "ours")
+    export_checkpoint(tmp_path / "ours", tmp_path / "native")
+    native = AutoModelForCausalLM.from_pretrained(tmp_path / "native")
+    ids = torch.tensor([[7, 8, 9]])
+    found = native.generate(ids, do_sample=False, max_new_tokens=9)
+    assert found.tolist() == [[7, 8, 9, TOKENIZER.eos_token_id]]
+    assert generate_text(model, TOKENIZER, "x", temperature=0) == ["x"]
+    assert onnx._describe(model, TOKENIZER)["eos_token_id"] == str(TOKENIZER.eos_token_id)
+
+
+def test_another_tokenizer_gives_a_converted_model_its_special_tokens(tmp_path):
+    save_checkpoint("gpt2", tmp_path / "ours")
+    export_checkpoint(tmp_path / "ours", tmp_path / "native")
+    settings = GenerationConfig(temperature=0.7, do_sample=True, eos_token_id=[0, 5])
+    other = train_tokenizer([], kind="byte")
+    for eos, expected in ((None, [0, 5]), ("a", other.get_vocab()["a"])):
+        other.eos_token = eos
+        settings.save_pretrained(tmp_path / "native")
+        other.save_pretrained(tmp_path / f"other-{eos}")
+        convert_checkpoint(
+            tmp_path / "native", tmp_path / f"{eos}", tokenizer=tmp_path / f"other-{eos}"
+        )
+        model, _ = load_checkpoint(tmp_path / f"{eos}")
+        assert model.generation_config.eos_token_id == expected
+        assert model.generation_config.temperature == 0.7
+
+
 def test_a_checkpoint_without_a_tokenizer_is_exported_without(tmp_path):
     tiny_model("nano").save_pretrained(tmp_path / "ours")
     exported = export_checkpoint(tmp_path / "ours", tmp_path / "native")
@@ -184,29 +217,57 @@ for folder in folders:
     inputs = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt")
     with torch.no_grad():
         logits = model(**inputs).logits
-    torch.testing.assert_close(logits, expected[folder], rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits, expected[folder], rtol=0, atol=1e-5, msg=folder)
     tokens = model.generate(**inputs, do_sample=False, max_new_tokens=8, min_new_tokens=8)
-    assert tokens.equal(expected[folder + "/text"])
+    assert tokens.equal(expected[folder + "/text"]), folder
     print(type(model).__name__)
 """
 
 
+# The last release of transformers 4, without nanochat. `python tests/test_export.py` installs it.
+OLD = "4.57.6"
+SCALED = {
+    kind: {"rope_parameters": {"rope_type": kind, "rope_theta": 500.0, **settings}}
+    for kind, settings in ROPE.items()
+}
+MODELS = {family: (family, {}) for family in FAMILIES}
+OLD_MODELS = {family: (family, {}) for family in FAMILIES if family != "nanochat"}
+OLD_MODELS |= {"base_500": ("nano", {"rope_theta": 500.0})}
+OLD_MODELS |= {k: ("nano", rope) for k, rope in SCALED.items() if k != "proportional"}
+
+
 @pytest.mark.slow
-def test_exports_load_in_plain_transformers_where_hf_nanogpt_is_not(tmp_path):
+@pytest.mark.parametrize(
+    "release",
+    [
+        "installed",
+        pytest.param(
+            OLD,
+            marks=pytest.mark.skipif(
+                not (OVERLAYS / OLD / ".ready").is_file(), reason=f"transformers {OLD} is not there"
+            ),
+        ),
+    ],
+)
+def test_exports_load_in_plain_transformers_where_hf_nanogpt_is_not(release, tmp_path):
     expected, folders = {}, []
+    variables = find_environment(OLD) if release == OLD else None
     ids = torch.tensor([TOKENIZER(TEXT).input_ids])
-    for family in FAMILIES:
-        model = save_checkpoint(family, tmp_path / family)
-        folders.append(str(export_checkpoint(tmp_path / family, tmp_path / f"{family}-n").folder))
+    for name, (family, overrides) in (OLD_MODELS if release == OLD else MODELS).items():
+        model = save_checkpoint(family, tmp_path / name, **overrides)
+        folders.append(str(export_checkpoint(tmp_path / name, tmp_path / f"{name}-n").folder))
         with torch.no_grad():
             expected[folders[-1]] = model(ids).logits
         expected[folders[-1] + "/text"] = model.generate(
             ids, do_sample=False, max_new_tokens=8, min_new_tokens=8
         )
     save_file(expected, tmp_path / "expected.safetensors")
-    command = [sys.executable, "-c", PLAIN, str(tmp_path / "expected.safetensors"), TEXT, *folders]
-    result = subprocess.run(command, capture_output=True, text=True)
+    command = [sys.executable, "-P", "-c", PLAIN, str(tmp_path / "expected.safetensors"), TEXT]
+    result = subprocess.run([*command, *folders], capture_output=True, text=True, env=variables)
     assert result.returncode == 0, result.stderr
+    if release == OLD:
+        assert len(result.stdout.split()) == len(folders)
+        return
     assert result.stdout.split() == [
         "Qwen3ForCausalLM",
         "OpenAIGPTLMHeadModel",
@@ -216,3 +277,7 @@ def test_exports_load_in_plain_transformers_where_hf_nanogpt_is_not(tmp_path):
         "Qwen3ForCausalLM",
         "NanoChatForCausalLM",
     ]
+
+
+if __name__ == "__main__":
+    find_environment(OLD)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import FAMILIES, ROOT, TWO_SOON, tiny_model
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import (
     PreTrainedTokenizerFast,
     TextIteratorStreamer,
@@ -25,6 +25,7 @@ from transformers.utils import logging
 
 from hf_nanogpt import generate_text, stream_text, train_tokenizer
 from hf_nanogpt.cli import main
+from hf_nanogpt.streaming import TextDecoder
 
 TOKENIZER = train_tokenizer([], kind="byte")
 LETTERS = TOKENIZER("abcdefghijklmnopqrstuvwxyz ")["input_ids"]
@@ -67,6 +68,66 @@ def test_streamed_pieces_never_cut_a_character():
     pieces = list(stream_text(model, TOKENIZER, "é", max_new_tokens=25, temperature=0))
     assert "".join(pieces) == "€😀é" * 2 + "€😀"
     assert all("\ufffd" not in piece for piece in pieces)
+
+
+# SentencePiece's way with spaces, as in Llama 2: each word has its own, and the first is dropped.
+PIECES = ["<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+PIECES += ["▁the", "▁cat", "▁far", "▁mat", "▁", "s", "\n", "<skip>"]
+
+
+def make_sentencepiece() -> PreTrainedTokenizerFast:
+    ids = {piece: i for i, piece in enumerate(PIECES)}
+    tokenizer = Tokenizer(models.BPE(ids, [], byte_fallback=True, unk_token="<s>"))
+    steps = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    tokenizer.normalizer = normalizers.Sequence(steps)
+    last = [decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), *last])
+    special = {"bos_token": "<s>", "eos_token": "</s>", "additional_special_tokens": ["<skip>"]}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        "▁cat ▁far ▁mat",
+        "▁cat s \n ▁far",
+        "▁cat ▁ ▁ ▁mat",
+        "▁cat <skip> ▁far",
+        "<skip> ▁cat",
+        "▁cat <0xE2> <0x82> <0xAC> ▁mat",
+        "▁cat <0xE2> <0x82>",  # a character cut off
+        "<0x0A> <0xC3> ▁mat",
+    ],
+)
+@pytest.mark.parametrize("prompt", ["<s> ▁the", "<s>", ""])
+def test_streamed_text_is_what_the_tokens_add_to_the_text_of_the_prompt(prompt, pieces):
+    tokenizer = make_sentencepiece()
+    before, after = ([PIECES.index(p) for p in text.split(" ") if p] for text in (prompt, pieces))
+    decoder = TextDecoder(tokenizer, before)
+    streamed = "".join(map(decoder.add, after)) + decoder.finish()
+    start, whole = (tokenizer.decode(i, skip_special_tokens=True) for i in (before, before + after))
+    assert start + streamed == whole
+
+
+def test_text_goes_on_after_the_prompt_with_the_space_of_its_first_word():
+    tokenizer = make_sentencepiece()
+    model = tiny_model("nano", vocab_size=len(PIECES))
+    cat = PIECES.index("▁cat")
+    model.generation_config.suppress_tokens = [i for i in range(len(PIECES)) if i != cat]
+    settings = {"max_new_tokens": 2, "temperature": 0}
+    assert generate_text(model, tokenizer, "the", **settings) == ["the cat cat"]
+    ids = torch.tensor([tokenizer("the").input_ids])
+    assert "".join(stream_text(model, tokenizer, ids, **settings)) == "cat cat"
+
+
+def test_autocast_of_the_caller_holds_while_text_is_generated():
+    model, seen = talker(), []
+    model.lm_head.register_forward_hook(lambda _, __, output: seen.append(output.dtype))
+    for enabled, expected in ((True, torch.bfloat16), (False, torch.float32)):
+        seen.clear()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            generate_text(model, TOKENIZER, "the", max_new_tokens=2, temperature=0)
+        assert set(seen) == {expected}
 
 
 @pytest.mark.parametrize("family", TWO_SOON)
@@ -232,6 +293,17 @@ def load_example(name: str):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.mark.parametrize("eos", [None, 0, 17, [17, 23]], ids=str)
+def test_loop_by_hand_ends_where_generate_does(eos, tokens):
+    model = tiny_model("nano", eos_token_id=eos)
+    model.generation_config.eos_token_id = eos
+    given = {"max_new_tokens": 40, "do_sample": False, "pad_token_id": 0}
+    for ids in tokens.repeat_interleave(1, dim=0).split(1):
+        expected = model.generate(ids, **given)
+        by_hand = load_example("generate_by_hand").generate_by_hand
+        assert torch.equal(by_hand(model, ids, torch.ones_like(ids), new_tokens=40), expected)
 
 
 @pytest.mark.parametrize(

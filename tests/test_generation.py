@@ -122,7 +122,8 @@ def test_same_seed_gives_the_same_tokens_and_another_seed_others(family, batch):
 
 
 def draft_of(family: str, how: str) -> dict:
-    kinds = {"layer_types": ["full_attention"]} if family == "gpt3" else {}
+    full = {"layer_types": ["full_attention"], "sliding_window": None}
+    kinds = full if family == "gpt3" else {}
     return {
         "draft model": lambda: {"assistant_model": tiny_model(family, seed=1, n_layer=1, **kinds)},
         "its own draft": lambda: {"assistant_model": tiny_model(family)},

@@ -3,6 +3,7 @@
 import sys
 
 import pytest
+from children import forked, run_python
 from conftest import tiny_model
 from test_gguf import LLAMA3_ROPE, TEXT, split_tokenizer
 from tokenizers import Tokenizer, models, normalizers
@@ -21,6 +22,20 @@ def _save(folder, family, **overrides):
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return model
+
+
+def test_a_text_ends_in_llama_cpp_where_ours_ends(tmp_path):
+    from gguf import GGUFReader
+
+    tokenizer = train_tokenizer([], kind="byte")
+    for ends, keys in ((None, [tokenizer.eos_token_id]), (7, [7]), ([7, 9], [7, 9])):
+        model = _save(tmp_path, "nano", eos_token_id=ends)
+        model.generation_config.eos_token_id = ends
+        model.save_pretrained(tmp_path)
+        path = export_gguf(tmp_path, tmp_path / f"{ends}.gguf")
+        fields = GGUFReader(path).fields
+        names = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
+        assert [fields[name].contents() for name in names if name in fields] == keys
 
 
 def test_a_tokenizer_that_llama_cpp_would_read_differently_is_refused():
@@ -95,6 +110,26 @@ def test_bad_arguments_leave_nothing_behind(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="rows of 48 weights, and q8_0 packs 32 together"):
         export_gguf(tmp_path, new, dtype="q8_0")
     assert not new.exists()
+
+
+# What a full disk does: a file may not grow beyond a limit, in its first tensor.
+FULL = """
+import resource, sys
+from hf_nanogpt.convert.gguf import export_gguf
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+try:
+    export_gguf(*sys.argv[1:])
+except ValueError as error:
+    print(error)
+"""
+
+
+@forked
+def test_a_full_disk_is_called_full(tmp_path):
+    _save(tmp_path / "ours", "gpt2")
+    result = run_python(FULL, tmp_path / "ours", tmp_path / "new.gguf")
+    assert "nothing was left there: the disk is full" in result.stdout, result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["ours"]
 
 
 def _fail(*args):

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "hf_nanogpt"
 LEVELS = [
     "configuration_nanogpt",
     "modeling_nanogpt",
-    "auto errors hub_errors untrusted flops cpu_kernels linear_cross_entropy",
+    "auto errors hub_errors untrusted streaming flops cpu_kernels linear_cross_entropy",
     "checkpoint presets",
     "data",
     "quantization generation evaluation convert",

@@ -20,7 +20,7 @@ from hf_nanogpt import stream_text, train_tokenizer
 from hf_nanogpt.analysis.likeliest import Candidate, Step, choose_candidate, stream_steps
 from hf_nanogpt.apps.playground import Speaker, render_candidates, render_legend, render_text
 from hf_nanogpt.cli import main
-from hf_nanogpt.errors import printable
+from hf_nanogpt.errors import UserError, printable
 
 TOKENIZER = train_tokenizer([], kind="byte")
 PROMPT = "the cat"
@@ -58,6 +58,19 @@ def test_each_step_has_the_softmax_of_the_logits_whatever_is_sampled(family):
         assert [candidate.id for candidate in step.likeliest] == order[:4]
         told = [candidate.probability for candidate in step.likeliest]
         assert told == pytest.approx(shares[order[:4]].tolist(), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [{"guidance_scale": 2.0}, {"prefill_chunk_size": 2}, {"prompt_lookup_num_tokens": 3}],
+    ids=str,
+)
+def test_a_setting_that_runs_the_model_not_once_for_each_token_is_refused(setting):
+    model = talker()
+    model.generation_config.update(**setting)
+    steps = stream_steps(model, TOKENIZER, "the cat the cat", max_new_tokens=9, temperature=0)
+    with pytest.raises(UserError, match=f"generation_config.json.*{next(iter(setting))}"):
+        list(steps)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 """The most likely next tokens, how a token is written on one line, and text token by token."""
 
-from collections import deque
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from queue import SimpleQueue
@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.generation import BaseStreamer
 
+from ..errors import UserError
 from ..generation import encode_prompt, stream_text
 
 _BYTES = {character: byte for byte, character in bytes_to_unicode().items()}
@@ -84,18 +85,25 @@ class _StepStreamer(BaseStreamer):
         self.tokenizer = tokenizer
         self.num_likeliest = num_likeliest
         self.thread: int | None = None
-        self.logits: deque[torch.Tensor] = deque()
+        self.logits: list[torch.Tensor] = []  # (positions, V) of each run since the last token
         self.steps: SimpleQueue[Step | None] = SimpleQueue()
 
     def keep_logits(self, module, args, output) -> None:
         if get_ident() == self.thread:  # another thread may use the same model at the same time
-            self.logits.append(output.logits[0, -1].float().cpu())
+            self.logits.append(output.logits[0].float().cpu())
 
     def put(self, ids: torch.Tensor) -> None:
         if self.thread is None:  # the prompt comes first
             self.thread = get_ident()
-        else:
-            self.steps.put(self._make_step(int(ids), self.logits.popleft().log_softmax(dim=-1)))
+            return
+        if ids.numel() != 1 or [len(rows) for rows in self.logits] != [1]:
+            raise UserError(
+                "The probabilities of these tokens cannot be told: with a setting in "
+                "generation_config.json, such as guidance_scale, prefill_chunk_size or "
+                "prompt_lookup_num_tokens, the model does not run once for each token. Remove it."
+            )
+        [row] = self.logits.pop()
+        self.steps.put(self._make_step(int(ids), row.log_softmax(dim=-1)))
 
     def end(self) -> None:
         self.steps.put(None)
@@ -126,11 +134,15 @@ def make_candidates(
 
 def spell_tokens(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
     """Return the text of each token, and bytes that are not text on their own as <E2><82>."""
-    texts = []
+    texts, added = [], tokenizer.added_tokens_decoder
     for raw, i in zip(tokenizer.convert_ids_to_tokens(ids), ids, strict=True):
         text = cast(str, tokenizer.decode([i], clean_up_tokenization_spaces=False))
         if raw is None:  # the embedding may have more rows than there are tokens
             text = f"<{i}>"
+        elif i in added:  # a byte-level decoder would take its characters for bytes
+            text = added[i].content
+        elif "\ufffd" in text and (byte := re.fullmatch("<0x([0-9A-F]{2})>", raw)):  # LLaMA's
+            text = f"<{byte[1]}>"
         elif "\ufffd" in text and all(character in _BYTES for character in raw):
             text = "".join(f"<{_BYTES[character]:02X}>" for character in raw)
         elif raw.startswith("\u2581"):  # SentencePiece's space, which decoding drops at the start

@@ -11,17 +11,16 @@ from collections.abc import AsyncGenerator, Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from itertools import chain, count
-from queue import SimpleQueue
 from threading import Event
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
 import torch
 from transformers import ContinuousBatchingConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.generation import BaseStreamer
 from transformers.utils import logging
 
 from ..errors import UserError
 from ..generation import stream_text
+from ..streaming import TextDecoder, TokenStreamer
 
 logger = logging.get_logger(__name__)
 
@@ -193,63 +192,27 @@ class Writer:
 
     def _stream(self, prompt: list[int], settings: dict[str, Any]) -> Generator[int, None, None]:
         ids = torch.tensor([prompt], device=self.model.device)
-        settings = settings | {"eos_token_id": self.ends or None, "streamer": _TokenStreamer()}
+        settings = settings | {"eos_token_id": self.ends or None, "streamer": TokenStreamer()}
         return stream_text(self.model, self.tokenizer, ids, **settings)
 
 
-class _TokenStreamer(BaseStreamer):
-    """Yields the token ids, without those of the prompt."""
-
-    def __init__(self):
-        self.queue: SimpleQueue[int | None] = SimpleQueue()
-        self.prompt_seen = False
-
-    def put(self, value: torch.Tensor) -> None:
-        if self.prompt_seen:
-            self.queue.put(int(value))
-        self.prompt_seen = True
-
-    def end(self) -> None:
-        self.queue.put(None)
-
-    def __iter__(self):
-        return iter(self.queue.get, None)
-
-
-class TextDecoder:
+class StoppingDecoder:
     """Decodes tokens as they come, and ends before the first stop text."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: list[str]):
-        self.tokenizer, self.stops, self.stopped = tokenizer, stops, False
-        self.ids: list[int] = []
-        self.first = self.done = (
-            0  # the tokens before `done` are decoded, from `first` the last time
-        )
+    def __init__(self, decoder: TextDecoder, stops: list[str]):
+        self.decoder, self.stops, self.stopped = decoder, stops, False
         self.held = ""  # text that may be the beginning of a stop text
 
     def add(self, token: int) -> str:
         """Return the text that is now certain."""
-        self.ids.append(token)
-        text = self._decode_rest()
-        if text.endswith("\N{REPLACEMENT CHARACTER}"):  # the rest of the character may follow
-            return ""
-        self.first, self.done = self.done, len(self.ids)
-        return self._release(text)
+        return self._release(self.decoder.add(token))
 
     def finish(self) -> str:
         """Return the rest of the text, when no more tokens come."""
         if self.stopped:
             return ""
-        rest = self._release(self._decode_rest() if self.done < len(self.ids) else "")
+        rest = self._release(self.decoder.finish())
         return rest + self.held
-
-    def _decode_rest(self) -> str:
-        """Return the text of the tokens from `done` on, decoded together with those before them."""
-        before = self._decode(self.ids[self.first : self.done])
-        return self._decode(self.ids[self.first :])[len(before) :]
-
-    def _decode(self, ids: list[int]) -> str:
-        return cast(str, self.tokenizer.decode(ids, skip_special_tokens=True))  # a list for a batch
 
     def _release(self, text: str) -> str:
         """Return the text up to a stop text, without an end that may become one."""

@@ -160,8 +160,11 @@ class Chat:
         """Return a cache of the first of `ids`, as many as were cached for the last answer."""
         pairs = zip(self._cached, ids[:-1], strict=False)  # the model must read the last one
         same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-        # A layer with a sliding window cannot be cropped: it has dropped the older tokens.
-        if not same or any(self._cache.is_sliding):
+        # A layer with a sliding window cannot be cropped: it has dropped the older tokens. And some
+        # types of RoPE rotate the keys of a longer text by other frequencies.
+        rope_type = (getattr(self.model.config, "rope_parameters", None) or {}).get("rope_type")
+        by_length = rope_type in ("longrope", "dynamic")
+        if not same or by_length or any(self._cache.is_sliding):
             self._cache = DynamicCache(config=self.model.config)
         else:
             self._cache.crop(same - self._cache.get_seq_length())

@@ -30,7 +30,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import UserError, one_line
 from ..generation import encode_prompt
-from .batching import EndedError, TextDecoder, Writer
+from ..streaming import TextDecoder
+from .batching import EndedError, StoppingDecoder, Writer
 from .chat import NO_TEMPLATE, find_turn_ends, render_messages
 from .openai_api import CompletionRequest, ResponseFormat, check_request, format_event, parse_body
 
@@ -288,7 +289,8 @@ class _Answer:
         }
 
     async def pieces(self) -> AsyncGenerator[str, None]:
-        text = TextDecoder(self.writer.tokenizer, self.request.stops)
+        context = [] if self.format.chat else self.prompt  # a message is a text of its own
+        text = StoppingDecoder(TextDecoder(self.writer.tokenizer, context), self.request.stops)
         async with aclosing(self.writer.write(self.prompt, self.settings)) as tokens:
             async for token in tokens:
                 self.count += 1

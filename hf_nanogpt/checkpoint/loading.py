@@ -101,9 +101,11 @@ def download(
     name: str, revision: str, files: Sequence[str] = _DOWNLOADED, *, what: str = "checkpoint folder"
 ) -> Path:
     """Return the folder of the cache with the files of a Hub id that match the patterns."""
+    # `*` matches a slash, too: leave out folders, but for the one with additional chat templates.
+    in_folders = ["*/*/*", *(f"*/{pattern}" for pattern in files if pattern != "*.jinja")]
     try:
         folder = snapshot_download(
-            name, revision=revision, allow_patterns=list(files), ignore_patterns="*/*"
+            name, revision=revision, allow_patterns=list(files), ignore_patterns=in_folders
         )
     except (OSError, HTTPError, HFValidationError) as error:
         raise UserError(unreachable(name, what, error)) from error

@@ -1,6 +1,7 @@
 """The verbs `convert` and `export`."""
 
 import shlex
+from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
@@ -16,7 +17,13 @@ _CONVERT: Flags = [
 _EXPORT: Flags = [
     ("checkpoint", str, None, "folder or Hub id"),
     ("destination", str, None, "folder to create; for gguf and onnx, the file"),
-    ("--to FORMAT", str, "auto", "qwen3, llama, gpt2, gpt_neo, gpt1, nanochat, gguf or onnx"),
+    (
+        "--to FORMAT",
+        str,
+        None,
+        "qwen3, llama, gpt2, gpt_neo, gpt1, nanochat, gguf or onnx (default: gguf or onnx if the "
+        "destination ends so, else the first that can express the model)",
+    ),
     ("--dtype", ["f32", "f16", "q8_0"], None, "dtype of the weights, for --to gguf (default f32)"),
 ]
 
@@ -44,6 +51,9 @@ def run_convert(argv: list[str]) -> None:
 @sigterm_like_ctrl_c()
 def run_export(argv: list[str]) -> None:
     args = parse_flags("export", VERBS["export"], _EXPORT, argv)
+    # The ending of a file decides, too; a folder may have any name.
+    ending = Path(args.destination).suffix.removeprefix(".")
+    args.to = args.to or (ending if ending in ("gguf", "onnx") else "auto")
     if args.dtype and args.to != "gguf":
         raise UserError(f"dtype={args.dtype} is for --to gguf only: leave it out.")
 

@@ -14,7 +14,14 @@ from ..configuration_nanogpt import NanoGPTConfig
 from ..errors import UserError, did_you_mean
 from ..untrusted import read_json
 from . import nanogpt
-from .folders import check_destination, load_tokenizer, write_folder
+from .folders import (
+    check_destination,
+    check_tokenizer,
+    load_tokenizer,
+    read_settings,
+    use_special_tokens,
+    write_folder,
+)
 from .models import export_native_model, import_nanogpt_model, import_native_model, read_our_config
 from .native import FORMATS, find_native_format, make_native_config
 
@@ -67,8 +74,12 @@ def convert_checkpoint(
         write_folder(model, found, folder)
     else:
         model = import_native_model(FORMATS[name], path)
-        found = load_tokenizer(tokenizer or path)
-        write_folder(model, found, folder, settings_from=path)
+        found, settings = load_tokenizer(tokenizer or path), read_settings(path)
+        if found is not None:
+            check_tokenizer(found, model.config, where=path)
+            if tokenizer:
+                use_special_tokens(found, model, settings)
+        write_folder(model, found, folder, settings=settings)
     return Conversion(folder, name, model.num_parameters(), found is not None)
 
 
@@ -93,7 +104,7 @@ def export_checkpoint(
     name, native_config = make_native_config(config, to)
     model = export_native_model(FORMATS[name], native_config, config, path)
     tokenizer = load_tokenizer(path)
-    write_folder(model, tokenizer, folder, settings_from=path)
+    write_folder(model, tokenizer, folder, settings=read_settings(path))
     return Conversion(folder, name, model.num_parameters(), tokenizer is not None)
 
 

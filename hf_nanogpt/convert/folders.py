@@ -1,18 +1,25 @@
 """Both ends of a conversion: what is loaded, and what is written whole or not at all."""
 
-import shutil
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, cast
 
 from safetensors import SafetensorError
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
-from ..checkpoint.foreign import TOKENIZERS, check_generation_config, read_tokenizer
+from ..checkpoint.foreign import CONFIG, TOKENIZERS, check_generation_config, read_tokenizer
 from ..checkpoint.loading import TOKENIZER_FILES, download, load_checkpoint, split_revision
 from ..checkpoint.writing import check_writable, clear_abandoned, staged_folder
-from ..errors import UserError
+from ..errors import UserError, explain_errors
 from ..modeling_nanogpt import NanoGPTForCausalLM
+from ..untrusted import read_json
 
 _GENERATION = "generation_config.json"
 
@@ -27,6 +34,18 @@ def load_tokenizer(place: str | Path) -> PreTrainedTokenizerBase | None:
     for key in ("is_local", "local_files_only"):  # they describe this call, not the tokenizer
         tokenizer.init_kwargs.pop(key, None)
     return tokenizer
+
+
+def check_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, *, where: str | Path
+) -> None:
+    """Raise a `UserError` if the model has no embedding for a token of the tokenizer."""
+    largest = max(tokenizer.get_vocab().values(), default=-1)
+    if largest >= config.vocab_size:
+        raise UserError(
+            f"The tokenizer has a token number {largest}, but the model in {where} has vocab_size="
+            f"{config.vocab_size}: give the tokenizer that it was trained with."
+        )
 
 
 def load_our_model(
@@ -78,17 +97,81 @@ def write_folder(
     tokenizer: PreTrainedTokenizerBase | None,
     destination: Path,
     *,
-    settings_from: Path | None = None,
+    settings: dict[str, Any] | None = None,
 ) -> None:
-    """Write a whole checkpoint, with the generation settings of another folder, or nothing."""
-    settings = settings_from and settings_from / _GENERATION
+    """Write a whole checkpoint, or nothing; `settings` are those of generation.
+
+    Texts end where our `stream_text` ends them: at the tokenizer's eos if the settings have none.
+    """
     with written_folder(destination) as staged:
         model.save_pretrained(staged)
         if tokenizer is not None:
             tokenizer.save_pretrained(staged)
-        if settings and settings.is_file():
-            check_generation_config(settings.parent)  # do not copy a damaged one
-            shutil.copyfile(settings, staged / _GENERATION)
+        file = staged / _GENERATION
+        settings = dict(settings or json.loads(file.read_text(encoding="utf-8")))
+        if settings.get("eos_token_id") is None and tokenizer is not None:
+            settings["eos_token_id"] = tokenizer.eos_token_id
+        _write_json(file, settings)
+        if not isinstance(model, NanoGPTForCausalLM):
+            _add_older_names(staged, model)
+
+
+def _add_older_names(folder: Path, model: PreTrainedModel) -> None:
+    """Let transformers 4 and what is built on it read a native checkpoint as transformers 5 does.
+
+    Release 4.57, the last, has `rope_theta` and `rope_scaling` instead of `rope_parameters`, and
+    would take a base of 10000 without a word. The tokenizer's names are older, too.
+    """
+    config = read_json(folder / CONFIG)
+    if rope := config.get("rope_parameters"):
+        scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
+        plain = rope["rope_type"] == "default"
+        if rope["rope_type"] == "longrope":  # it looks for the length here, and makes the factor
+            length = rope["original_max_position_embeddings"]
+            config["original_max_position_embeddings"] = length
+            if config["max_position_embeddings"] / length != rope.get("factor"):
+                rotary: Any = model.base_model.rotary_emb
+                scaling["attention_factor"] = rotary.attention_scaling
+        config |= {"rope_theta": rope["rope_theta"], "rope_scaling": None if plain else scaling}
+        _write_json(folder / CONFIG, config)
+    path = folder / "tokenizer_config.json"
+    if path.is_file():
+        fields = read_json(path)
+        if fields.get("tokenizer_class") == "TokenizersBackend":
+            fields["tokenizer_class"] = "PreTrainedTokenizerFast"
+            # Otherwise it returns token_type_ids, too, which `generate` refuses.
+            fields.setdefault("model_input_names", ["input_ids", "attention_mask"])
+        if isinstance(fields.get("extra_special_tokens"), list):
+            fields["additional_special_tokens"] = fields.pop("extra_special_tokens")
+        _write_json(path, fields)
+
+
+def _write_json(path: Path, fields: dict[str, Any]) -> None:
+    text = json.dumps(fields, indent=2, ensure_ascii=False)
+    path.write_text(f"{text}\n", encoding="utf-8")
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """Return the settings of generation in a folder; older ones have them in `config.json`."""
+    if (folder / _GENERATION).is_file():
+        check_generation_config(folder)  # do not copy a damaged one
+        return read_json(folder / _GENERATION)
+    path = folder / CONFIG
+    with explain_errors(f"{path} has settings of generation that are not valid"):
+        settings = GenerationConfig.from_model_config(read_json(path))
+        return cast(dict[str, Any], json.loads(settings.to_json_string()))
+
+
+def use_special_tokens(
+    tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, settings: dict[str, Any]
+) -> None:
+    """Replace special ids of another tokenizer in the configuration and in the settings."""
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        own = getattr(tokenizer, name)
+        for place in (vars(model.config), settings):
+            known = place.get(name)
+            if own is not None and own not in (known if isinstance(known, list) else [known]):
+                place[name] = own
 
 
 @contextmanager
@@ -106,8 +189,11 @@ def written_folder(folder: Path, *, file: Path | None = None) -> Iterator[Path]:
             folder.rmdir()
         # tokenizers, which is written in Rust, raises a bare Exception when the disk is full.
         if isinstance(error, OSError | SafetensorError) or type(error) is Exception:
+            # numpy says how many items were written, but not why.
+            unknown = isinstance(error, OSError) and error.errno is None
+            why = "the disk is full, or a limit on files is reached" if unknown else error
             raise UserError(
                 f"destination={file or folder} could not be written, and nothing was left there: "
-                f"{error}. Free some space, or choose another place."
+                f"{why}. Free some space, or choose another place."
             ) from error
         raise

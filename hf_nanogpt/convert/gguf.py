@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ..generation import find_ends
 from ..modeling_nanogpt import NanoGPTForCausalLM, NanoGPTRotaryEmbedding
 from .folders import check_new_file, load_our_model, written_folder
 from .gguf_tokenizer import describe_tokenizer
@@ -98,7 +99,9 @@ def export_gguf(
     model, tokenizer = load_our_model(checkpoint)
     name = choose_architecture(model.config)
     keys = describe_model(model.config, name, dtype)
-    keys |= describe_tokenizer(tokenizer, vocab_size=model.config.vocab_size)
+    keys |= describe_tokenizer(
+        tokenizer, vocab_size=model.config.vocab_size, ends=find_ends(model, tokenizer)
+    )
     with written_folder(destination.parent, file=destination) as staged:
         writer = gguf.GGUFWriter(staged / destination.name, name)
         add: dict[type, Any] = {

@@ -5,8 +5,11 @@ from typing import Any
 
 from tokenizers import pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.utils import logging
 
 from ..errors import UserError
+
+logger = logging.get_logger(__name__)
 
 # llama.cpp's names for how text is split before the merges, by regular expression and
 # `ignore_merges`. ByteLevel has GPT-2's expression built in; the others stand in a Split before it.
@@ -20,12 +23,14 @@ _NO_MERGES = ["ÿ ÿ"]  # llama.cpp wants at least one; byte 255, twice, is in n
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
 
 
-def describe_tokenizer(tokenizer: PreTrainedTokenizerBase, *, vocab_size: int) -> dict[str, Any]:
+def describe_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, *, vocab_size: int, ends: int | list[int] | None = None
+) -> dict[str, Any]:
     """Return the keys of a GGUF file that make llama.cpp encode and decode as the tokenizer does.
 
     Ids from the tokenizer's end to the model's `vocab_size` are marked as unused. llama.cpp cannot
     normalise text to composed characters (NFC) as Qwen's tokenizer does: there the prompt must be
-    composed already.
+    composed already. A text ends at `ends`, by default at the tokenizer's eos.
 
     Raises:
         UserError: the tokenizer is not a byte-level BPE, or llama.cpp would encode differently.
@@ -53,7 +58,7 @@ def describe_tokenizer(tokenizer: PreTrainedTokenizerBase, *, vocab_size: int) -
         "token_type": types,
         "merges": [" ".join(merge) for merge in parts["model"]["merges"]] or _NO_MERGES,
     }
-    keys |= _special_tokens(tokenizer)
+    keys |= _special_tokens(tokenizer, tokenizer.eos_token_id if ends is None else ends)
     more = {"tokenizer.chat_template": tokenizer.chat_template} if tokenizer.chat_template else {}
     return {f"tokenizer.ggml.{k}": v for k, v in keys.items()} | more
 
@@ -93,19 +98,26 @@ def _name_split(parts: dict[str, Any]) -> str:
     return name
 
 
-def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def _special_tokens(
+    tokenizer: PreTrainedTokenizerBase, ends: int | list[int] | None
+) -> dict[str, Any]:
     """Return the ids of special tokens, and whether a prompt begins with one."""
-    if tokenizer.eos_token_id is None:
+    first, *others = ends if isinstance(ends, list) else [ends]
+    if first is None:
         raise UserError("GGUF: the tokenizer has no eos_token, and llama.cpp would use token 11.")
     bare = tokenizer("a", add_special_tokens=False).input_ids
     whole, bos = tokenizer("a").input_ids, tokenizer.bos_token_id
     if whole not in (bare, [bos, *bare]):
         raise UserError(f"GGUF: the tokenizer turns {bare} into {whole}: only BOS can be added.")
     keys = {
-        "eos_token_id": tokenizer.eos_token_id,
-        "bos_token_id": tokenizer.eos_token_id if bos is None else bos,
+        "eos_token_id": first,
+        "bos_token_id": first if bos is None else bos,
         "add_bos_token": whole != bare,
     }
+    if others:  # llama.cpp's other key for it; there is no third
+        keys["eot_token_id"] = others[0]
+    if others[1:]:
+        logger.warning(f"GGUF: a file holds two ids that end a text: {others[1:]} are left out.")
     if tokenizer.pad_token_id is not None:
         keys["padding_token_id"] = tokenizer.pad_token_id
     return keys

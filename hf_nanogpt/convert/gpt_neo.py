@@ -45,8 +45,8 @@ LAYER_TYPES = {"global": "full_attention", "local": "sliding_attention"}
 
 
 def import_config(native: dict[str, Any]) -> dict[str, Any]:
-    """Return our fields; `attention_types` is a list of (pattern, how many times)."""
-    pattern = [name for names, times in native["attention_types"] for name in names * times]
+    """Return our fields; transformers runs `attention_layers`, whatever the pattern says."""
+    pattern = native["attention_layers"]
     fields = gpt2.FIXED | import_fields(native, FIELDS)
     fields["layer_types"] = [LAYER_TYPES[name] for name in pattern]
     if "local" in pattern:
@@ -61,7 +61,7 @@ def export_config(config: NanoGPTConfig) -> dict[str, Any]:
     pattern = [names[layer_type] for layer_type in config.layer_types or []]
     fields = export_fields(config, FIELDS) | dict.fromkeys(DROPOUTS, config.dropout)
     window = {"window_size": config.sliding_window} if "local" in pattern else {}
-    return fields | window | {"attention_types": [[pattern, 1]]}
+    return fields | window | {"attention_types": [[pattern, 1]], "attention_layers": pattern}
 
 
 FORMAT = Format(

@@ -20,7 +20,7 @@ from ..configuration_nanogpt import NanoGPTConfig
 from ..data.token_files import read_characters
 from ..errors import UserError, explain_errors
 from . import gpt2
-from .folders import load_tokenizer
+from .folders import check_tokenizer, load_tokenizer
 from .rules import TRANSPOSE
 
 logger = logging.get_logger(__name__)
@@ -141,11 +141,7 @@ def find_tokenizer(
     if found is None:
         logger.warning(f"No tokenizer was found for {path}: give one, or the folder has none.")
         return None
-    if (largest := max(found.get_vocab().values())) >= config.vocab_size:
-        raise UserError(
-            f"tokenizer={tokenizer} has a token number {largest}, but vocab_size="
-            f"{config.vocab_size} in {path}: the model was trained with another tokenizer."
-        )
+    check_tokenizer(found, config, where=path)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(config, name, getattr(found, name))
     return found

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ..errors import UserError
+from ..generation import find_ends
 from ..modeling_nanogpt import NanoGPTForCausalLM
 from .folders import check_new_file, load_our_model, written_folder
 
@@ -91,7 +92,7 @@ def _describe(model: NanoGPTForCausalLM, tokenizer: PreTrainedTokenizerBase) -> 
         raise UserError(f"ONNX: {type(tokenizer).__name__} has no tokenizer.json to write.")
     return {
         "tokenizer.json": tokenizer.backend_tokenizer.to_str(),
-        "eos_token_id": json.dumps(model.generation_config.eos_token_id),
+        "eos_token_id": json.dumps(find_ends(model, tokenizer)),
         "max_position_embeddings": json.dumps(config.max_position_embeddings),
     }
 

@@ -128,7 +128,7 @@ def translate(
     Raises:
         UserError: a bias that the target cannot hold is not zero.
     """
-    dtype = torch.float32
+    dtype, rounded = torch.float32, []
     for step in steps:
         if step.sources[0] not in source:  # a bias that only the target has
             missing = [name for name in step.targets if name in target]
@@ -138,6 +138,8 @@ def translate(
         tensors = [source[name].read() for name in step.sources]
         dtype = tensors[0].dtype
         if step.targets[0] in target:
+            if _is_rounded(step, dtype):
+                rounded.append(step.sources[0])
             yield from zip(step.targets, step.apply(tensors), strict=True)
             continue
         for name, tensor in zip(step.sources, tensors, strict=True):
@@ -146,6 +148,18 @@ def translate(
                     f"{name!r} is not zero, but this format does not have that bias: choose "
                     "another format, or train with attention_bias=False."
                 )
+    if rounded:
+        logger.warning(
+            f"{rounded[0]} and {len(rounded) - 1} more are rounded: they are {dtype}, and between "
+            "these formats they change by a factor that is not a power of two. The logits differ a "
+            "little; a float32 checkpoint keeps them."
+        )
+
+
+def _is_rounded(step: Step, dtype: torch.dtype) -> bool:
+    """Return whether a step scales tensors of 16 bits by what is not a power of two."""
+    scales = not {SCALE.on_import, SCALE.on_export}.isdisjoint(step.changes)
+    return scales and dtype.itemsize < 4 and not math.log2(math.sqrt(step.head_dim)).is_integer()
 
 
 def native_shapes(rows: Rows, ours: Shapes, config: NanoGPTConfig) -> dict[str, tuple[int, ...]]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -25,6 +25,7 @@ from ..checkpoint.writing import (
 )
 from ..data.corpus import prepare_tokenizer
 from ..data.documents import DataArguments
+from ..data.encoding import is_learnt
 from ..data.stored import prepare_data
 from ..errors import UserError, is_out_of_memory, settings_errors
 from ..hub import render_model_card, write_card
@@ -109,10 +110,13 @@ def train(
 
         # Gather what metrics.json and the card say, and write the folder.
         length, written = trainer.speed.context_length, [*as_flags(settings), *flags]
+        validation = next(iter(cast(Any, trainer.eval_dataset)))
         metrics = {
             **collect_metrics(trainer, seconds, sample_before=before),
             **collect_facts(str(recipe), written, start_from, data_args, args, length),
             "is_chat": trainer.processing_class.chat_template is not None,
+            # In conversations only the answers are learnt, in other text every token.
+            "learnt_answers": not all(is_learnt(validation["input_ids"])),
         }
         result = _write_folder(trainer, metrics, prompt)
         if args.push_to_hub:
