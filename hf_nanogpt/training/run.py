@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel, set_seed
 from transformers.utils import logging
@@ -30,6 +29,7 @@ from ..errors import UserError, settings_errors
 from ..hub import render_model_card, write_card
 from .arguments import NanoGPTTrainingArguments, check_text, parse_settings
 from .callbacks import PlotCallback, SpeedCallback, plot_losses
+from .checks import check_run
 from .facts import collect_facts, collect_metrics
 from .locking import lock_output_dir
 from .lora import add_adapter, describe_adapter, merge_adapter
@@ -38,7 +38,7 @@ from .recipes import as_flags
 from .run_settings import check_settings_match, describe_settings
 from .samples import SampleCallback, choose_prompt, draw_sample
 from .stopping import stop_on_signals
-from .trainer import NanoGPTTrainer
+from .trainer import NanoGPTTrainer, use_threads
 
 logger = logging.get_logger(__name__)
 
@@ -84,11 +84,11 @@ def train(
             and a checkpoint was saved first.
     """
     data_args, architecture, args = parse_settings(recipe, flags, **settings)
-    _check_start(start_from, args)
-    if args.num_threads:
-        torch.set_num_threads(args.num_threads)
+    check_run(args)
+    _check_start(start_from, args, data_args)
 
-    with lock_output_dir(args.output_dir) if args.should_save else nullcontext():
+    lock = lock_output_dir(args.output_dir) if args.should_save else nullcontext()
+    with use_threads(args), lock:
         check_output_dir(args.output_dir, overwrite=overwrite, resume=resume)
         last_checkpoint = _find_checkpoint(args) if resume else None
         # Measure the model to start from before the first step, but not again when resuming.
@@ -107,10 +107,10 @@ def train(
         seconds = _fit(trainer, last_checkpoint)
 
         # Gather what metrics.json and the card say, and write the folder.
-        length, written = trainer.speed.context_length, [*as_flags(settings), *flags]
+        written = [*as_flags(settings), *flags]
         metrics = {
             **collect_metrics(trainer, seconds, sample_before=before),
-            **collect_facts(str(recipe), written, start_from, data_args, args, length),
+            **collect_facts(trainer, str(recipe), written, start_from, data_args),
             "is_chat": trainer.processing_class.chat_template is not None,
         }
         result = _write_folder(trainer, metrics, prompt)
@@ -119,8 +119,16 @@ def train(
         return result
 
 
-def _check_start(start_from: str | Path | None, args: NanoGPTTrainingArguments) -> None:
+def _check_start(
+    start_from: str | Path | None, args: NanoGPTTrainingArguments, data_args: DataArguments
+) -> None:
     check_text(str(start_from))
+    for name in ("tokenizer", "vocab_size"):
+        if start_from and (value := getattr(data_args, name)) != getattr(DataArguments, name):
+            raise UserError(
+                f"{start_from} has its own tokenizer, so {name}={value} cannot be set: leave it "
+                "out, and use a recipe without it, such as finetune."
+            )
     if args.lora and start_from is None:
         raise UserError("lora=True adapts a trained model: name one by --from CHECKPOINT.")
     if start_from and Path(start_from).resolve().is_relative_to(Path(args.output_dir).resolve()):
@@ -176,7 +184,10 @@ def _prepare(
         model = add_adapter(model, args, with_embeddings=grown, revision=revision)
     prompt = choose_prompt(args, data_args, tokenizer, next(iter(validation))["input_ids"])
     parts = {"train_dataset": blocks, "eval_dataset": validation, "processing_class": tokenizer}
-    return _make_trainer(model, args, prompt, length, settings=settings, **parts), prompt
+    trainer = _make_trainer(model, args, prompt, length, settings=settings, **parts)
+    with settings_errors():  # of the loader; the schedule is checked too
+        trainer.set_initial_training_values(args, trainer.get_train_dataloader())
+    return trainer, prompt
 
 
 def _make_trainer(
