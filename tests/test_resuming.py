@@ -210,7 +210,7 @@ def test_a_longer_run_follows_its_own_schedule_from_the_first_step_on(tmp_path):
 
 
 def test_train_loss_is_the_mean_of_all_steps_of_a_resumed_run_too(tmp_path):
-    settings = {"logging_steps": 4, "save_steps": 6, "eval_strategy": "no"}
+    settings = {"logging_steps": 4, "save_steps": 6, "save_total_limit": 9, "eval_strategy": "no"}
     whole = make_trainer(tmp_path / "whole", **settings | {"logging_steps": 1})
     whole_loss = whole.train().training_loss
     losses = [row["loss"] for row in whole.state.log_history if "loss" in row]
