@@ -1,15 +1,18 @@
-"""Every setting of a training is honoured, or refused in one sentence before anything is trained."""
+"""Each setting is honoured, or refused in one sentence before anything is trained."""
 
 import json
-from dataclasses import fields
+import re
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 from conftest import CORPUS
 from transformers import TrainingArguments
+from transformers.trainer_utils import SchedulerType
 
 from hf_nanogpt import NanoGPTTrainingArguments, train
 from hf_nanogpt.errors import UserError
+from hf_nanogpt.training.checks import check_run, check_schedule
 
 SMALL = {
     "tokenizer": "byte",
@@ -135,7 +138,7 @@ TOGETHER = {
 REFUSED = {
     *("use_liger_kernel", "liger_kernel_config", "enable_jit_checkpoint", "label_names"),
     *("resume_from_checkpoint", "do_predict", "length_column_name", "deepspeed", "fsdp"),
-    *("include_num_input_tokens_seen", "optim_target_modules", "tf32", "fp16"),
+    *("include_num_input_tokens_seen", "optim_target_modules", "tf32", "ddp_backend"),
 }
 # Tested elsewhere: a folder, an object of accelerate, the Hub.
 ELSEWHERE = {"output_dir", "parallelism_config", "push_to_hub"}
@@ -157,3 +160,138 @@ def test_each_field_of_training_arguments_trains_or_is_refused_by_name(text, tmp
         result = train(**settings)
         written = json.loads((result.output_dir / "metrics.json").read_text())
         assert written["train_tokens"] > 0 and written["eval_loss"] > 0
+
+
+# What would fail late, or change nothing without a word.
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"learning_rate": -0.1}, "learning_rate=-0.1 must be at least 0"),
+        ({"weight_decay": -1.0}, "weight_decay=-1.0"),
+        ({"adam_beta2": 1.0}, "adam_beta2=1.0 must be at least 0 and below 1"),
+        ({"label_smoothing_factor": 1.5}, "label_smoothing_factor=1.5"),
+        ({"max_steps": 0}, "max_steps=0"),
+        ({"num_train_epochs": 0.0}, "num_train_epochs=0.0"),
+        ({"eval_steps": 2.5}, "eval_steps=2.5"),
+        ({"seed": 2**32}, "seed=4294967296 must be a whole number, at least 0 and below 2**32"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps=0"),
+        ({"eval_accumulation_steps": 0}, "eval_accumulation_steps=0"),
+        ({"train_sampling_strategy": "sorted"}, "train_sampling_strategy=sorted must be random"),
+        ({"optim_recipe": "mion"}, "Did you mean muon?"),
+        ({"optim": "sdg"}, "sdg"),
+        ({"optim_args": "a=1"}, "optim_args=a=1 has no effect without --optim"),
+        ({"deepspeed": "none.json"}, "deepspeed=none.json"),
+        ({"accelerator_config": "none.json"}, "accelerator_config=none.json"),
+        ({"accelerator_config": {"even": 1}}, "accelerator_config={'even': 1}"),
+        ({"fsdp_config": "none.json", "fsdp": "full_shard"}, "fsdp_config=none.json"),
+        ({"lr_scheduler_kwargs": "{power"}, "lr_scheduler_kwargs={power"),
+        ({"hub_strategy": "checkpoint", "lora": True}, "hub_strategy=checkpoint"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
+)
+def test_bad_values_are_refused_by_name(settings, words):
+    with pytest.raises(UserError, match=re.escape(words)):
+        make(**settings)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "words"),
+    [
+        ("linear", {"lr_scheduler_kwargs": {"power": 2}}, "linear has no setting power"),
+        ("constant", {"lr_scheduler_kwargs": {"a": 2}}, "constant has no setting a"),
+        ("cosine", {"lr_scheduler_kwargs": {"num_cycle": 2}}, "Did you mean num_cycles?"),
+        ("cosine", {"lr_scheduler_kwargs": "power"}, "lr_scheduler_kwargs=power must be JSON"),
+        ("reduce_lr_on_plateau", {"lr_scheduler_kwargs": {"patient": 2}}, "patient"),
+        ("polynomial", {"warmup_steps": 10}, "polynomial is not possible with warmup_steps=10"),
+        ("polynomial", {"lr_scheduler_kwargs": {"lr_end": 1.0}}, "polynomial is not possible"),
+        ("warmup_stable_decay", {}, "num_decay_steps"),
+        ("cosine_with_min_lr", {}, "min_lr"),
+        ("constant", {"warmup_steps": 2}, "warmup_steps=2 has no effect"),
+    ],
+)
+def test_a_schedule_that_would_fail_at_some_step_is_refused(kind, settings, words):
+    args = make(lr_scheduler_type=kind, learning_rate=0.1, **settings)
+    with pytest.raises(UserError, match=re.escape(words)):
+        check_schedule(args, 10)
+
+
+def test_every_schedule_works_with_what_it_needs():
+    needs = {"warmup_stable_decay": {"num_decay_steps": 2}, "cosine_with_min_lr": {"min_lr": 0.01}}
+    needs["cosine_warmup_with_min_lr"] = {"min_lr": 0.01}
+    for kind in SchedulerType:
+        given = {"lr_scheduler_type": kind, "lr_scheduler_kwargs": needs.get(kind)}
+        check_schedule(make(**given), 10)
+
+
+def test_figures_of_an_evaluation_are_better_if_lower():
+    for name in ("loss", "perplexity", "bits_per_byte", "eval_bits_per_byte"):
+        assert make(metric_for_best_model=name).greater_is_better is False
+        assert make(metric_for_best_model=name, greater_is_better=True).greater_is_better
+    assert make(metric_for_best_model="accuracy").greater_is_better  # as Trainer
+    assert make(save_strategy="best").metric_for_best_model == "loss"
+    assert make(lr_scheduler_type="reduce_lr_on_plateau").greater_is_better is False
+    again = replace(make(metric_for_best_model="perplexity"), seed=1)
+    assert again.greater_is_better is False
+
+
+def test_only_what_an_evaluation_measures_can_choose_the_best_model():
+    for name in ("perplexity", "eval_loss", None):
+        check_run(make(metric_for_best_model=name))
+    with pytest.raises(UserError, match=r"metric_for_best_model=perplexty .*mean perplexity\?"):
+        check_run(make(metric_for_best_model="perplexty"))
+
+
+def test_an_optimizer_of_transformers_has_its_defaults_and_ours_has_its_own():
+    theirs = TrainingArguments(output_dir="unused", use_cpu=True)
+    for name in ("learning_rate", "adam_beta1", "adam_beta2", "weight_decay", "max_grad_norm"):
+        assert getattr(make(optim="sgd"), name) == getattr(theirs, name)
+    assert make(optim="adamw_torch_fused").optim == "adamw_torch_fused"
+    assert make().optim is None and make().learning_rate == 0.03
+    assert replace(make(), seed=1).optim is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (
+            {"dataloader_drop_last": True, "per_device_train_batch_size": 999},
+            "dataloader_drop_last",
+        ),
+        ({"lr_scheduler_type": "polynomial", "warmup_steps": 2}, "polynomial is not possible"),
+        ({"dataloader_persistent_workers": True}, "persistent_workers"),
+        ({"optim": "galore_adamw"}, "galore"),
+        ({"metric_for_best_model": "foo"}, "metric_for_best_model=foo"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
+)
+def test_what_can_only_fail_is_refused_before_a_former_run_is_deleted(
+    text, tmp_path, settings, words
+):
+    former = tmp_path / "run" / "checkpoint-1"
+    former.mkdir(parents=True)
+    with pytest.raises(UserError, match=words):
+        train(data=text, output_dir=str(tmp_path / "run"), overwrite=True, **SMALL | settings)
+    assert former.is_dir()
+
+
+def test_a_tokenizer_cannot_be_chosen_for_a_checkpoint_that_has_one(checkpoint, text, tmp_path):
+    for setting in ({"tokenizer": "char"}, {"vocab_size": 999}):
+        name = next(iter(setting))
+        with pytest.raises(UserError, match=f"has its own tokenizer, so {name}="):
+            train("finetune", data=text, output_dir=str(tmp_path), start_from=checkpoint, **setting)
+
+
+def test_the_card_describes_what_is_in_the_folder(checkpoint, text, tmp_path):
+    settings = {"max_steps": 2, "sample_steps": 0, "disable_tqdm": True, "use_cpu": True}
+    settings |= {"load_best_model_at_end": True, "eval_steps": 1, "save_steps": 1, "optim": "sgd"}
+    result = train(
+        "finetune", data=text, output_dir=str(tmp_path / "b"), start_from=checkpoint, **settings
+    )
+    facts = result.metrics["settings"]
+    assert facts["Tokenizer"] == f"that of {checkpoint.name}, 257 tokens"
+    assert facts["Optimizer"] == "sgd"
+    assert re.fullmatch(r"of step [12], the best by loss", facts["Weights"])
+    card = (result.output_dir / "README.md").read_text(encoding="utf-8")
+    assert facts["Weights"] in card and "--optim=sgd" in card

@@ -178,7 +178,8 @@ class PackedCollator:
     """Make a batch of blocks: `input_ids`, `labels` and `position_ids`, each (B, T) of int64.
 
     Positions start again at every eos, which keeps packed documents from seeing each other. The
-    labels equal the inputs (models shift them), or are -100 where a token is not to be learnt. A
+    labels equal the inputs (models shift them), or are -100 where a token is not to be learnt; rows
+    with `labels` keep theirs. A
     short block is filled with eos, labelled -100. If `eos_token_id` is `None`, documents have no
     end, and a short block is filled with 0.
     """
@@ -192,7 +193,7 @@ class PackedCollator:
         for i, row in enumerate(rows):
             ids = np.asarray(row["input_ids"])
             input_ids[i, : len(ids)] = decode_ids(ids)
-            labels[i, : len(ids)] = decode_labels(ids)
+            labels[i, : len(ids)] = row["labels"] if "labels" in row else decode_labels(ids)
         index, starts = np.arange(length), np.zeros_like(input_ids)
         if self.eos_token_id is not None:
             starts = np.where(input_ids == self.eos_token_id, index, 0)

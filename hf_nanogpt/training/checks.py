@@ -110,6 +110,10 @@ def check_values(args: Any) -> None:
         raise UserError(f"max_steps={args.max_steps} must be a whole number, at least 1.")
     if args.max_steps == -1 and not 0 < args.num_train_epochs < math.inf:
         raise UserError(f"num_train_epochs={args.num_train_epochs} must be a number above 0.")
+    if args.ddp_backend and "WORLD_SIZE" not in os.environ:
+        raise UserError(
+            f"ddp_backend={args.ddp_backend} has no effect in one process: leave it out."
+        )
     _check_choices(args)
 
 

@@ -125,22 +125,25 @@ class NanoGPTTrainer(HubTrainer):
         So they learn what one process learns from the same batches.
         """
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
-        state = self.accelerator.gradient_state
+        args, accelerator = self.args, self.accelerator
         if (
             count is None
-            or self.args.world_size == 1
-            or not (self.shifts_labels and self.accelerator.even_batches)
-            or self.args.train_sampling_strategy == "batch_rebalance"  # repeats none
-            or not (state.end_of_dataloader and state.remainder > 0)
+            or args.world_size == 1
+            or not (self.shifts_labels and accelerator.gradient_state.end_of_dataloader)
+            or not (has_length(self.train_dataset) and accelerator.even_batches)
+            # These repeat none.
+            or args.dataloader_drop_last
+            or args.train_sampling_strategy == "batch_rebalance"
         ):
             return batches, count
         # The first process has the first rows of the last batch.
         labels = batches[-1]["labels"]
-        rows = max(0, state.remainder - len(labels) * self.args.process_index)
-        repeated = torch.tensor(labels[rows:].numel(), device=device)
-        labels[rows:] = -100
-        if self.args.include_num_input_tokens_seen == "all":  # Trainer will count them
-            self.state.num_input_tokens_seen -= int(self.accelerator.gather(repeated).sum())
+        if rest := len(self.train_dataset) % (len(labels) * args.world_size):
+            repeated = labels[max(0, rest - len(labels) * args.process_index) :]
+            repeated.fill_(-100)
+            if args.include_num_input_tokens_seen == "all":  # Trainer will count them
+                tokens = accelerator.gather(torch.tensor(repeated.numel(), device=device))
+                self.state.num_input_tokens_seen -= int(tokens.sum())
         return batches, self._get_num_items_in_batch(batches, device)
 
     @property
