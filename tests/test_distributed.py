@@ -108,7 +108,7 @@ def test_two_processes_give_the_losses_and_weights_of_one(settings, alone, tmp_p
 def test_two_processes_learn_no_row_twice_at_the_end_of_an_epoch(settings, tmp_path):
     text = tmp_path / "text.txt"  # of 35 blocks, of which 3 are left: one process has none of them
     text.write_text((ROOT / "LICENSE").read_text(encoding="utf-8")[:1110])
-    settings = settings | {"data": str(text)}
+    settings = settings | {"data": str(text), "optim_recipe": "adamw"}
     train(output_dir=str(tmp_path / "one"), **settings)
     flags = [f"--{name}={value}" for name, value in settings.items()]
     flags += ["--per_device_train_batch_size=4", f"--output_dir={tmp_path / 'two'}"]

@@ -72,7 +72,8 @@ def test_an_optimizer_of_transformers_trains_as_trainer_does(tmp_path):
 def test_an_optimizer_of_the_caller_is_used(tmp_path):
     made = {"optimizer_cls_and_kwargs": (torch.optim.SGD, {"lr": 0.1})}
     trainer = ours(tmp_path, model(), train_dataset=BLOCKS, processing_class=TOKENIZER, **made)
-    assert type(trainer.create_optimizer()) is torch.optim.SGD
+    trainer.train()
+    assert type(trainer.optimizer.optimizer) is torch.optim.SGD
     plain = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, optim="sgd")
     trainer = NanoGPTTrainer(model(), plain, train_dataset=BLOCKS, processing_class=TOKENIZER)
     assert type(trainer.create_optimizer()) is torch.optim.SGD

@@ -23,7 +23,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     Trainer,
 )
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 from transformers.utils import logging
 
 from ..checkpoint.steps import RECORD, find_damage, find_last_checkpoint, save_state, sum_file
@@ -63,8 +63,8 @@ class ResumableTrainer(Trainer):
         callback = self.pop_callback(RestoreCallback)
         assert callback is not None
         self.add_callback(callback)
-        output = super().train(*args, **kwargs)
-        return output._replace(training_loss=output.metrics["train_loss"])  # see `log`
+        steps, _, metrics = super().train(*args, **kwargs)
+        return TrainOutput(steps, metrics["train_loss"], metrics)  # see `log`
 
     def set_initial_training_values(self, args, dataloader):
         """Turn shares of all steps into steps: Trainer compares them with the checkpoint's."""

@@ -97,7 +97,7 @@ class NanoGPTTrainer(HubTrainer):
         *values, max_steps = super().set_initial_training_values(args, dataloader)
         if self.lr_scheduler is None:
             check_schedule(args, max_steps)
-        if self.optimizer is None and not self._has_recipe:
+        if self.optimizer is self.optimizer_cls_and_kwargs is None and getattr(args, "optim", None):
             with explain_arguments(args):  # some need a package
                 self.get_optimizer_cls_and_kwargs(args, self.model)
         return (*values, max_steps)
@@ -110,7 +110,7 @@ class NanoGPTTrainer(HubTrainer):
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         """Return Trainer's loss; the model keeps a cache only if `args.use_cache` says so."""
-        if getattr(self.model.config, "use_cache", None) is not None:
+        if getattr(getattr(self.model, "config", None), "use_cache", None) is not None:
             inputs = {"use_cache": self.args.use_cache} | inputs
         return super().compute_loss(model, inputs, *args, **kwargs)
 
