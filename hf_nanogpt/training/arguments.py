@@ -18,6 +18,7 @@ from .checks import (
     METRICS,
     check_needs,
     check_processes,
+    check_run,
     check_tracker,
     check_values,
     explain_arguments,
@@ -201,6 +202,7 @@ def parse_settings(
     data, model, training = parser.parse([*as_flags(defaults), *chosen])
     if training.lora and lora_defaults:
         data, model, training = parser.parse([*as_flags(defaults | lora_defaults), *chosen])
+    check_run(training)
     architecture = {name: value for name, value in vars(model).items() if value is not None}
     if "rope_parameters" in architecture:
         architecture["rope_parameters"] = parse_json(

@@ -29,7 +29,6 @@ from ..errors import UserError, settings_errors
 from ..hub import render_model_card, write_card
 from .arguments import NanoGPTTrainingArguments, check_text, parse_settings
 from .callbacks import PlotCallback, SpeedCallback, plot_losses
-from .checks import check_run
 from .facts import collect_facts, collect_metrics
 from .locking import lock_output_dir
 from .lora import add_adapter, describe_adapter, merge_adapter
@@ -84,7 +83,6 @@ def train(
             and a checkpoint was saved first.
     """
     data_args, architecture, args = parse_settings(recipe, flags, **settings)
-    check_run(args)
     _check_start(start_from, args, data_args)
 
     lock = lock_output_dir(args.output_dir) if args.should_save else nullcontext()
