@@ -42,7 +42,9 @@ def count_flops(model: PreTrainedModel, *, context_length: int | None = None) ->
     head: Any = model.get_output_embeddings()
     tables = [trunk.embed_tokens, trunk.embed_positions]
     looked_up = sum(table.weight.numel() for table in tables if table is not None)
-    multiplied = sum(p.numel() for p in model.parameters() if p.ndim == 2) - looked_up
+    # A module that PEFT trains has a frozen original, which is not used.
+    named = [(n, p) for n, p in model.named_parameters() if ".original_module." not in n]
+    multiplied = sum(p.numel() for _, p in named if p.ndim == 2) - looked_up
     if head is not None and config.tie_word_embeddings:
         multiplied += head.weight.numel()
     seen = [

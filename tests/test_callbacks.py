@@ -26,6 +26,7 @@ from hf_nanogpt.flops import GPU_PEAKS, count_flops, find_peak
 from hf_nanogpt.training import callbacks as callbacks_module
 from hf_nanogpt.training import samples as samples_module
 from hf_nanogpt.training.callbacks import PlotCallback, SpeedCallback, plot_losses
+from hf_nanogpt.training.lora import add_adapter
 from hf_nanogpt.training.samples import draw_sample
 
 ROOT = Path(__file__).parent.parent
@@ -133,6 +134,23 @@ def test_flops_are_those_that_torch_counts(family):
     config = model.config
     inner = config.num_attention_heads * config.head_dim
     assert count_flops(model) - shorter == 4 * inner * 32 * config.num_hidden_layers
+
+
+@pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="needs peft")
+@pytest.mark.parametrize("trained", ["all", "adapter", "adapter and embeddings"])
+def test_flops_of_a_training_step_are_those_that_torch_counts(monkeypatch, trained):
+    monkeypatch.setattr(callbacks_module, "find_peak", lambda device, dtype: 1.0)
+    args = NanoGPTTrainingArguments(output_dir="unused", use_cpu=True)
+    for family in ("nano", "gpt2"):  # untied, tied
+        model = tiny_model(family, vocab_size=257, n_layer=4, attn_implementation="eager").train()
+        if trained != "all":
+            model = add_adapter(model, args, with_embeddings=trained != "adapter")
+        ids = torch.ones(1, 64, dtype=torch.long)
+        with FlopCounterMode(display=False) as counter:
+            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        flops = 64 * callbacks_module._share_per_token(args, model, 64)
+        # The gradient of what comes into the first layer is not needed if only the adapter learns.
+        assert flops == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
 def test_sliding_layers_count_their_window():

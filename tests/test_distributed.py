@@ -105,6 +105,21 @@ def test_two_processes_give_the_losses_and_weights_of_one(settings, alone, tmp_p
     _assert_same_run(tmp_path / "two", alone["muon"])
 
 
+@pytest.mark.slow
+def test_two_processes_learn_no_row_twice_at_the_end_of_an_epoch(settings, tmp_path):
+    text = tmp_path / "text.txt"  # of 35 blocks, of which 3 are left: one process has none of them
+    text.write_text((ROOT / "LICENSE").read_text(encoding="utf-8")[:1110])
+    settings = settings | {"data": str(text), "optim_recipe": "adamw"}
+    train(output_dir=str(tmp_path / "one"), **settings)
+    flags = [f"--{name}={value}" for name, value in settings.items()]
+    flags += ["--per_device_train_batch_size=4", f"--output_dir={tmp_path / 'two'}"]
+    first, second = run_ranks(2, main, ["train", *flags])
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+    _assert_same_run(tmp_path / "two", tmp_path / "one")
+    tokens = json.loads((tmp_path / "one" / "metrics.json").read_text())["train_tokens"]
+    assert tokens < 7 * 8 * 32 - 4 * 32  # the last batch of an epoch is short
+
+
 def _find_commands(name: str) -> list[str]:
     """Return the commands with a launch configuration, as they are documented."""
     path = f"examples/accelerate/{name}"

@@ -184,9 +184,9 @@ class PackedCollator:
     """Make a batch of blocks: `input_ids`, `labels` and `position_ids`, each (B, T) of int64.
 
     Positions start again at every eos, which keeps packed documents from seeing each other. The
-    labels equal the inputs (models shift them), or are -100 where a token is not to be learnt. A
-    short block is filled with eos, labelled -100. If `eos_token_id` is `None`, documents have no
-    end, and a short block is filled with 0.
+    labels equal the inputs (models shift them), or are -100 where a token is not to be learnt; rows
+    with `labels` keep theirs. A short block is filled with eos, labelled -100. If `eos_token_id` is
+    `None`, documents have no end, and a short block is filled with 0.
 
     Without `document_mask` there are no `position_ids`: positions run through the block, and
     documents see those before them. The kernels of attention then need no mask.
@@ -202,7 +202,7 @@ class PackedCollator:
         for i, row in enumerate(rows):
             ids = np.asarray(row["input_ids"])
             input_ids[i, : len(ids)] = decode_ids(ids)
-            labels[i, : len(ids)] = decode_labels(ids)
+            labels[i, : len(ids)] = row["labels"] if "labels" in row else decode_labels(ids)
         batch = {"input_ids": input_ids, "labels": labels}
         if self.document_mask:
             batch["position_ids"] = self._count_positions(input_ids)

@@ -1,6 +1,5 @@
 """Settings for the data, the architecture and the training run, and the flags that set them."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
@@ -9,16 +8,21 @@ from typing import Any, NoReturn
 import torch
 from accelerate.utils import parse_flag_from_env
 from transformers import HfArgumentParser, TrainingArguments
-from transformers.integrations.integration_utils import (
-    INTEGRATION_TO_CALLBACK,
-    get_available_reporting_integrations,
-)
 from transformers.trainer_utils import HubStrategy
 
 from ..configuration_nanogpt import NanoGPTConfig
 from ..data.documents import DataArguments, setting
 from ..errors import UserError, did_you_mean, settings_errors
 from ..untrusted import parse_json
+from .checks import (
+    METRICS,
+    check_needs,
+    check_processes,
+    check_run,
+    check_tracker,
+    check_values,
+    explain_arguments,
+)
 from .optim import OPTIM_DEFAULTS, OptimRecipe
 from .recipes import as_flags, read_recipe
 from .recipes import list_recipes as list_recipes  # also found here
@@ -29,7 +33,8 @@ class NanoGPTTrainingArguments(TrainingArguments):
     """`TrainingArguments` of transformers, with the optimizer and defaults of this project.
 
     Every field of `TrainingArguments` keeps its name and meaning. `None` for `learning_rate`,
-    `adam_beta1`, `adam_beta2`, `weight_decay` or `max_grad_norm` means the value of `optim_recipe`.
+    `adam_beta1`, `adam_beta2`, `weight_decay` or `max_grad_norm` means the value of `optim_recipe`;
+    with an `optim`, which takes its place, that of transformers.
     """
 
     output_dir: str = setting(  # never None: __post_init__ fills it in
@@ -40,6 +45,9 @@ class NanoGPTTrainingArguments(TrainingArguments):
     lora_alpha: int = setting(16, "The adapter's output is scaled by alpha / rank.")
     optim_recipe: OptimRecipe = field(
         default="muon", metadata={"help": "muon (Muon for matrices, AdamW for the rest) or adamw."}
+    )
+    optim: str | None = setting(  # type: ignore[assignment]
+        None, "An optimizer of transformers, with its defaults, instead of optim_recipe: sgd, ..."
     )
     # The base class annotates these as float; None selects the recipe's value.
     learning_rate: float | None = setting(  # type: ignore[assignment]
@@ -79,80 +87,41 @@ class NanoGPTTrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         # What the user leaves open.
-        for name, value in vars(OPTIM_DEFAULTS[self.optim_recipe]).items():
+        if self.optim_recipe not in OPTIM_DEFAULTS:
+            hint = did_you_mean(str(self.optim_recipe), OPTIM_DEFAULTS)
+            raise UserError(f"optim_recipe={self.optim_recipe} must be muon or adamw.{hint}")
+        defaults = TrainingArguments if self.optim else OPTIM_DEFAULTS[self.optim_recipe]
+        for name in vars(OPTIM_DEFAULTS[self.optim_recipe]):
             if getattr(self, name) is None:
-                setattr(self, name, value)
+                setattr(self, name, getattr(defaults, name))
         if self.eval_strategy == "steps" and self.eval_steps is None:
             self.eval_steps = 0.1
+        if self.save_strategy == "best" and self.metric_for_best_model is None:
+            self.metric_for_best_model = METRICS[0]
+        # Trainer takes all but a "loss" for better if greater.
+        metric = (self.metric_for_best_model or "").removeprefix("eval_")
+        if self.greater_is_better is None and metric in METRICS:
+            self.greater_is_better = False
         if not torch.accelerator.is_available():
             self.dataloader_pin_memory = False
-        _check_ranges(self)
-        super().__post_init__()
-        _check_processes(self.world_size)
-        _check_lora(self)
+        check_values(self)
+        # The base class must have an `optim`; none of its own means ours.
+        chosen, self.optim = self.optim, self.optim or TrainingArguments.optim
+        with explain_arguments(self):
+            super().__post_init__()
+        self.optim = self.optim if chosen else None
+        check_needs(self)
+        check_processes(self.world_size)
         if self.lora:
             self.hub_strategy = HubStrategy.END  # until then there is no whole model to push
         for name in self.report_to or []:
-            _check_tracker(name)
+            check_tracker(name)
 
     @property
     def is_sharded(self) -> bool:
         """Say whether each process has only a part of the weights, by FSDP or DeepSpeed."""
         flags = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
         return bool(self.fsdp or self.deepspeed or any(map(parse_flag_from_env, flags)))
-
-
-def _check_ranges(args: NanoGPTTrainingArguments) -> None:
-    """Raise a `UserError` for a number that would fail only later, or with a traceback."""
-    minimum = {"num_threads": 1, "momentum_warmup_steps": 0, "lora_rank": 1, "lora_alpha": 1}
-    minimum |= {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1}
-    minimum |= {"gradient_accumulation_steps": 1, "dataloader_num_workers": 0, "seed": 0}
-    for name, least in minimum.items():
-        value = getattr(args, name)
-        if value is not None and value < least:
-            raise UserError(f"{name}={value} must be a whole number, at least {least}.")
-    steps = args.sample_steps
-    if steps is not None and not (0 <= steps < 1 or steps == int(steps) > 0):
-        raise UserError(
-            f"sample_steps={steps} must be a whole number of steps, a share of all steps below 1, "
-            "or 0 for no samples."
-        )
-
-
-def _check_lora(args: NanoGPTTrainingArguments) -> None:
-    if not args.lora:
-        for name in ("lora_rank", "lora_alpha"):
-            if (value := getattr(args, name)) != getattr(NanoGPTTrainingArguments, name):
-                raise UserError(f"{name}={value} has no effect without --lora: add it.")
-        return
-    if args.is_sharded:
-        raise UserError("lora=True needs whole weights: leave out FSDP and DeepSpeed.")
-    try:
-        import peft  # noqa: F401
-    except ImportError as error:
-        raise UserError("lora=True needs a package: pip install 'hf-nanogpt[finetune]'.") from error
-
-
-def _check_processes(world_size: int) -> None:
-    """Raise a `UserError` if processes that were launched together would train apart."""
-    launched = os.environ.get("WORLD_SIZE")
-    if launched and launched != str(world_size):
-        raise UserError(
-            f"WORLD_SIZE={launched} processes were launched, but each would train by itself, all "
-            "into one output_dir: add --use_cpu to the flags of train, or use a machine with a GPU "
-            "for each process. To train in one process, unset WORLD_SIZE."
-        )
-
-
-def _check_tracker(name: str) -> None:
-    """Raise a `UserError` unless Trainer can report to the tool of this name."""
-    if name not in INTEGRATION_TO_CALLBACK:
-        hint = did_you_mean(name, INTEGRATION_TO_CALLBACK)
-        hint = hint or " Try trackio, tensorboard or wandb."
-        raise UserError(f"report_to={name} is unknown.{hint}")
-    if name not in get_available_reporting_integrations():
-        package = "'hf-nanogpt[track]'" if name in ("trackio", "tensorboard") else name
-        raise UserError(f"report_to={name} needs a package: pip install {package}.")
 
 
 def _make_model_arguments() -> type:
@@ -238,6 +207,7 @@ def parse_settings(
     data, model, training = parser.parse([*as_flags(defaults), *chosen])
     if training.lora and lora_defaults:
         data, model, training = parser.parse([*as_flags(defaults | lora_defaults), *chosen])
+    check_run(training)
     architecture = {name: value for name, value in vars(model).items() if value is not None}
     if "rope_parameters" in architecture:
         architecture["rope_parameters"] = parse_json(

@@ -98,10 +98,17 @@ def _share_per_token(args, model: PreTrainedModel, context_length: int | None) -
     if peak is None:
         return None
     devices = args.world_size * max(1, args.n_gpu)
-    # Forward, backward through the layers, and the gradients of those weights that are trained.
-    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
-    passes = 2 + sum(n for n, trained in sizes if trained) / sum(n for n, _ in sizes)
-    return passes * count_flops(model, context_length=context_length) / (peak * devices)
+    # Each product takes a forward pass, the gradient of what comes in, and that of its weight if it
+    # is trained: a frozen one saves a pass.
+    frozen = sum(
+        layer.weight.numel()
+        for name, layer in model.named_modules()
+        if isinstance(layer, torch.nn.Linear)
+        and not layer.weight.requires_grad
+        and not name.endswith(".original_module")  # of PEFT, which is not used
+    )
+    flops = 3 * count_flops(model, context_length=context_length) - 2 * frozen
+    return flops / (peak * devices)
 
 
 class ProgressCallback(TrainerCallback):

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from transformers.trainer_utils import SchedulerType
+from transformers.training_args import OptimizerNames
 
 from .. import __version__
 from ..data.documents import DataArguments
@@ -55,12 +56,11 @@ def _pick_figures(row: dict[str, float]) -> dict[str, float]:
 
 
 def collect_facts(
+    trainer: NanoGPTTrainer,
     recipe: str,
     flags: Sequence[str],
     start_from: str | Path | None,
     data_args: DataArguments,
-    args: NanoGPTTrainingArguments,
-    context_length: int | None,
 ) -> dict[str, Any]:
     """Return data, command, settings, hardware and versions of a training.
 
@@ -68,8 +68,10 @@ def collect_facts(
     and query, which may be secrets, and an absolute path by its last part.
     """
     # The command that repeats the training, and the size of a step.
+    args, length = trainer.args, trainer.speed.context_length
     start = ["--from", str(start_from)] if start_from else []
-    batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    size = trainer.state.train_batch_size if args.auto_find_batch_size else args.train_batch_size
+    batch = (size or 1) * args.gradient_accumulation_steps * args.world_size
     return {
         "recipe": Path(recipe).name,
         "data": publish_place(data_args.data),
@@ -78,9 +80,9 @@ def collect_facts(
         "command": publish_command(["hf-nanogpt", "train", recipe, *start, *flags]),
         "eval_command": _repeat_evaluation(data_args, args.document_mask),
         "settings": {
-            "Tokenizer": publish_place(data_args.tokenizer),
-            "Batch": f"{batch} blocks of {context_length} tokens",
-            "Optimizer": args.optim_recipe,
+            "Tokenizer": _describe_tokenizer(trainer, start_from, data_args),
+            "Batch": f"{batch} blocks of {length} tokens",
+            "Optimizer": OptimizerNames(args.optim).value if args.optim else args.optim_recipe,
             "Learning rate": args.learning_rate,
             "Schedule": SchedulerType(args.lr_scheduler_type).value,
             "Weight decay": args.weight_decay,
@@ -88,11 +90,32 @@ def collect_facts(
             "Documents of a block": None if args.document_mask else "see those before them",
             "Seed": args.seed,
             "LoRA": _describe_adapter(args),
+            "Weights": _describe_weights(trainer),
         },
         "hardware": _describe_hardware(args),
         "versions": {"hf_nanogpt": __version__, "python": platform.python_version()}
         | {name: version(name) for name in ("torch", "transformers", "datasets", "tokenizers")},
     }
+
+
+def _describe_tokenizer(
+    trainer: NanoGPTTrainer, start_from: str | Path | None, data_args: DataArguments
+) -> str:
+    """Say where the tokenizer in the folder comes from, and its size."""
+    if start_from:
+        origin = f"that of {publish_place(str(start_from))}"
+    elif holds_tokens(Path(data_args.data)):
+        origin = "that of the data"
+    else:
+        origin = publish_place(data_args.tokenizer)
+    return f"{origin}, {len(trainer.processing_class):,} tokens"
+
+
+def _describe_weights(trainer: NanoGPTTrainer) -> str | None:
+    state, args = trainer.state, trainer.args
+    if not (args.load_best_model_at_end and state.best_model_checkpoint):
+        return None
+    return f"of step {state.best_global_step}, the best by {args.metric_for_best_model}"
 
 
 def _describe_adapter(args: NanoGPTTrainingArguments) -> str | None:

@@ -7,7 +7,6 @@ does not fit, or that somebody else wrote, is refused in one sentence.
 """
 
 import math
-import os
 import pickle
 import time
 from collections.abc import Iterator
@@ -16,26 +15,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
-    TrainerCallback,
-    TrainerState,
 )
+from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 from transformers.utils import logging
 
 from ..checkpoint.steps import RECORD, find_damage, find_last_checkpoint, save_state, sum_file
 from ..checkpoint.writing import explain_write_errors
 from ..errors import UserError, explain_errors
-from ..untrusted import path_inside
 from .arguments import NanoGPTTrainingArguments
+from .restoring import RestoreCallback, check_shapes, set_rates
 
 logger = logging.get_logger(__name__)
-
-# States of our optimizers that have the shape of their parameter.
-_LIKE_PARAMETER = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 
 
 class ResumableTrainer(Trainer):
@@ -53,18 +48,21 @@ class ResumableTrainer(Trainer):
         self.settings = settings or {}
         self.started = time.perf_counter()
         self._running_losses: list[float] = []
-        self._saved_step = -1
-        self.add_callback(_ResumeCallback(self))
+        self._saved_step = self._ended_step = -1
+        self._step_figures: tuple[Any, Any] = None, None
+        self._checkpoint: str | None = None  # that is resumed from, until its random numbers are
+        self.add_callback(RestoreCallback(self))
 
     def train(self, *args, **kwargs):
         """Train as `Trainer` does, with the callback that restores a run as the last one.
 
         It may evaluate as training begins, when all other callbacks must be ready.
         """
-        callback = self.pop_callback(_ResumeCallback)
+        callback = self.pop_callback(RestoreCallback)
         assert callback is not None
         self.add_callback(callback)
-        return super().train(*args, **kwargs)
+        steps, _, metrics = super().train(*args, **kwargs)
+        return TrainOutput(steps, metrics["train_loss"], metrics)  # see `log`
 
     def set_initial_training_values(self, args, dataloader):
         """Turn shares of all steps into steps: Trainer compares them with the checkpoint's."""
@@ -78,6 +76,8 @@ class ResumableTrainer(Trainer):
         """Log as `Trainer` does, unless the training or validation loss is not finite."""
         for name in ("loss", "eval_loss"):
             self._check_finite(logs.get(name, 0.0), name)
+        if "train_loss" in logs:  # the mean of all steps, those before an interruption included
+            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
         super().log(logs, start_time)
 
     def _check_finite(self, value: float, name: str = "loss") -> None:
@@ -92,10 +92,14 @@ class ResumableTrainer(Trainer):
         )
 
     def _run_epoch(self, *args, **kwargs):
-        # Trainer checks max_steps only after a step: resumed at the end, it would train once more.
-        if self.state.global_step < self.state.max_steps:
+        # Trainer looks only after a step: resumed at the end, it would train once more.
+        if self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
             return super()._run_epoch(*args, **kwargs)
         self.control.should_training_stop = True
+
+    def _maybe_log_save_evaluate(self, tr_loss, grad_norm, *args, **kwargs):
+        self._step_figures = grad_norm, kwargs.get("learning_rate")  # for the end of the epoch
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
 
     # Saving
 
@@ -113,7 +117,7 @@ class ResumableTrainer(Trainer):
 
     def _save_checkpoint(self, model, trial):
         if self._saved_step == self.state.global_step:
-            return  # never write over a whole checkpoint
+            return self.note_best()  # never write over a whole checkpoint
         # Weights or a loss that are not finite must not take the place of good ones.
         finite = all(bool(p.isfinite().all()) for p in self.model.parameters())
         loss = self._tr_loss if finite else self._tr_loss * math.nan
@@ -126,6 +130,17 @@ class ResumableTrainer(Trainer):
         with explain_write_errors(folder, run=run):
             super()._save_checkpoint(model, trial)
         self._saved_step = self.state.global_step
+
+    def note_best(self) -> None:
+        """Do what `Trainer` does with the best checkpoint when it saves one."""
+        args, state = self.args, self.state
+        best = Path(args.output_dir) / f"checkpoint-{state.best_global_step}"
+        if best.is_dir():
+            state.best_model_checkpoint = str(best)
+        if args.should_save:
+            rotate_checkpoints(
+                args.output_dir, args.save_total_limit, state.best_model_checkpoint, use_mtime=True
+            )
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
@@ -141,6 +156,8 @@ class ResumableTrainer(Trainer):
             "seconds": time.perf_counter() - self.started,
             "running_losses": self._running_losses,
             "last_logged": self._globalstep_last_logged,
+            "step_figures": [v if v is None else float(v) for v in self._step_figures],
+            "epoch_ended": self._ended_step == self.state.global_step,
             "sizes": {name: p.stat().st_size for name, p in files.items()},
             "checksums": {name: sum_file(p) for name, p in files.items()},
         }
@@ -155,13 +172,17 @@ class ResumableTrainer(Trainer):
         with _explain_loading(checkpoint, "optimizer.pt or scheduler.pt"):
             super()._load_optimizer_and_scheduler(checkpoint)
             if checkpoint and self.optimizer is not None:
-                _check_shapes(self.optimizer)
+                check_shapes(self.optimizer)
+        if checkpoint and isinstance(self.lr_scheduler, LambdaLR):
+            set_rates(self.lr_scheduler)
+        self._checkpoint = checkpoint
 
     def _load_scaler(self, checkpoint) -> None:
         with _explain_loading(checkpoint, "scaler.pt"):
             super()._load_scaler(checkpoint)
 
     def _load_rng_state(self, checkpoint) -> None:
+        checkpoint, self._checkpoint = self._checkpoint, None  # only once
         with _explain_loading(checkpoint, "the rng_state"):
             super()._load_rng_state(checkpoint)
 
@@ -188,65 +209,3 @@ def _explain_loading(checkpoint: str | Path | None, file: str) -> Iterator[None]
                 "loaded: do not use it."
             ) from error
         raise
-
-
-def _check_shapes(optimizer: Optimizer) -> None:
-    """Refuse averages that do not fit their parameter: otherwise the first step would fail."""
-    inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
-    for parameter, state in inner.state.items():
-        for name in _LIKE_PARAMETER:
-            if name in state and state[name].shape != parameter.shape:
-                raise UserError(
-                    f"{name} has the shape {tuple(state[name].shape)}, and its parameter "
-                    f"{tuple(parameter.shape)}"
-                )
-
-
-class _ResumeCallback(TrainerCallback):
-    """Restore what `Trainer` leaves out when it loads a checkpoint."""
-
-    def __init__(self, trainer: ResumableTrainer):
-        self.trainer = trainer
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        trainer, record = self.trainer, state.stateful_callbacks.get(RECORD, {})
-        trainer.started = time.perf_counter() - record.get("seconds", 0.0)
-        trainer._saved_step = state.global_step or -1
-        if state.global_step == 0:
-            return
-        _check_steps_left(state)
-        state.compute_steps(args, state.max_steps)  # flags win over what the checkpoint says
-        if state.best_global_step is not None:  # the folder may have been moved since
-            best = path_inside(args.output_dir, f"checkpoint-{state.best_global_step}")
-            state.best_model_checkpoint = str(best) if best.is_dir() else None
-        if not record:
-            return
-        # Trainer starts the loss since the last log from 0.
-        losses = record["running_losses"]
-        if len(losses) == args.world_size:
-            trainer._tr_loss += losses[args.process_index]
-            trainer._globalstep_last_logged = record["last_logged"]
-        if state.stateful_callbacks["TrainerControl"]["args"]["should_evaluate"]:
-            self._repeat_evaluation(args, state, control)
-
-    def _repeat_evaluation(self, args, state, control) -> None:
-        """Do the evaluation after the checkpoint's step, which a signal cut short."""
-        trainer, control.should_evaluate = self.trainer, True
-        trainer._maybe_log_save_evaluate(
-            trainer._tr_loss, None, trainer.model_wrapped, None, state.epoch, None, time.time()
-        )
-        if args.should_save:  # in the checkpoint too, or resuming again would evaluate again
-            state.stateful_callbacks["TrainerControl"] = control.state()
-            path = Path(args.output_dir) / f"checkpoint-{state.global_step}/trainer_state.json"
-            save_state(state, f"{path}.new")
-            os.replace(f"{path}.new", path)
-
-
-def _check_steps_left(state: TrainerState) -> None:
-    if state.global_step > state.max_steps:
-        raise UserError(
-            f"max_steps={state.max_steps} is too low: the checkpoint to resume from has already "
-            f"done {state.global_step} steps."
-        )
-    if state.global_step == state.max_steps:
-        logger.warning("This training has done all its steps: only the results are written.")

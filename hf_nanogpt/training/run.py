@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel, set_seed
 from transformers.utils import logging
@@ -39,7 +38,7 @@ from .recipes import as_flags
 from .run_settings import check_settings_match, describe_settings
 from .samples import SampleCallback, choose_prompt, draw_sample
 from .stopping import name_missing_ranks, stop_on_signals
-from .trainer import NanoGPTTrainer
+from .trainer import NanoGPTTrainer, use_threads
 
 logger = logging.get_logger(__name__)
 
@@ -85,12 +84,10 @@ def train(
             and a checkpoint was saved first.
     """
     data_args, architecture, args = parse_settings(recipe, flags, **settings)
-    _check_start(start_from, args)
-    if args.num_threads:
-        torch.set_num_threads(args.num_threads)
+    _check_start(start_from, args, data_args)
 
     lock = lock_output_dir(args.output_dir) if args.should_save else nullcontext()
-    with lock, _explain_out_of_memory(args):
+    with use_threads(args), lock, _explain_out_of_memory(args):
         check_output_dir(args.output_dir, overwrite=overwrite, resume=resume)
         last_checkpoint = _find_checkpoint(args) if resume else None
         # Measure the model to start from before the first step, but not again when resuming.
@@ -109,11 +106,11 @@ def train(
         seconds = _fit(trainer, last_checkpoint)
 
         # Gather what metrics.json and the card say, and write the folder.
-        length, written = trainer.speed.context_length, [*as_flags(settings), *flags]
+        written = [*as_flags(settings), *flags]
         validation = next(iter(cast(Any, trainer.eval_dataset)))
         metrics = {
             **collect_metrics(trainer, seconds, sample_before=before),
-            **collect_facts(str(recipe), written, start_from, data_args, args, length),
+            **collect_facts(trainer, str(recipe), written, start_from, data_args),
             "is_chat": trainer.processing_class.chat_template is not None,
             # In conversations only the answers are learnt, in other text every token.
             "learnt_answers": not all(is_learnt(validation["input_ids"])),
@@ -144,8 +141,16 @@ def _explain_out_of_memory(args: NanoGPTTrainingArguments) -> Iterator[None]:
         ) from None
 
 
-def _check_start(start_from: str | Path | None, args: NanoGPTTrainingArguments) -> None:
+def _check_start(
+    start_from: str | Path | None, args: NanoGPTTrainingArguments, data_args: DataArguments
+) -> None:
     check_text(str(start_from))
+    for name in ("tokenizer", "vocab_size"):
+        if start_from and (value := getattr(data_args, name)) != getattr(DataArguments, name):
+            raise UserError(
+                f"{start_from} has its own tokenizer, so {name}={value} cannot be set: leave it "
+                "out, and use a recipe without it, such as finetune."
+            )
     if args.lora and start_from is None:
         raise UserError("lora=True adapts a trained model: name one by --from CHECKPOINT.")
     if start_from and Path(start_from).resolve().is_relative_to(Path(args.output_dir).resolve()):
@@ -201,7 +206,10 @@ def _prepare(
         model = add_adapter(model, args, with_embeddings=grown, revision=revision)
     prompt = choose_prompt(args, data_args, tokenizer, next(iter(validation))["input_ids"])
     parts = {"train_dataset": blocks, "eval_dataset": validation, "processing_class": tokenizer}
-    return _make_trainer(model, args, prompt, length, settings=settings, **parts), prompt
+    trainer = _make_trainer(model, args, prompt, length, settings=settings, **parts)
+    with settings_errors():  # of the loader; the schedule is checked too
+        trainer.set_initial_training_values(args, trainer.get_train_dataloader())
+    return trainer, prompt
 
 
 def _make_trainer(

@@ -22,9 +22,10 @@ logger = logging.get_logger(__name__)
 # The training arguments that decide what is learnt. Trainer silently takes most of them from the
 # checkpoint, whatever the user asks for.
 _DECISIVE = (
-    *("optim_recipe", "learning_rate", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay"),
-    *("max_grad_norm", "momentum_warmup_steps", "lr_scheduler_type", "lr_scheduler_kwargs"),
-    *("warmup_steps", "seed", "data_seed", "bf16", "fp16", "label_smoothing_factor"),
+    *("optim_recipe", "optim", "optim_args", "optim_target_modules", "momentum_warmup_steps"),
+    *("learning_rate", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay"),
+    *("max_grad_norm", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
+    *("seed", "data_seed", "bf16", "fp16", "label_smoothing_factor"),
     *("neftune_noise_alpha", "train_sampling_strategy", "dataloader_drop_last", "document_mask"),
 )
 # These may change, with a warning. A user may want a longer run; and the same total batch size may
@@ -57,6 +58,9 @@ def describe_settings(
         "data": _identify(blocks),
         "validation data": _identify(validation),
     }
+    if args.metric_for_best_model:
+        direction = "highest" if args.greater_is_better else "lowest"
+        settings["metric_for_best_model"] = f"{args.metric_for_best_model}, {direction}"
     return json.loads(json.dumps(settings))
 
 
@@ -85,6 +89,9 @@ def check_settings_match(checkpoint: str, settings: dict[str, Any]) -> None:
     before = {"document_mask": True} | record["settings"]  # until 0.1.0 there was no choice
     if isinstance(path := before.get("tokenizer"), str):  # as version 0.1.0 wrote it
         before["tokenizer"] = publish_place(path)
+    # A run may begin or cease to look for its best model, but not by another metric.
+    if "metric_for_best_model" in settings:
+        before.setdefault("metric_for_best_model", settings["metric_for_best_model"])
     changed = [name for name, value in settings.items() if before.get(name) != value]
 
     def list_changes(names: list[str]) -> str:

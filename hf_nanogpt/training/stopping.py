@@ -16,6 +16,8 @@ from ..errors import UserError
 from .resume import ResumableTrainer
 
 _ANSWER = timedelta(seconds=15)  # less than torchrun leaves to processes that are to end
+# Schedules that look at the result of an evaluation.
+_FOLLOW_METRIC = ("reduce_lr_on_plateau", "greedy")
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -44,12 +46,12 @@ class InterruptibleTrainer(ResumableTrainer):
         self.roll_call: Any = None
         self.add_callback(_StopCallback(self))
 
-    def _maybe_log_save_evaluate(self, tr_loss, grad_norm, model, trial, *args, **kwargs):
+    def _maybe_log_save_evaluate(self, tr_loss, *args, **kwargs):
         # On a GPU, reading the loss would wait for it; of several processes, only one would stop.
         if tr_loss.device.type == "cpu" and self.group is None:
             self._check_finite(tr_loss.item())
         signum = self.agree_on_signal()
-        super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
+        super()._maybe_log_save_evaluate(tr_loss, *args, **kwargs)
         if signum:
             self.save_and_stop(signum)
 
@@ -80,9 +82,10 @@ class _StopCallback(TrainerCallback):
             self.trainer.roll_call = torch.distributed.new_group(backend="gloo")
 
     def on_prediction_step(self, args, state, control, **kwargs):
-        # Several processes finish the evaluation, as they have not agreed to stop. So does
-        # save_strategy="best", which cannot save before it knows the result.
-        may_stop = self.trainer.group is None and args.save_strategy != "best"
+        # Several processes finish the evaluation, as they have not agreed to stop. So does what
+        # cannot be saved before the result is known: the best model, a rate that depends on it.
+        waits = args.save_strategy == "best" or args.lr_scheduler_type in _FOLLOW_METRIC
+        may_stop = self.trainer.group is None and not waits
         if self.trainer.signum and may_stop and control.should_evaluate:
             self.trainer.save_and_stop(self.trainer.signum)
 

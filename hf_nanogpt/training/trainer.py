@@ -2,6 +2,8 @@
 
 import inspect
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -9,12 +11,12 @@ from typing import Any
 import torch
 from accelerate import FullyShardedDataParallelPlugin
 from torch.nn.functional import pad
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_callback import ProgressCallback as StockProgressCallback
-from transformers.trainer_utils import unwrap_peft_model
+from transformers.trainer_utils import has_length, unwrap_peft_model
 
 from ..data.packing import PackedCollator
 from ..data.tokenization import token_byte_counts
@@ -24,6 +26,7 @@ from ..linear_cross_entropy import LOGITS_AT_ONCE, linear_cross_entropy
 from ..modeling_nanogpt import NanoGPTForCausalLM
 from .arguments import NanoGPTTrainingArguments
 from .callbacks import ProgressCallback, SpeedCallback
+from .checks import check_schedule, explain_arguments
 from .optim import build_optimizer
 from .orthogonal import find_sharing_group
 from .publishing import HubTrainer
@@ -36,9 +39,11 @@ class NanoGPTTrainer(HubTrainer):
     (signals), publishing.py (the Hub), and this one (optimizer, loss and metrics). It takes all
     that `Trainer` takes, and:
 
-    - with a `processing_class` (the tokenizer), it collates blocks by `PackedCollator` and
-      evaluates `eval_loss`, `eval_perplexity` and `eval_bits_per_byte` as exact sums over tokens,
-      whatever the batch size; your own `data_collator` or `compute_metrics` wins;
+    - with a `processing_class` (the tokenizer), a language model's blocks are collated by
+      `PackedCollator`, and `evaluate()` measures `eval_loss`, `eval_perplexity` and
+      `eval_bits_per_byte` as exact sums over tokens, whatever the batch size; with your own
+      `data_collator` or `compute_metrics`, it evaluates as `Trainer` does;
+    - an `optim` or your own optimizer takes the place of `optim_recipe`;
     - `speed` measures the tokens per second and MFU that the log shows;
     - `settings` are kept in the checkpoints, see run_settings.py.
     """
@@ -47,26 +52,26 @@ class NanoGPTTrainer(HubTrainer):
     label_smoother: Any
 
     def __init__(self, model=None, args=None, *, speed: SpeedCallback | None = None, **kwargs):
-        # With a tokenizer, blocks are packed and metrics exact, unless the user chose otherwise.
-        tokenizer = kwargs.get("processing_class")
-        self.byte_counts = None
-        self.num_bytes: int | None = None  # of the text that is evaluated
-        if isinstance(tokenizer, PreTrainedTokenizerBase):
-            if kwargs.get("data_collator") is None:
-                mask = getattr(args, "document_mask", True)
-                kwargs["data_collator"] = PackedCollator(tokenizer.eos_token_id, mask)
-            if kwargs.get("compute_metrics") is None:
-                kwargs["compute_metrics"] = self._compute_metrics
-                self.byte_counts = token_byte_counts(tokenizer)
         self.speed = speed or SpeedCallback()
         kwargs["callbacks"] = [self.speed, *(kwargs.get("callbacks") or [])]
-        if isinstance(args, NanoGPTTrainingArguments) and args.num_threads:
-            torch.set_num_threads(args.num_threads)
         config = getattr(model, "config", None)
         use_cache = getattr(config, "use_cache", None)
         super().__init__(model, args, **kwargs)
         if config is not None and use_cache is not None:
             config.use_cache = use_cache  # Trainer replaces it, and it would be saved
+        # With a tokenizer, blocks are packed and metrics exact, unless the user chose otherwise.
+        self.byte_counts: torch.Tensor | None = None
+        self._sums: list[torch.Tensor] | None = None  # of an evaluation
+        tokenizer = self.processing_class
+        if isinstance(tokenizer, PreTrainedTokenizerBase) and self.shifts_labels:
+            if kwargs.get("data_collator") is None:
+                mask = getattr(args, "document_mask", True)
+                self.data_collator = PackedCollator(tokenizer.eos_token_id, mask)
+            if isinstance(self.data_collator, PackedCollator) and self.compute_metrics is None:
+                self.byte_counts = token_byte_counts(tokenizer)
+        # Trainer knows only transformers' own classes as language models.
+        if self.label_smoother is not None and self.shifts_labels:
+            self.label_smoother = partial(self.label_smoother, shift_labels=True)
         if self.is_fsdp_enabled:
             _prepare_fsdp(self.accelerator.state.fsdp_plugin)
         # Our progress bar replaces the stock one, and printing of all that is logged.
@@ -77,6 +82,31 @@ class NanoGPTTrainer(HubTrainer):
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
                 callback.logging_dir = os.path.join(self.args.output_dir, "tensorboard")
+
+    @property
+    def shifts_labels(self) -> bool:
+        """Say whether the loss compares each token with the label after it, as language models."""
+        return getattr(unwrap_peft_model(self.model), "loss_type", "") == "ForCausalLM"
+
+    def train(self, *args, **kwargs):
+        with use_threads(self.args):
+            return super().train(*args, **kwargs)
+
+    def set_initial_training_values(self, args, dataloader):
+        """Refuse what would make no step, or would fail at one, before anything is trained."""
+        if has_length(dataloader) and len(dataloader) == 0:
+            raise UserError(
+                f"per_device_train_batch_size={args.per_device_train_batch_size} is larger than "
+                "the training data, and dataloader_drop_last=True leaves out batches that are not "
+                "full: lower one, or leave out the other."
+            )
+        *values, max_steps = super().set_initial_training_values(args, dataloader)
+        if self.lr_scheduler is None:
+            check_schedule(args, max_steps)
+        if self.optimizer is self.optimizer_cls_and_kwargs is None and getattr(args, "optim", None):
+            with explain_arguments(args):  # some need a package
+                self.get_optimizer_cls_and_kwargs(args, self.model)
+        return (*values, max_steps)
 
     def log(self, logs, start_time=None):
         """Log as `Trainer` does, with `tokens_per_second` and `mfu` next to the training loss."""
@@ -90,17 +120,13 @@ class NanoGPTTrainer(HubTrainer):
         If nothing reads the logits of a batch, and there are more than `LOGITS_AT_ONCE`, a model of
         ours computes the loss without having all of them in memory, by `linear_cross_entropy`.
         """
-        if getattr(self.model.config, "use_cache", None) is not None:
+        if getattr(getattr(self.model, "config", None), "use_cache", None) is not None:
             inputs = {"use_cache": self.args.use_cache} | inputs
         smoother, smoothing = self.label_smoother, self.args.label_smoothing_factor
         if not return_outputs and self._has_too_many_logits(inputs):
             smooth = partial(linear_cross_entropy, label_smoothing=smoothing)
             inputs = {**inputs, "linear_loss": smooth if smoothing else linear_cross_entropy}
             self.label_smoother = None  # it reads the logits
-        elif smoother is not None and getattr(self.model, "loss_type", None) == "ForCausalLM":
-            # Trainer shifts the labels only if transformers has the model's class; without that, a
-            # model would learn to repeat its input.
-            self.label_smoother = partial(smoother, shift_labels=True)
         try:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         finally:
@@ -127,9 +153,42 @@ class NanoGPTTrainer(HubTrainer):
         count = super()._get_num_items_in_batch(batch_samples, device)
         return count.clamp(min=1) if isinstance(count, torch.Tensor) else count and max(count, 1)
 
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """Leave out of the loss the rows that several processes repeat to share the last batch.
+
+        So they learn what one process learns from the same batches.
+        """
+        batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        args, accelerator = self.args, self.accelerator
+        if (
+            count is None
+            or args.world_size == 1
+            or not (self.shifts_labels and accelerator.gradient_state.end_of_dataloader)
+            or not (has_length(self.train_dataset) and accelerator.even_batches)
+            # These repeat none.
+            or args.dataloader_drop_last
+            or args.train_sampling_strategy == "batch_rebalance"
+        ):
+            return batches, count
+        # The first process has the first rows of the last batch.
+        labels = batches[-1]["labels"]
+        if rest := len(self.train_dataset) % (len(labels) * args.world_size):
+            repeated = labels[max(0, rest - len(labels) * args.process_index) :]
+            repeated.fill_(-100)
+            if args.include_num_input_tokens_seen == "all":  # Trainer will count them
+                tokens = accelerator.gather(torch.tensor(repeated.numel(), device=device))
+                self.state.num_input_tokens_seen -= int(tokens.sum())
+        return batches, self._get_num_items_in_batch(batches, device)
+
+    @property
+    def _has_recipe(self) -> bool:
+        args = self.args
+        chosen = self.optimizer_cls_and_kwargs is not None or getattr(args, "optim", None)
+        return isinstance(args, NanoGPTTrainingArguments) and not chosen
+
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
-        if self.optimizer is None:
-            args = self.args
+        args = self.args
+        if self.optimizer is None and self._has_recipe:
             self.optimizer = build_optimizer(
                 self.model if model is None else model,
                 recipe=args.optim_recipe,
@@ -140,7 +199,7 @@ class NanoGPTTrainer(HubTrainer):
                 momentum_warmup=args.momentum_warmup_steps,
                 process_group=find_sharing_group() if self._is_replicated() else None,
             )
-        return self.optimizer
+        return super().create_optimizer(model)
 
     def _is_replicated(self) -> bool:
         """Say whether each process holds the whole model, and the same gradients, as with DDP."""
@@ -160,27 +219,53 @@ class NanoGPTTrainer(HubTrainer):
         with settings_errors():  # of lr_scheduler_kwargs
             return super().create_scheduler(num_training_steps, optimizer)
 
-    def evaluation_loop(self, dataloader, *args, **kwargs):
-        self.num_bytes = getattr(dataloader.dataset, "num_bytes", None)
-        return super().evaluation_loop(dataloader, *args, **kwargs)
+    def evaluation_loop(
+        self, dataloader, description, *args, metric_key_prefix: str = "eval", **kwargs
+    ):
+        """Evaluate as `Trainer` does; on packed blocks, add up the exact sums over all tokens."""
+        exact = self.byte_counts is not None and description == "Evaluation"
+        self._sums = [torch.zeros(1, 3, dtype=torch.float64)] if exact else None
+        kwargs["metric_key_prefix"] = metric_key_prefix
+        with use_threads(self.args), self._keep_weights():
+            output = super().evaluation_loop(dataloader, description, *args, **kwargs)
+        if self._sums is not None:
+            num_bytes = getattr(dataloader.dataset, "num_bytes", None)
+            sums = torch.cat([some.cpu() for some in self._sums])
+            figures = _name_figures(sums, num_bytes)
+            metrics: Any = output.metrics
+            metrics.update({f"{metric_key_prefix}_{k}": v for k, v in figures.items()})
+        return output
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Return the sums of each row as "logits", which Trainer gathers over all processes."""
-        if self.byte_counts is None:
+        if self._sums is None or self.byte_counts is None:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         with torch.no_grad(), self.compute_loss_context_manager():
             sums = sum_losses(model, self._prepare_inputs(inputs), self.byte_counts)
-        return None, sums, sums
+        self._sums.append(self.accelerator.gather_for_metrics(sums))
+        return None, None, None
 
-    def _compute_metrics(self, prediction) -> dict[str, float]:
-        result = summarize_losses(torch.as_tensor(prediction.predictions), self.num_bytes)
-        return {
-            "loss": result.loss,
-            "perplexity": result.perplexity,
-            "bits_per_byte": result.bits_per_byte,
-            "tokens": result.num_tokens,
-            "bytes": result.num_bytes,
-        }
+    @contextmanager
+    def _keep_weights(self) -> Iterator[None]:
+        """Give the model back its weights if the evaluation converts them to half precision."""
+        if self.is_in_train or not (self.args.bf16_full_eval or self.args.fp16_full_eval):
+            yield
+            return
+        model: Any = self.model
+        if not self.is_model_parallel:
+            model.to(self.args.device)  # else the conversion makes new parameters
+        weights = [(parameter, parameter.data) for parameter in model.parameters()]
+        buffers = [
+            (module, name, buffer)
+            for module in model.modules()
+            for name, buffer in module.named_buffers(recurse=False)
+        ]
+        try:
+            yield
+        finally:
+            for parameter, data in weights:
+                parameter.data = data
+            for module, name, buffer in buffers:
+                setattr(module, name, buffer)
 
     def gather_model(self) -> PreTrainedModel:
         """Return the trained model; with FSDP, whole again on the process that saves."""
@@ -218,3 +303,25 @@ def _prepare_fsdp(plugin: FullyShardedDataParallelPlugin) -> None:
     if policy := plugin.mixed_precision_policy:
         policy = replace(policy, reduce_dtype=torch.float32, output_dtype=None)
         plugin.mixed_precision_policy = policy
+
+
+@contextmanager
+def use_threads(args: TrainingArguments) -> Iterator[None]:
+    """Let torch use the CPU threads of `args.num_threads` in the block, if they are given."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(getattr(args, "num_threads", None) or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _name_figures(sums: torch.Tensor, num_bytes: int | None) -> dict[str, float]:
+    result = summarize_losses(sums, num_bytes)
+    return {
+        "loss": result.loss,
+        "perplexity": result.perplexity,
+        "bits_per_byte": result.bits_per_byte,
+        "tokens": result.num_tokens,
+        "bytes": result.num_bytes,
+    }
