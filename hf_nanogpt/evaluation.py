@@ -59,8 +59,8 @@ def sum_losses(
     """Return nats, predicted tokens and bytes of each row of a packed batch, (B, 3) float64."""
     labels = batch["labels"][:, 1:]  # (B, T - 1)
     # No attention mask and no cache: only then do the position ids keep packed documents apart.
-    inputs = {name: batch[name] for name in ("input_ids", "position_ids") if name in batch}
-    inputs["use_cache"] = False
+    inputs: dict[str, Any] = {"use_cache": False}
+    inputs |= {name: batch[name] for name in ("input_ids", "position_ids") if name in batch}
     (rows, length), kept = labels.shape, {}
     trunk, vocab_size = _find_trunk(model)
     # Run the trunk once, and the head on as many positions at a time as memory allows.
