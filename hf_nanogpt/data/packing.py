@@ -5,10 +5,9 @@ Packed, a corpus reads `<eos> document <eos> document ... <eos>`, cut into block
 every token of a block except the first, so in this way each token is predicted exactly once.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from itertools import count
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -19,10 +18,10 @@ from torch.utils import data as torch_data
 from transformers import PreTrainedTokenizerBase
 
 from .conversations import MESSAGES, ConversationEncoder, Documents
-from .encoding import DocumentEncoder, decode_ids, decode_labels, encode_unlearnt, is_learnt
+from .encoding import DocumentEncoder, decode_ids, decode_labels
+from .streams import PackedStream, match_end
 
 _VERSION = 2  # of the tokens; a new number makes `datasets` ignore those in its cache
-_SHUFFLE_BUFFER = 10_000  # documents of a stream; the next one is drawn from these
 
 Pieces: TypeAlias = Callable[[], list[np.ndarray]]
 """Opens a corpus: its token ids in consecutive arrays, usually memory-mapped."""
@@ -61,51 +60,6 @@ class PackedBlocks(torch_data.Dataset):
             parts.append(self.pieces[number][start - first : end - first])
             start, number = int(self.ends[number]), number + 1
         return np.concatenate(parts) if len(parts) > 1 else parts[0]
-
-
-class PackedStream(torch_data.IterableDataset):
-    """The same rows, cut from a stream of documents while it is read.
-
-    With a `seed` the stream never ends: it is read again and again, each time in a new order that
-    depends only on the seed. If several processes train, the first reads for all of them
-    (Accelerate's default), so that no document is read twice.
-    """
-
-    def __init__(
-        self,
-        tokens: IterableDataset,
-        *,
-        context_length: int,
-        eos_token_id: int | None,
-        seed: int | None = None,
-    ):
-        self.tokens = tokens
-        self.context_length = context_length
-        self.eos = np.array([] if eos_token_id is None else [eos_token_id], dtype=np.int64)
-        self.seed = seed
-
-    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
-        rest, step = self.eos[:0], self.context_length - 1
-        for row in self._rows():
-            rest = np.concatenate((rest, row["input_ids"]))
-            whole = max(0, len(rest) - 1) // step * step
-            for start in range(0, whole, step):
-                yield {"input_ids": rest[start : start + step + 1]}
-            rest = rest[whole:]
-        yield {"input_ids": np.concatenate((rest, _match_end(self.eos, rest)))}
-
-    def _rows(self) -> Iterator[dict[str, Any]]:
-        if self.seed is None:
-            yield from self.tokens
-            return
-        shuffled = self.tokens.shuffle(seed=self.seed, buffer_size=_SHUFFLE_BUFFER)
-        for epoch in count():
-            shuffled.set_epoch(epoch)
-            row = None
-            for row in shuffled:
-                yield row
-            if row is None:  # this worker of a DataLoader has no documents
-                return
 
 
 def pack_documents(
@@ -154,12 +108,7 @@ def tokenize_documents(
 def _open_arrow(tokens: Dataset, eos: np.ndarray) -> list[np.ndarray]:
     chunks = tokens.data.column("input_ids").chunks if len(tokens) else []
     pieces = [chunk.flatten().to_numpy() for chunk in chunks]
-    return [*pieces, _match_end(eos, pieces[-1]) if pieces else eos]
-
-
-def _match_end(eos: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-    """Return the last eos of a corpus, to be learnt only if the token before it is."""
-    return eos if len(tokens) == 0 or is_learnt(tokens[-1]) else encode_unlearnt(eos)
+    return [*pieces, match_end(eos, pieces[-1]) if pieces else eos]
 
 
 def cut_blocks(

@@ -30,6 +30,7 @@ from transformers.utils import logging
 
 from ..checkpoint.steps import RECORD, find_damage, find_last_checkpoint, save_state, sum_file
 from ..checkpoint.writing import explain_write_errors
+from ..data.streams import PackedStream
 from ..errors import UserError, explain_errors
 from ..untrusted import path_inside
 from .arguments import NanoGPTTrainingArguments
@@ -56,6 +57,7 @@ class ResumableTrainer(Trainer):
         self.started = time.perf_counter()
         self._running_losses: list[float] = []
         self._saved_step = -1
+        self._random_state: str | None = None  # the checkpoint to load random numbers from
         self.add_callback(_ResumeCallback(self))
 
     def train(self, *args, **kwargs):
@@ -75,6 +77,37 @@ class ResumableTrainer(Trainer):
             if 0 < (share := getattr(args, name) or 0) < 1:
                 setattr(args, name, math.ceil(max_steps * share))
         return (*values, max_steps)
+
+    def _init_training_state(self, max_steps, steps, epochs, checkpoint, trial) -> tuple[int, int]:
+        """Return the epochs and batches to skip: no batches of a stream that resumes in place."""
+        skipped = super()._init_training_state(max_steps, steps, epochs, checkpoint, trial)
+        if not isinstance(self.train_dataset, PackedStream):
+            return skipped
+        callbacks: Any = self.state.stateful_callbacks  # a dict; the annotation says list
+        position = callbacks.get(RECORD, {}).get("stream")
+        self.train_dataset.load_state_dict(position, **self._describe_loader())
+        if not position:
+            return skipped
+        self._random_state = checkpoint
+        return skipped[0], 0
+
+    def _locate_stream(self) -> dict[str, Any] | None:
+        """Return the position of a stream after the steps done; None if Trainer must skip them."""
+        accelerator: Any = self.args.accelerator_config
+        reads_elsewhere = accelerator.split_batches or accelerator.dispatch_batches is False
+        if not isinstance(self.train_dataset, PackedStream) or reads_elsewhere:
+            return None
+        # The first process reads the batches of all.
+        batches = self.args.gradient_accumulation_steps * self.args.world_size
+        return self.train_dataset.state_dict(
+            batches=batches * self.state.global_step, **self._describe_loader()
+        )
+
+    def _describe_loader(self) -> dict[str, int]:
+        args = self.args
+        batches = args.gradient_accumulation_steps * args.world_size
+        batch_size = self.get_total_train_batch_size(args) // batches
+        return {"batch_size": batch_size, "num_workers": args.dataloader_num_workers}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as `Trainer` does, unless the training or validation loss is not finite."""
@@ -144,6 +177,7 @@ class ResumableTrainer(Trainer):
             "seconds": time.perf_counter() - self.started,
             "running_losses": self._running_losses,
             "last_logged": self._globalstep_last_logged,
+            "stream": self._locate_stream(),
             "sizes": {name: p.stat().st_size for name, p in files.items()},
             "checksums": {name: sum_file(p) for name, p in files.items()},
         }
@@ -242,6 +276,18 @@ class _ResumeCallback(TrainerCallback):
             trainer._globalstep_last_logged = record["last_logged"]
         if state.stateful_callbacks["TrainerControl"]["args"]["should_evaluate"]:
             self._repeat_evaluation(args, state, control)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        trainer = self.trainer
+        if checkpoint := trainer._random_state:
+            # In place, Trainer loads them before a DataLoader starts, which draws one itself.
+            trainer._load_rng_state(checkpoint)
+            trainer._random_state = None
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if isinstance(self.trainer.train_dataset, PackedStream):
+            # Trainer counts the batches that this process has read.
+            state.epoch = state.global_step / state.max_steps
 
     def _repeat_evaluation(self, args, state, control) -> None:
         """Do the evaluation after the checkpoint's step, which a signal cut short."""
