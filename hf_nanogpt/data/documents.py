@@ -82,7 +82,7 @@ def load_documents(args: DataArguments) -> tuple[Documents, Documents]:
 
     Whether a document is held out depends only on a checksum of its text, not on the order. With
     fewer than 20 documents, the end is held out: the end of each text file, or the last rows of a
-    table.
+    table. Of a stream, only the first `validation_documents` of these are held out.
 
     Raises:
         UserError: the source is missing, empty, not text, or too small to hold anything out.
@@ -136,6 +136,10 @@ def _find_threshold(texts: Iterable[str], fraction: float) -> int:
 
 def _is_on_side(row: dict, threshold: int, held_out: bool) -> bool:
     return (_checksum(row["text"]) < threshold) == held_out
+
+
+def _is_not_among(row: dict, checksums: set[int]) -> bool:
+    return _checksum(row["text"]) not in checksums
 
 
 # Text files
@@ -262,5 +266,8 @@ def _split_table(table: Documents, args: DataArguments) -> tuple[Documents, Docu
         for held_out in (False, True)
     )
     if isinstance(validation, IterableDataset):
+        # The first few are enough to validate on; all others are trained on.
         validation = Dataset.from_list(list(validation.take(args.validation_documents)))
+        known = {_checksum(row["text"]) for row in validation}
+        train = table.filter(_is_not_among, fn_kwargs={"checksums": known})
     return train, validation
