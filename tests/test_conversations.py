@@ -225,14 +225,11 @@ def test_bad_conversations_are_refused_by_row(case, tmp_path):
         load_tokens(DataArguments(data=path, tokenizer="byte", chat_template="chatml"))
 
 
-def test_a_template_whose_messages_end_by_eos_or_that_refuses_is_named(base, table):
+def test_a_template_that_refuses_is_named(base):
     tokenizer = load_checkpoint(base)[1]
-    tokenizer.chat_template = "{% for m in messages %}{{ m.content + eos_token }}{% endfor %}"
-    with pytest.raises(ValueError, match="no answer would see its question"):
-        ConversationEncoder(tokenizer)
     tokenizer.chat_template = "{{ raise_exception('No system messages') }}"
     with pytest.raises(ValueError, match=r"refuses the conversation .*No system messages"):
-        ConversationEncoder(tokenizer)
+        ConversationEncoder(tokenizer)({"messages": CHATS[:1]})
 
 
 @pytest.mark.slow

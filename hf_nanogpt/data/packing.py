@@ -18,7 +18,7 @@ from torch.utils import data as torch_data
 from transformers import PreTrainedTokenizerBase
 
 from .conversations import MESSAGES, ConversationEncoder, Documents
-from .encoding import DocumentEncoder, decode_ids, decode_labels
+from .encoding import DocumentEncoder, decode_ids, decode_labels, encode_unlearnt, is_start
 from .streams import PackedStream, match_end
 
 _VERSION = 2  # of the tokens; a new number makes `datasets` ignore those in its cache
@@ -92,8 +92,9 @@ def tokenize_documents(
         return documents.map(encode, **settings)
     # The name of the tokens in the cache depends on all that decides them, and on nothing else.
     eos = tokenizer.eos_token_id
-    vocabulary = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer
-    encoding = (vocabulary, tokenizer.chat_template) if is_chat else vocabulary
+    encoding: Any = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer
+    if is_chat:  # the template may write any special token
+        encoding = (encoding, tokenizer.chat_template, tokenizer.special_tokens_map)
     tokens = documents.map(
         encode,
         **settings,
@@ -126,25 +127,24 @@ def cut_blocks(
 class PackedCollator:
     """Make a batch of blocks: `input_ids`, `labels` and `position_ids`, each (B, T) of int64.
 
-    Positions start again at every eos, which keeps packed documents from seeing each other. The
-    labels equal the inputs (models shift them), or are -100 where a token is not to be learnt. A
-    short block is filled with eos, labelled -100. If `eos_token_id` is `None`, documents have no
-    end, and a short block is filled with 0.
+    Positions start again at every eos between documents, which keeps packed documents from seeing
+    each other. (An eos inside of a conversation changes nothing.) The labels equal the inputs
+    (models shift them), or are -100 where a token is not to be learnt. A short block is filled with
+    eos, labelled -100. If `eos_token_id` is `None`, documents have no end, and a short block is
+    filled with 0.
     """
 
     eos_token_id: int | None
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         length = max(len(row["input_ids"]) for row in rows)
-        input_ids = np.full((len(rows), length), self.eos_token_id or 0)
-        labels = np.full_like(input_ids, -100)
+        # Fill short blocks with eos, which is not to be learnt.
+        ids = encode_unlearnt(np.full((len(rows), length), self.eos_token_id or 0))
         for i, row in enumerate(rows):
-            ids = np.asarray(row["input_ids"])
-            input_ids[i, : len(ids)] = decode_ids(ids)
-            labels[i, : len(ids)] = decode_labels(ids)
-        index, starts = np.arange(length), np.zeros_like(input_ids)
-        if self.eos_token_id is not None:
-            starts = np.where(input_ids == self.eos_token_id, index, 0)
+            ids[i, : len(row["input_ids"])] = row["input_ids"]
+        index = np.arange(length)
+        starts = np.where(is_start(ids, self.eos_token_id), index, 0)
         positions = index - np.maximum.accumulate(starts, axis=1)
-        batch = {"input_ids": input_ids, "labels": labels, "position_ids": positions}
+        batch = {"input_ids": decode_ids(ids), "labels": decode_labels(ids)}
+        batch["position_ids"] = positions
         return {name: torch.from_numpy(array) for name, array in batch.items()}
