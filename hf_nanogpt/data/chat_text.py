@@ -95,9 +95,13 @@ def _copy_backends(tokenizer: Any) -> tuple[Tokenizer, Tokenizer]:
     )
     # Some tokenizers put a space before a text, but not after a special token.
     other = first.replace('"prepend_scheme":"first"', '"prepend_scheme":"never"')
-    backends = Tokenizer.from_str(first), Tokenizer.from_str(other)
-    for backend in backends:
-        backend.encode_special_tokens = True
-        backend.no_truncation()
-        backend.no_padding()
-    return backends
+    backends = [_load_plain(parts) for parts in dict.fromkeys((first, other))]
+    return backends[0], backends[-1]
+
+
+def _load_plain(parts: str) -> Tokenizer:
+    backend = Tokenizer.from_str(parts)
+    backend.encode_special_tokens = True
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
