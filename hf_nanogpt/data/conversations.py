@@ -5,6 +5,7 @@ is saved with the tokenizer, turns it into one text.
 """
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -24,7 +25,7 @@ logger = logging.get_logger(__name__)
 MESSAGES = "messages"  # the column of a table that holds conversations
 ROLES = ("system", "user", "assistant")
 _MESSAGE = {"role": Value("string"), "content": Value("string"), "weight": Value("int8")}
-_FEATURES = Features({MESSAGES: List(_MESSAGE), "text": Value("string")})
+_FEATURES = Features({MESSAGES: List(_MESSAGE)})
 _CHATML = Path(__file__).parent.parent / "templates" / "chatml.jinja"
 _START, _END = "<|im_start|>", "<|im_end|>"
 
@@ -88,8 +89,25 @@ def fit_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, kno
         model.generation_config.eos_token_id = sorted({stop for stop in stops if stop is not None})
 
 
+def are_conversations(columns: list[str]) -> bool:
+    """Say whether a table with these columns holds conversations: it has `messages` and no text."""
+    if MESSAGES in columns and "text" in columns:
+        logger.warning(
+            f"The data has the columns text and {MESSAGES}: the text is read. To read the "
+            f"conversations, set text_column={MESSAGES}, or select this column of a Dataset."
+        )
+    return MESSAGES in columns and "text" not in columns
+
+
+def get_text(row: Mapping[str, Any]) -> str:
+    """Return the text of a document; of a conversation, what all have said."""
+    if "text" in row:
+        return row["text"]
+    return "\n".join(message["content"] for message in row[MESSAGES])
+
+
 def read_conversations(table: Documents, columns: list[str], *, data: str) -> Documents:
-    """Return the conversations of a table: rows with `messages` and, as `text`, all contents.
+    """Return the conversations of a table: rows with `messages`.
 
     Raises:
         UserError: a row has no messages, or a message has an unknown role, no text, or a weight
@@ -120,7 +138,7 @@ def _check_row(row: dict[str, Any], index: int, *, data: str) -> dict[str, Any]:
                 "that is not to be learnt, or 1."
             )
     kept = [{name: message.get(name) for name in _MESSAGE} for message in messages]
-    return {MESSAGES: kept, "text": "\n".join(message["content"] for message in kept)}
+    return {MESSAGES: kept}
 
 
 class ConversationEncoder:

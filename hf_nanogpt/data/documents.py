@@ -1,4 +1,4 @@
-"""From sources to documents, rows with a `text`; and which of them are held out."""
+"""From sources to documents, rows with a `text` or `messages`; and which of them are held out."""
 
 import math
 import zlib
@@ -15,7 +15,14 @@ from pyarrow import ArrowException
 
 from ..checkpoint.loading import unreachable
 from ..errors import UserError, one_line, without_secrets
-from .conversations import MESSAGES, Documents, check_chat_template, read_conversations
+from .conversations import (
+    MESSAGES,
+    Documents,
+    are_conversations,
+    check_chat_template,
+    get_text,
+    read_conversations,
+)
 from .sources import STDLIB, TABLES, find_files
 
 _PIECE = 100_000  # characters of a long text that are handled at a time
@@ -78,7 +85,10 @@ def check_fraction(name: str, fraction: float) -> None:
 
 
 def load_documents(args: DataArguments) -> tuple[Documents, Documents]:
-    """Load `args.data` and return its training and validation documents, rows with a `text`.
+    """Load `args.data` and return its training and validation documents.
+
+    They are rows with a `text`; of conversations, with `messages`. A table with both columns is
+    read as text, with a warning, unless `text_column="messages"`.
 
     Whether a document is held out depends only on a checksum of its text, not on the order. With
     fewer than 20 documents, the end is held out: the end of each text file, or the last rows of a
@@ -135,11 +145,11 @@ def _find_threshold(texts: Iterable[str], fraction: float) -> int:
 
 
 def _is_on_side(row: dict, threshold: int, held_out: bool) -> bool:
-    return (_checksum(row["text"]) < threshold) == held_out
+    return (_checksum(get_text(row)) < threshold) == held_out
 
 
 def _is_not_among(row: dict, checksums: set[int]) -> bool:
-    return _checksum(row["text"]) not in checksums
+    return _checksum(get_text(row)) not in checksums
 
 
 # Text files
@@ -212,7 +222,7 @@ def _read_pieces(name: str) -> Iterator[str]:
 
 
 def _open_table(data: str, files: list[Path], args: DataArguments) -> Documents:
-    """Return the rows of a table that have text, with `text` and, of conversations, `messages`."""
+    """Return the rows of a table that have text: `text`, or `messages` of conversations."""
     try:
         if files:
             paths = [str(p) for p in files]
@@ -229,8 +239,9 @@ def _open_table(data: str, files: list[Path], args: DataArguments) -> Documents:
         why = one_line(error.__cause__ or error)  # `datasets` says only that something went wrong
         raise UserError(f"data={data} cannot be read as a table: {why}") from error
     columns = table.column_names or list(first)
-    has_no_text = args.text_column == "text" and "text" not in columns
-    if (has_no_text or args.text_column == MESSAGES) and isinstance(first.get(MESSAGES), list):
+    if isinstance(first.get(MESSAGES), list) and (
+        args.text_column == MESSAGES or (args.text_column == "text" and are_conversations(columns))
+    ):
         table = read_conversations(table, columns, data=data)
     else:
         _check_column(columns, first, args.text_column, data)
@@ -252,7 +263,7 @@ def _check_column(columns: list[str], first: dict, column: str, data: str) -> No
 
 
 def _has_text(row: dict) -> bool:
-    return bool(row["text"])
+    return bool(get_text(row))
 
 
 def _split_table(table: Documents, args: DataArguments) -> tuple[Documents, Documents]:
@@ -260,7 +271,7 @@ def _split_table(table: Documents, args: DataArguments) -> tuple[Documents, Docu
     if isinstance(table, Dataset) and len(table) < _FEW:
         kept = len(table) - math.ceil(len(table) * fraction)
         return table.select(range(kept)), table.select(range(kept, len(table)))
-    threshold = _find_threshold((row["text"] for row in table), fraction)
+    threshold = _find_threshold(map(get_text, table), fraction)
     train, validation = (
         table.filter(_is_on_side, fn_kwargs={"threshold": threshold, "held_out": held_out})
         for held_out in (False, True)
@@ -268,6 +279,6 @@ def _split_table(table: Documents, args: DataArguments) -> tuple[Documents, Docu
     if isinstance(validation, IterableDataset):
         # The first few are enough to validate on; all others are trained on.
         validation = Dataset.from_list(list(validation.take(args.validation_documents)))
-        known = {_checksum(row["text"]) for row in validation}
+        known = {_checksum(text) for text in map(get_text, validation)}
         train = table.filter(_is_not_among, fn_kwargs={"checksums": known})
     return train, validation

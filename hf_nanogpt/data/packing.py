@@ -17,7 +17,8 @@ from datasets.fingerprint import Hasher
 from torch.utils import data as torch_data
 from transformers import PreTrainedTokenizerBase
 
-from .conversations import MESSAGES, ConversationEncoder, Documents
+from ..errors import UserError
+from .conversations import MESSAGES, ConversationEncoder, Documents, are_conversations
 from .encoding import DocumentEncoder, decode_ids, decode_labels, encode_unlearnt, is_start
 from .streams import PackedStream, match_end
 
@@ -75,6 +76,10 @@ def pack_documents(
     mapped from Arrow files in the cache of `datasets`, so the corpus may be larger than memory; an
     `IterableDataset` is tokenised and packed while it streams. Rows of conversations mark the
     tokens that are not to be learnt, see `encode_unlearnt`; `PackedCollator` makes labels of them.
+    Documents with the columns `text` and `messages` are read as text, with a warning.
+
+    Raises:
+        UserError: they have neither column, or the tokenizer has no template for conversations.
     """
     tokens = tokenize_documents(documents, tokenizer, num_proc=num_proc)
     return cut_blocks(tokens, context_length=context_length, eos_token_id=tokenizer.eos_token_id)
@@ -84,8 +89,13 @@ def tokenize_documents(
     documents: Documents, tokenizer: PreTrainedTokenizerBase, *, num_proc: int | None = None
 ) -> Tokens:
     """Return the tokens of all documents, with an eos before each and one at the end."""
-    columns = documents.column_names or ["text"]
-    is_chat = MESSAGES in columns
+    columns = documents.column_names or list(next(iter(documents), {"text": ""}))
+    is_chat = are_conversations(columns)
+    if not is_chat and "text" not in columns:
+        raise UserError(
+            f"The documents have the columns {', '.join(columns)}: rename one to text, or to "
+            f"{MESSAGES} for conversations."
+        )
     encode = ConversationEncoder(tokenizer) if is_chat else DocumentEncoder(tokenizer)
     settings: dict[str, Any] = {"batched": True, "batch_size": 64, "remove_columns": columns}
     if isinstance(documents, IterableDataset):

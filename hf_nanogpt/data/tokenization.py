@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from ..checkpoint.foreign import read_tokenizer
 from ..checkpoint.loading import TOKENIZER_FILES, download, split_revision
 from ..errors import UserError, did_you_mean
+from .conversations import get_text
 from .documents import DataArguments, Documents
 
 END_OF_TEXT = "<|endoftext|>"
@@ -34,7 +35,7 @@ def make_tokenizer(args: DataArguments, documents: Documents) -> PreTrainedToken
     """
     if args.tokenizer not in TRAINED:
         return load_tokenizer(args.tokenizer)
-    texts = _limit(row["text"] for row in documents)
+    texts = _limit(map(get_text, documents))
     kind = cast(TokenizerKind, args.tokenizer)
     return train_tokenizer(texts, kind=kind, vocab_size=args.vocab_size)
 
