@@ -273,12 +273,12 @@ def test_a_table_with_texts_and_conversations_is_read_as_text_and_says_so(tmp_pa
 
 def test_validation_without_a_token_to_predict_is_refused(base, table, tmp_path):
     questions = write_table(tmp_path / "questions.jsonl", [talk("Who?", "")] * 30)
-    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "empty.jsonl").write_text('{"text": ""}\n' * 30)
     (tmp_path / "text.txt").write_text("some words to learn " * 30)
     run = {"output_dir": str(tmp_path / "run"), "max_steps": 1, "start_from": base}
     for data, validation, settings in (
         (table, questions, {"chat_template": "chatml"}),
-        (str(tmp_path / "text.txt"), str(tmp_path / "empty.txt"), {}),
+        (str(tmp_path / "text.txt"), str(tmp_path / "empty.jsonl"), {}),
     ):
         with pytest.raises(ValueError, match="so there is nothing to measure"):
             train("finetune", data=data, validation_data=validation, **settings, **run)
