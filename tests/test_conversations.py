@@ -309,7 +309,8 @@ def test_questions_alone_teach_nothing(base, tmp_path):
     mixed = write_table(tmp_path / "mixed.jsonl", [*questions, *CHATS])
     quiet = {"disable_tqdm": True, "sample_steps": 0, "eval_strategy": "no"}
     one = {"per_device_train_batch_size": 1, "num_train_epochs": 1, "eval_on_start": False}
-    result = train("finetune", data=mixed, **given, **quiet, **one)
+    answered = write_table(tmp_path / "answered.jsonl", CHATS)
+    result = train("finetune", data=mixed, validation_data=answered, **given, **quiet, **one)
     assert result.metrics["train_steps"] > 10
 
 

@@ -2,13 +2,19 @@
 
 import os
 from dataclasses import replace
+from typing import Any
 
 import torch
 from accelerate import FullyShardedDataParallelPlugin
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    DataCollatorForLanguageModeling,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_callback import ProgressCallback as StockProgressCallback
+from transformers.utils import logging
 
 from ..data.packing import PackedCollator
 from ..data.tokenization import token_byte_counts
@@ -19,6 +25,8 @@ from .arguments import NanoGPTTrainingArguments
 from .callbacks import ProgressCallback, SpeedCallback
 from .optim import build_optimizer
 from .publishing import HubTrainer
+
+logger = logging.get_logger(__name__)
 
 
 class NanoGPTTrainer(HubTrainer):
@@ -47,6 +55,7 @@ class NanoGPTTrainer(HubTrainer):
             if kwargs.get("compute_metrics") is None:
                 kwargs["compute_metrics"] = _compute_metrics
                 self.byte_counts = token_byte_counts(tokenizer)
+        _check_collator(kwargs.get("data_collator"))
         self.speed = speed or SpeedCallback()
         kwargs["callbacks"] = [self.speed, *(kwargs.get("callbacks") or [])]
         if isinstance(args, NanoGPTTrainingArguments) and args.num_threads:
@@ -144,6 +153,19 @@ def _prepare_fsdp(plugin: FullyShardedDataParallelPlugin) -> None:
     if policy := plugin.mixed_precision_policy:
         policy = replace(policy, reduce_dtype=torch.float32, output_dtype=None)
         plugin.mixed_precision_policy = policy
+
+
+def _check_collator(collator) -> None:
+    """Warn of a collator that does not let the end of a text be learnt."""
+    tokenizer: Any = getattr(collator, "tokenizer", None)
+    if not isinstance(collator, DataCollatorForLanguageModeling) or collator.mlm:
+        return
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id == tokenizer.eos_token_id:
+        logger.warning(
+            f"DataCollatorForLanguageModeling does not learn the pad_token, which is "
+            f"{tokenizer.pad_token!r}, as is the eos_token: the model never learns where a text "
+            "ends. Leave data_collator out, or give the tokenizer another pad_token."
+        )
 
 
 def _compute_metrics(prediction) -> dict[str, float]:
