@@ -223,11 +223,11 @@ def encode_prompt(
     tokenizer: PreTrainedTokenizerBase,
     prompt: str,
     *,
-    add_special_tokens: bool = True,
+    encode: Callable[[str], list[int]] | None = None,
 ) -> torch.Tensor:
     """Return the token ids of `prompt`, (1, T), on the model's device; for "" the bos token.
 
-    `add_special_tokens=False` is for the text of a chat template, which already has them.
+    `encode` is for the text of a chat template, see `ChatTextEncoder`.
 
     Raises:
         UserError: the prompt is empty and there is no bos token, the tokenizer cannot encode it, or
@@ -239,7 +239,7 @@ def encode_prompt(
         raise UserError(f"The tokenizer has {len(tokenizer)} tokens, {mismatch}")
     with explain_errors("The tokenizer cannot encode the prompt"):
         prompt.encode()  # a shell or a pipe may pass bytes that are not UTF-8
-        ids = tokenizer(prompt, add_special_tokens=add_special_tokens)["input_ids"]
+        ids = encode(prompt) if encode else tokenizer(prompt)["input_ids"]
     if not ids and tokenizer.bos_token_id is None:
         raise UserError(
             "An empty prompt starts from the bos token, but this tokenizer has none: give a text."

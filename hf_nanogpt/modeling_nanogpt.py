@@ -367,7 +367,7 @@ class NanoGPTPreTrainedModel(PreTrainedModel):
         model = self
         if cls is not type(self):
             model = object.__new__(cls)
-            vars(model).update(vars(self))  # the same modules and weights
+            model.__dict__.update(self.__dict__)  # the same modules and weights
         super(NanoGPTPreTrainedModel, model).save_pretrained(save_directory, *args, **kwargs)
 
 

@@ -100,15 +100,15 @@ FAULTS = [
     Fault(
         "packed documents see each other, as positions do not start again",
         "data/packing.py",
-        "starts = np.where(input_ids == self.eos_token_id, index, 0)",
-        "starts = np.zeros_like(input_ids)",
+        "starts = np.where(is_start(ids, self.eos_token_id), index, 0)",
+        "starts = np.zeros_like(ids)",
         "test_packing",
     ),
     Fault(
         "padding is learnt",
         "data/packing.py",
-        "labels = np.full_like(input_ids, -100)",
-        "labels = np.full_like(input_ids, self.eos_token_id or 0)",
+        "ids = encode_unlearnt(np.full((len(rows), length), self.eos_token_id or 0))",
+        "ids = np.full((len(rows), length), self.eos_token_id or 0)",
         "test_packing",
     ),
     Fault(
@@ -117,6 +117,20 @@ FAULTS = [
         "start = (index % len(self)) * (self.context_length - 1)",
         "start = (index % len(self)) * self.context_length",
         "test_packing",
+    ),
+    Fault(
+        "a resumed stream forgets the tokens that were left over",
+        "data/streams.py",
+        'rest = np.array(begin["rest"], dtype=np.int64)',
+        "rest = np.array([], dtype=np.int64)",
+        "test_packed_streams",
+    ),
+    Fault(
+        "a person's words can end a turn",
+        "data/chat_text.py",
+        "self._words.sub(_hide_first, content)",
+        "content",
+        "test_chat_text",
     ),
     Fault(
         "special tokens count as text in bits per byte",

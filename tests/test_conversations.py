@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from conftest import tiny_model
+from datasets import Dataset, IterableDataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, pipeline
 
 from hf_nanogpt import (
@@ -17,6 +18,7 @@ from hf_nanogpt import (
     export_checkpoint,
     load_checkpoint,
     load_preset,
+    load_text,
     tokenize_corpus,
     train,
     train_tokenizer,
@@ -213,6 +215,10 @@ BAD = {
     ),
     "no role": ([{"content": "hi"}], "row 2 has a message with role=None"),
     "no content": ([{"role": "user"}], "row 2 has a message with content=None"),
+    "weight": (
+        [{"role": "user", "content": "hi", "weight": 0.5}],
+        "row 2 has a message with weight=0.5: give 0",
+    ),
     "empty": ([], "row 2 has messages=\\[\\]: give a list of messages"),
 }
 
@@ -225,14 +231,71 @@ def test_bad_conversations_are_refused_by_row(case, tmp_path):
         load_tokens(DataArguments(data=path, tokenizer="byte", chat_template="chatml"))
 
 
-def test_a_template_whose_messages_end_by_eos_or_that_refuses_is_named(base, table):
+def test_a_template_that_refuses_is_named(base):
     tokenizer = load_checkpoint(base)[1]
-    tokenizer.chat_template = "{% for m in messages %}{{ m.content + eos_token }}{% endfor %}"
-    with pytest.raises(ValueError, match="no answer would see its question"):
-        ConversationEncoder(tokenizer)
     tokenizer.chat_template = "{{ raise_exception('No system messages') }}"
     with pytest.raises(ValueError, match=r"refuses the conversation .*No system messages"):
-        ConversationEncoder(tokenizer)
+        ConversationEncoder(tokenizer)({"messages": CHATS[:1]})
+
+
+def test_a_table_with_texts_and_conversations_is_read_as_text_and_says_so(tmp_path, caplog):
+    path, count = tmp_path / "both.jsonl", 30
+    rows = [{"messages": CHATS[i], "text": f"plain {i} " * 9} for i in range(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = load_tokens(DataArguments(data=str(path), tokenizer="byte"))[0]
+    assert "set text_column=messages" in caplog.text
+    caplog.clear()
+    add_chat_template(tokenizer)
+    model = tiny_model(vocab_size=len(tokenizer))
+
+    def measure(data, **settings) -> int:
+        return evaluate(model, data, tokenizer=tokenizer, **settings).num_tokens
+
+    table = Dataset.from_json(str(path))
+    texts = sum(len(row["text"]) for row in rows) + count  # and an eos after each
+    for data in (str(path), table, table.to_iterable_dataset()):
+        assert measure(data) == texts
+        assert "set text_column=messages" in caplog.text
+        caplog.clear()
+    answers = sum(m["role"] == "assistant" for row in rows for m in row["messages"])
+    said = "".join(m["content"] for r in rows for m in r["messages"] if m["role"] == "assistant")
+    for data, settings in (
+        (str(path), {"text_column": "messages"}),
+        (table.select_columns("messages"), {}),
+        (load_text(str(path), text_column="messages"), {}),
+        (IterableDataset.from_generator(lambda: ({"messages": r["messages"]} for r in rows)), {}),
+    ):
+        assert measure(data, **settings) == len(said.encode()) + answers
+    assert not caplog.text
+    with pytest.raises(ValueError, match="have the columns body: rename one to text, or to mess"):
+        measure(Dataset.from_dict({"body": ["x"]}))
+
+
+def test_validation_without_a_token_to_predict_is_refused(base, table, tmp_path):
+    questions = write_table(tmp_path / "questions.jsonl", [talk("Who?", "")] * 30)
+    (tmp_path / "empty.jsonl").write_text('{"text": ""}\n' * 30)
+    (tmp_path / "text.txt").write_text("some words to learn " * 30)
+    run = {"output_dir": str(tmp_path / "run"), "max_steps": 1, "start_from": base}
+    for data, validation, settings in (
+        (table, questions, {"chat_template": "chatml"}),
+        (str(tmp_path / "text.txt"), str(tmp_path / "empty.jsonl"), {}),
+    ):
+        with pytest.raises(ValueError, match="so there is nothing to measure"):
+            train("finetune", data=data, validation_data=validation, **settings, **run)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_weights_of_a_table_are_honoured(tmp_path):
+    chats = [[*talk("A?", "no"), *talk("B?", "yes")] for _ in range(3)]
+    chats[0][1]["weight"] = 0
+    path = write_table(tmp_path / "weights.jsonl", chats)
+    given = {"data": path, "validation_data": path, "tokenizer": "byte"}
+    for streaming in (False, True):
+        args = DataArguments(**given, chat_template="chatml", streaming=streaming)
+        tokenizer, batch = collate(args)
+        labels = torch.cat([batch["labels"][0, :1], batch["labels"][:, 1:].flatten()])
+        learnt = tokenizer.decode(labels[labels >= 0])
+        assert learnt == "".join(f"{a}<|im_end|>" for a in ("yes", "no", "yes", "no", "yes"))
 
 
 @pytest.mark.slow
@@ -246,7 +309,8 @@ def test_questions_alone_teach_nothing(base, tmp_path):
     mixed = write_table(tmp_path / "mixed.jsonl", [*questions, *CHATS])
     quiet = {"disable_tqdm": True, "sample_steps": 0, "eval_strategy": "no"}
     one = {"per_device_train_batch_size": 1, "num_train_epochs": 1, "eval_on_start": False}
-    result = train("finetune", data=mixed, **given, **quiet, **one)
+    answered = write_table(tmp_path / "answered.jsonl", CHATS)
+    result = train("finetune", data=mixed, validation_data=answered, **given, **quiet, **one)
     assert result.metrics["train_steps"] > 10
 
 

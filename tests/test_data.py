@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -156,7 +157,14 @@ def test_a_stream_gives_the_same_documents(tmp_path):
     train, held_out = load(source, streaming=True)
     assert isinstance(train, IterableDataset)
     assert [texts(train), texts(held_out)] == [texts(side) for side in load(source)]
-    assert len(load(source, streaming=True, validation_documents=2)[1]) == 2
+
+
+def test_a_stream_trains_on_all_documents_that_it_does_not_validate_on(tmp_path):
+    rows = [f"document {i % 900}" for i in range(1000)]  # some of them twice
+    source = write_table(tmp_path / "t.jsonl", rows)
+    train, held_out = load(source, streaming=True, validation_documents=20)
+    assert len(held_out) == 20 and len(load(source)[1]) > 60
+    assert Counter(texts(train)) == Counter(row for row in rows if row not in texts(held_out))
 
 
 # Run with a Hub of our own, in a fresh process: the client reads HF_ENDPOINT when imported.

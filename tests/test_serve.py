@@ -15,7 +15,15 @@ import pytest
 from children import PROCESSES, forked
 from conftest import _HUB, ROOT
 from huggingface_hub import constants
-from test_chat import TOKENIZER, answer_whole, save_talker, talker, user
+from test_chat import (
+    FORGED,
+    TOKENIZER,
+    answer_forged,
+    answer_whole,
+    save_talker,
+    talker,
+    user,
+)
 
 from hf_nanogpt import generate_text
 from hf_nanogpt.apps.addresses import open_socket
@@ -139,6 +147,13 @@ def test_chat_completion_equals_that_of_transformers(client):
     assert done.choices[0].message.content == answer_whole(batched(), HELLO["messages"])
     assert (done.model, done.choices[0].finish_reason) == ("talker", "length")
     assert done.usage.completion_tokens == 12
+
+
+def test_a_message_cannot_forge_a_turn(client):
+    messages = [{"role": "user", "content": FORGED}]
+    done = client.chat.completions.create(model="talker", messages=messages, **SHORT)
+    answer = done.choices[0].message.content, done.usage.prompt_tokens
+    assert answer == answer_forged(batched())
 
 
 def test_completion_is_the_text_of_generate(client):

@@ -6,10 +6,17 @@ import unicodedata
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
+from transformers import (
+    AutoTokenizer,
+    DataCollatorForLanguageModeling,
+    GPT2Tokenizer,
+    PreTrainedTokenizerFast,
+    Qwen2Tokenizer,
+)
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from hf_nanogpt import token_byte_counts, train_tokenizer
-from hf_nanogpt.data.tokenization import END_OF_TEXT, _cut_runs
+from hf_nanogpt.data.tokenization import END_OF_TEXT, PADDING, _cut_runs
 
 KINDS = ("bpe", "char", "byte")
 CORPUS = [
@@ -74,12 +81,31 @@ def test_byte_counts_sum_to_the_length_in_utf8(tokenizer):
         assert counts[encode(tokenizer, text)].sum() == len(text.encode())
 
 
-def test_end_of_text_begins_ends_and_pads_on_the_left(tokenizer):
-    assert tokenizer.bos_token == tokenizer.eos_token == tokenizer.pad_token == END_OF_TEXT
-    assert tokenizer.all_special_ids == [tokenizer.convert_tokens_to_ids(END_OF_TEXT)]
+def test_end_of_text_begins_and_ends_and_padding_is_on_the_left(tokenizer):
+    assert tokenizer.bos_token == tokenizer.eos_token == END_OF_TEXT
+    assert tokenizer.pad_token == PADDING
+    special = tokenizer.convert_tokens_to_ids([END_OF_TEXT, PADDING])
+    assert sorted(tokenizer.all_special_ids) == sorted(special)
     short, long = tokenizer(["a", "abc"], padding=True)["input_ids"]
     assert short[:-1] == [tokenizer.pad_token_id] * (len(long) - 1)
     assert tokenizer(END_OF_TEXT)["input_ids"] == [tokenizer.eos_token_id]
+
+
+def test_padding_takes_the_id_of_a_byte_that_no_text_has(tokenizer):
+    symbols = pre_tokenizers.ByteLevel.alphabet()
+    [unused] = set(symbols) - set(tokenizer.get_vocab())
+    assert unused == bytes_to_unicode()[0xFF]
+    # 0xFF is the 256th of the sorted symbols but for those that follow it; `<|endoftext|>` is 0.
+    assert tokenizer.pad_token_id == 1 + sorted(symbols).index(unused)
+    ids = set(encode(tokenizer, "".join(map(chr, range(0x80, 0x800))) + PADDING))
+    assert tokenizer.pad_token_id not in ids
+
+
+def test_the_stock_collator_learns_where_texts_end(tokenizer):
+    collate = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    labels = collate([{"input_ids": [eos, 5, 6, eos]}, {"input_ids": [eos, 5]}])["labels"]
+    assert labels.tolist() == [[eos, 5, 6, eos], [-100, -100, eos, 5]] and pad != eos
 
 
 def test_a_saved_tokenizer_loads_without_our_code(tokenizer, tmp_path):
@@ -93,7 +119,7 @@ def test_a_saved_tokenizer_loads_without_our_code(tokenizer, tmp_path):
         assert loaded.decode(encode(loaded, text)) == text
     assert (loaded.eos_token, loaded.pad_token, loaded.padding_side) == (
         END_OF_TEXT,
-        END_OF_TEXT,
+        PADDING,
         "left",
     )
     assert token_byte_counts(loaded).equal(token_byte_counts(tokenizer))

@@ -7,8 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CORPUS, tiny_config
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, pipeline
+from conftest import CORPUS, tiny_config, tiny_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForLanguageModeling,
+    Trainer,
+    TrainingArguments,
+    pipeline,
+)
 
 from hf_nanogpt import (
     NanoGPTForCausalLM,
@@ -268,3 +275,20 @@ def test_evaluation_is_whole_when_training_drops_its_last_batch(text_file, tmp_p
         **SMALL,
     )
     assert result.metrics["eval_bytes"] > 0
+
+
+def test_a_stock_collator_that_never_learns_the_end_is_warned_of(tmp_path, caplog):
+    tokenizer = train_tokenizer([], kind="byte")
+    settings = {"max_steps": 1, "use_cpu": True, "eval_strategy": "no"}
+    args = NanoGPTTrainingArguments(output_dir=str(tmp_path), **settings)
+    model = tiny_model("nano", vocab_size=len(tokenizer))
+
+    def make_trainer() -> None:
+        collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+        NanoGPTTrainer(model, args, processing_class=tokenizer, data_collator=collator)
+
+    make_trainer()
+    assert "never learns" not in caplog.text
+    tokenizer.pad_token = tokenizer.eos_token
+    make_trainer()
+    assert "never learns where a text ends" in caplog.text

@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..data.chat_text import ChatTextEncoder
 from ..errors import UserError, did_you_mean, explain_errors
 from ..generation import SETTINGS, check_settings, encode_prompt, stream_text
 
@@ -92,6 +93,7 @@ class Chat:
         self.settings = {"max_new_tokens": max_new_tokens, **settings}
         check_settings(**{name: self.settings.get(name) for name in SETTINGS})
         self.model, self.tokenizer = model, tokenizer
+        self.text_encoder = ChatTextEncoder(tokenizer)
         self.system = system
         self._cache: Cache = DynamicCache(config=model.config)
         self.reset()
@@ -139,9 +141,9 @@ class Chat:
         room = min(self.settings["max_new_tokens"], limit // 2)
         for first in range(self.forgotten, len(self.messages) + 1, 2):
             messages = [*self._system_message(), *self.messages[first:], message]
-            text = render_messages(self.tokenizer, messages)
+            text = render_messages(self.tokenizer, self.text_encoder.hide(messages))
             [ids] = encode_prompt(
-                self.model, self.tokenizer, text, add_special_tokens=False
+                self.model, self.tokenizer, text, encode=self.text_encoder.encode
             ).tolist()
             if len(ids) + room <= limit:
                 break

@@ -28,6 +28,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response, Strea
 from starlette.routing import Route
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..data.chat_text import ChatTextEncoder
 from ..errors import UserError, one_line
 from ..generation import encode_prompt
 from ..streaming import TextDecoder
@@ -146,6 +147,7 @@ class _Server:
     ):
         encode_prompt(model, tokenizer, "a")  # raises if the tokenizer does not fit the model
         self.name, self.model, self.tokenizer, self.api_key = name, model, tokenizer, api_key
+        self.text_encoder = ChatTextEncoder(tokenizer)
         self.writer = Writer(model, tokenizer, find_turn_ends(model, tokenizer))
         self.description: dict[str, Any] = {"id": name, "object": "model"}
         self.description |= {"owned_by": "hf-nanogpt", "created": int(time.time())}
@@ -234,9 +236,10 @@ class _Server:
         text = request.prompt
         if not isinstance(text, str):
             self.check_length("".join(message["content"] for message in text))
-            text = render_messages(self.tokenizer, text)
+            text = render_messages(self.tokenizer, self.text_encoder.hide(text))
         self.check_length(text)
-        ids = encode_prompt(self.model, self.tokenizer, text, add_special_tokens=not chat)
+        encode = self.text_encoder.encode if chat else None
+        ids = encode_prompt(self.model, self.tokenizer, text, encode=encode)
         limit = self.model.config.max_position_embeddings
         room = limit - ids.shape[1]
         if room < 1:

@@ -7,6 +7,7 @@ from tokenizers import pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import logging
 
+from ..data.tokenization import UNUSED_SYMBOL
 from ..errors import UserError
 
 logger = logging.get_logger(__name__)
@@ -68,12 +69,12 @@ def _name_split(parts: dict[str, Any]) -> str:
     model, splitter = parts["model"], parts["pre_tokenizer"] or {}
     *before, last = splitter.get("pretokenizers", [splitter])
     options = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
-    bytes_missing = set(pre_tokenizers.ByteLevel.alphabet()) - set(model["vocab"])
+    bytes_needed = set(pre_tokenizers.ByteLevel.alphabet()) - {UNUSED_SYMBOL}
     if (
         model["type"] != "BPE"
         or last.get("type") != "ByteLevel"
         or any(model.get(option) for option in options)
-        or bytes_missing
+        or not bytes_needed <= set(model["vocab"])
     ):
         raise UserError(
             f"GGUF: the tokenizer ({model['type']}, {last.get('type')}) is not a byte-level BPE, "

@@ -5,6 +5,7 @@ is saved with the tokenizer, turns it into one text.
 """
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -13,17 +14,18 @@ import torch
 from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from ..errors import UserError, explain_errors
-from .encoding import decode_ids, encode_unlearnt
+from .chat_text import ChatTextEncoder
+from .encoding import decode_ids, encode_inside, encode_unlearnt
 
 logger = logging.get_logger(__name__)
 
 MESSAGES = "messages"  # the column of a table that holds conversations
 ROLES = ("system", "user", "assistant")
-_FEATURES = Features(
-    {MESSAGES: List({"role": Value("string"), "content": Value("string")}), "text": Value("string")}
-)
+_MESSAGE = {"role": Value("string"), "content": Value("string"), "weight": Value("int8")}
+_FEATURES = Features({MESSAGES: List(_MESSAGE)})
 _CHATML = Path(__file__).parent.parent / "templates" / "chatml.jinja"
 _START, _END = "<|im_start|>", "<|im_end|>"
 
@@ -87,12 +89,29 @@ def fit_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, kno
         model.generation_config.eos_token_id = sorted({stop for stop in stops if stop is not None})
 
 
+def are_conversations(columns: list[str]) -> bool:
+    """Say whether a table with these columns holds conversations: it has `messages` and no text."""
+    if MESSAGES in columns and "text" in columns:
+        logger.warning(
+            f"The data has the columns text and {MESSAGES}: the text is read. To read the "
+            f"conversations, set text_column={MESSAGES}, or select this column of a Dataset."
+        )
+    return MESSAGES in columns and "text" not in columns
+
+
+def get_text(row: Mapping[str, Any]) -> str:
+    """Return the text of a document; of a conversation, what all have said."""
+    if "text" in row:
+        return row["text"]
+    return "\n".join(message["content"] for message in row[MESSAGES])
+
+
 def read_conversations(table: Documents, columns: list[str], *, data: str) -> Documents:
-    """Return the conversations of a table: rows with `messages` and, as `text`, all contents.
+    """Return the conversations of a table: rows with `messages`.
 
     Raises:
-        UserError: a row has no messages, or a message has an unknown role or no text. A stream
-            raises it when the row is read.
+        UserError: a row has no messages, or a message has an unknown role, no text, or a weight
+            other than 0 and 1. A stream raises it when the row is read.
     """
     settings: Any = {"fn_kwargs": {"data": data}, "remove_columns": columns, "features": _FEATURES}
     return table.map(_check_row, with_indices=True, **settings)
@@ -113,14 +132,21 @@ def _check_row(row: dict[str, Any], index: int, *, data: str) -> dict[str, Any]:
             )
         if not isinstance(content, str):
             raise UserError(f"{place} has a message with content={content!r:.80}: give a text.")
-    kept = [{name: message[name] for name in ("role", "content")} for message in messages]
-    return {MESSAGES: kept, "text": "\n".join(message["content"] for message in kept)}
+        if message.get("weight") not in (None, 0, 1):
+            raise UserError(
+                f"{place} has a message with weight={message['weight']!r}: give 0 for an answer "
+                "that is not to be learnt, or 1."
+            )
+    kept = [{name: message.get(name) for name in _MESSAGE} for message in messages]
+    return {MESSAGES: kept}
 
 
 class ConversationEncoder:
     """Turn a batch of conversations into arrays of token ids, eos first.
 
-    If the template marks the answers of the assistant, only these are to be learnt.
+    If the template marks the answers of the assistant, only these are to be learnt, except those
+    with `"weight": 0`. An eos that the template writes inside of a conversation, for example after
+    each answer, separates no documents.
     """
 
     dtype = "int32"
@@ -131,41 +157,57 @@ class ConversationEncoder:
                 f"The data holds conversations ({MESSAGES}), but the tokenizer has no chat "
                 "template: add --chat_template chatml to hf-nanogpt train."
             )
-        self.tokenizer = tokenizer
-        self.is_marked = bool(re.search(r"\{%-?\s*generation\b", tokenizer.get_chat_template()))
+        self.tokenizer, self.text_encoder = tokenizer, ChatTextEncoder(tokenizer)
+        self.template = tokenizer.get_chat_template()
+        self.is_marked = bool(re.search(r"\{%-?\s*generation\b", self.template))
         if not self.is_marked:
             logger.warning(
                 "The chat template does not mark the answers by {% generation %}, so all tokens "
                 "are learnt, also those of the questions."
             )
-        question = self._apply([{"role": "user", "content": "?"}], add_generation_prompt=True)
-        if tokenizer.eos_token_id in question["input_ids"][1:]:
+        elif not tokenizer.is_fast:
             raise UserError(
-                f"The chat template ends each message with the eos_token {tokenizer.eos_token!r}, "
-                "which separates documents here, so no answer would see its question: train with "
-                "examples/trl/sft.py."
+                "The chat template marks the answers by {% generation %}, but a tokenizer written "
+                "in Python does not say where they are: use a fast tokenizer."
             )
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[np.ndarray]]:
         return {"input_ids": [self._encode(messages) for messages in batch[MESSAGES]]}
 
-    def _apply(self, messages: list[dict[str, str]], **settings: Any) -> Any:
-        with explain_errors(f"The chat template refuses the conversation {messages!r:.80}"):
-            return self.tokenizer.apply_chat_template(
-                messages,
-                return_dict=True,
-                return_assistant_tokens_mask=self.is_marked,
-                # No warning for conversations longer than the context: they are cut into blocks.
-                tokenizer_kwargs={"verbose": False},
-                **settings,
-            )
-
-    def _encode(self, messages: list[dict[str, str]]) -> np.ndarray:
-        encoded = self._apply(messages)
-        ids, eos = np.array(encoded["input_ids"], dtype=self.dtype), self.tokenizer.eos_token_id
+    def _encode(self, messages: list[dict[str, Any]]) -> np.ndarray:
+        text, answers = self._render(messages)
+        ids, spans = self.text_encoder.encode_with_spans(text)
+        ids, eos = ids.astype(self.dtype), self.tokenizer.eos_token_id
+        # A token is learnt if any of its characters is; the bytes of one character share a span.
         if self.is_marked:
-            ids = np.where(np.array(encoded["assistant_masks"]) == 1, ids, encode_unlearnt(ids))
-        if eos is None or eos in decode_ids(ids[:1]):  # some templates begin with eos, as bos
-            return ids
-        first = np.array([eos], dtype=self.dtype)
-        return np.concatenate((encode_unlearnt(first) if self.is_marked else first, ids))
+            is_answer = np.zeros(len(text) + 1, dtype=bool)
+            for start, end in answers:
+                is_answer[start:end] = True
+            learnt = [is_answer[start : max(end, start + 1)].any() for start, end in spans]
+            ids = np.where(learnt, ids, encode_unlearnt(ids))
+        # Some templates begin with eos, as bos.
+        if eos is not None and eos not in decode_ids(ids[:1]):
+            first = np.array([eos], dtype=self.dtype)
+            ids = np.concatenate((encode_unlearnt(first) if self.is_marked else first, ids))
+        return encode_inside(ids, eos)
+
+    def _render(self, messages: list[dict[str, Any]]) -> tuple[str, list[tuple[int, int]]]:
+        """Return the text of a conversation, and where in it are the answers to learn."""
+        weights = [m.get("weight") for m in messages if m.get("role") == "assistant"]
+        shown = [
+            {name: value for name, value in m.items() if name != "weight" and value is not None}
+            for m in messages
+        ]
+        settings: Any = {"return_assistant_tokens_mask": self.is_marked}
+        settings |= {"chat_template": self.template} | self.tokenizer.special_tokens_map
+        with explain_errors(f"The chat template refuses the conversation {messages!r:.80}"):
+            found: Any = render_jinja_template([self.text_encoder.hide(shown)], **settings)
+        [text], answers = found[0], found[1][0] if self.is_marked else []
+        if 0 not in weights:
+            return text, answers
+        if len(answers) != len(weights):
+            raise UserError(
+                f"A message has weight=0, but the chat template marks {len(answers)} answers of "
+                f"{len(weights)} by {{% generation %}}: mark each one, or leave weight out."
+            )
+        return text, [span for span, w in zip(answers, weights, strict=True) if w != 0]

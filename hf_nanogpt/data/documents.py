@@ -1,4 +1,4 @@
-"""From sources to documents, rows with a `text`; and which of them are held out."""
+"""From sources to documents, rows with a `text` or `messages`; and which of them are held out."""
 
 import math
 import re
@@ -13,7 +13,7 @@ from datasets import Dataset, Features, IterableDataset, NamedSplit, Value
 from datasets.fingerprint import Hasher
 
 from ..errors import UserError, without_secrets
-from .conversations import MESSAGES, Documents, check_chat_template
+from .conversations import MESSAGES, Documents, check_chat_template, get_text
 from .reading import VERSION, explain_cache_errors, find_format, hash_files, read_pieces
 from .sources import STDLIB, find_files, name_file
 from .tables import load_table, read_tables
@@ -76,11 +76,14 @@ def check_fraction(name: str, fraction: float) -> None:
 
 
 def load_documents(args: DataArguments) -> tuple[Documents, Documents]:
-    """Load `args.data` and return its training and validation documents, rows with a `text`.
+    """Load `args.data` and return its training and validation documents.
+
+    They are rows with a `text`; of conversations, with `messages`. A table with both columns is
+    read as text, with a warning, unless `text_column="messages"`.
 
     Whether a document is held out depends only on a checksum of its text, not on the order. With
     fewer than 20 documents, the end is held out: the end of each text file, or the last rows of a
-    table.
+    table. Of a stream, only the first `validation_documents` of these are held out.
 
     Raises:
         UserError: the source is missing, empty, not text, or too small to hold anything out; or
@@ -120,7 +123,7 @@ def _are_texts(files: list[Path]) -> bool:
 
 def _explain_empty_side(train: Documents, validation: Documents, args: DataArguments) -> str:
     """Say why one of the sides is empty, and what to do."""
-    texts = (row["text"] for side in (train, validation) for row in side)
+    texts = (get_text(row) for side in (train, validation) for row in side)
     if (first := next(texts, None)) is None:
         return f"holds no text in its column {args.text_column}."
     if train.features and "starts" not in train.features and all(text == first for text in texts):
@@ -172,7 +175,11 @@ def _find_threshold(texts: Iterable[str], fraction: float) -> int:
 
 
 def _is_on_side(row: dict, threshold: int, held_out: bool) -> bool:
-    return (_checksum(row["text"]) < threshold) == held_out
+    return (_checksum(get_text(row)) < threshold) == held_out
+
+
+def _is_not_among(row: dict, checksums: set[int]) -> bool:
+    return _checksum(get_text(row)) not in checksums
 
 
 # Text files
@@ -258,11 +265,14 @@ def _split_table(table: Documents, args: DataArguments) -> tuple[Documents, Docu
     if isinstance(table, Dataset) and len(table) < _FEW:
         kept = len(table) - math.ceil(len(table) * fraction)
         return table.select(range(kept)), table.select(range(kept, len(table)))
-    threshold = _find_threshold((row["text"] for row in table), fraction)
+    threshold = _find_threshold(map(get_text, table), fraction)
     train, validation = (
         table.filter(_is_on_side, fn_kwargs={"threshold": threshold, "held_out": held_out})
         for held_out in (False, True)
     )
     if isinstance(validation, IterableDataset):
+        # The first few are enough to validate on; all others are trained on.
         validation = Dataset.from_list(list(validation.take(args.validation_documents)))
+        known = {_checksum(text) for text in map(get_text, validation)}
+        train = table.filter(_is_not_among, fn_kwargs={"checksums": known})
     return train, validation

@@ -15,7 +15,9 @@ _CODE_POINTS = 0x110000  # of Unicode
 _MOST_BYTES = 4  # of one character in UTF-8
 
 # A token that the model reads but does not learn to predict, such as those of a question, is stored
-# as its complement `~id`, which is negative. Only these functions know that.
+# as its complement `~id`, which is negative. An eos inside a document, as some chat templates write
+# it after each answer, is stored with one more bit. Only these functions know that.
+_INSIDE = 1 << 30
 
 
 def encode_unlearnt(ids: np.ndarray) -> np.ndarray:
@@ -31,12 +33,24 @@ def is_learnt(ids: np.ndarray) -> np.ndarray:
 def decode_ids(ids: np.ndarray) -> np.ndarray:
     """Return the plain token ids, as int64."""
     ids = ids.astype(np.int64)
-    return np.maximum(ids, ~ids)
+    return np.maximum(ids, ~ids) & ~_INSIDE
 
 
 def decode_labels(ids: np.ndarray) -> np.ndarray:
     """Return the labels as int64: the token ids, and -100 where nothing is to be learnt."""
-    return np.where(is_learnt(ids), ids.astype(np.int64), -100)
+    return np.where(is_learnt(ids), decode_ids(ids), -100)
+
+
+def encode_inside(ids: np.ndarray, eos_token_id: int | None) -> np.ndarray:
+    """Mark each eos in int32 ids, but not the first id, as one that separates no documents."""
+    inside = is_start(ids, eos_token_id)
+    inside[:1] = False
+    return np.where(inside, ids ^ _INSIDE, ids)
+
+
+def is_start(ids: np.ndarray, eos_token_id: int | None) -> np.ndarray:
+    """Return where documents start: at each eos that is not inside of one."""
+    return np.maximum(ids.astype(np.int64), ~ids.astype(np.int64)) == eos_token_id
 
 
 class DocumentEncoder:

@@ -5,10 +5,9 @@ Packed, a corpus reads `<eos> document <eos> document ... <eos>`, cut into block
 every token of a block except the first, so in this way each token is predicted exactly once.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from itertools import count
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -18,12 +17,13 @@ from datasets.fingerprint import Hasher
 from torch.utils import data as torch_data
 from transformers import PreTrainedTokenizerBase
 
-from .conversations import MESSAGES, ConversationEncoder, Documents
-from .encoding import DocumentEncoder, decode_ids, decode_labels, encode_unlearnt, is_learnt
+from ..errors import UserError
+from .conversations import MESSAGES, ConversationEncoder, Documents, are_conversations
+from .encoding import DocumentEncoder, decode_ids, decode_labels, encode_unlearnt, is_start
 from .reading import explain_cache_errors
+from .streams import PackedStream, match_end
 
 _VERSION = 2  # of the tokens; a new number makes `datasets` ignore those in its cache
-_SHUFFLE_BUFFER = 10_000  # documents of a stream; the next one is drawn from these
 
 Pieces: TypeAlias = Callable[[], list[np.ndarray]]
 """Opens a corpus: its token ids in consecutive arrays, usually memory-mapped."""
@@ -66,53 +66,6 @@ class PackedBlocks(torch_data.Dataset):
         return np.concatenate(parts) if len(parts) > 1 else parts[0]
 
 
-class PackedStream(torch_data.IterableDataset):
-    """The same rows, cut from a stream of documents while it is read.
-
-    With a `seed` the stream never ends: it is read again and again, each time in a new order that
-    depends only on the seed. If several processes train, the first reads for all of them
-    (Accelerate's default), so that no document is read twice.
-    """
-
-    num_bytes: int | None = None  # of the text, if they were counted
-
-    def __init__(
-        self,
-        tokens: IterableDataset,
-        *,
-        context_length: int,
-        eos_token_id: int | None,
-        seed: int | None = None,
-    ):
-        self.tokens = tokens
-        self.context_length = context_length
-        self.eos = np.array([] if eos_token_id is None else [eos_token_id], dtype=np.int64)
-        self.seed = seed
-
-    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
-        rest, step = self.eos[:0], self.context_length - 1
-        for row in self._rows():
-            rest = np.concatenate((rest, row["input_ids"]))
-            whole = max(0, len(rest) - 1) // step * step
-            for start in range(0, whole, step):
-                yield {"input_ids": rest[start : start + step + 1]}
-            rest = rest[whole:]
-        yield {"input_ids": np.concatenate((rest, _match_end(self.eos, rest)))}
-
-    def _rows(self) -> Iterator[dict[str, Any]]:
-        if self.seed is None:
-            yield from self.tokens
-            return
-        shuffled = self.tokens.shuffle(seed=self.seed, buffer_size=_SHUFFLE_BUFFER)
-        for epoch in count():
-            shuffled.set_epoch(epoch)
-            row = None
-            for row in shuffled:
-                yield row
-            if row is None:  # this worker of a DataLoader has no documents
-                return
-
-
 def pack_documents(
     documents: Documents,
     tokenizer: PreTrainedTokenizerBase,
@@ -126,6 +79,10 @@ def pack_documents(
     mapped from Arrow files in the cache of `datasets`, so the corpus may be larger than memory; an
     `IterableDataset` is tokenised and packed while it streams. Rows of conversations mark the
     tokens that are not to be learnt, see `encode_unlearnt`; `PackedCollator` makes labels of them.
+    Documents with the columns `text` and `messages` are read as text, with a warning.
+
+    Raises:
+        UserError: they have neither column, or the tokenizer has no template for conversations.
     """
     tokens = tokenize_documents(documents, tokenizer, num_proc=num_proc)
     return cut_blocks(tokens, context_length=context_length, eos_token_id=tokenizer.eos_token_id)
@@ -135,16 +92,22 @@ def tokenize_documents(
     documents: Documents, tokenizer: PreTrainedTokenizerBase, *, num_proc: int | None = None
 ) -> Tokens:
     """Return the tokens of all documents, with an eos before each and one at the end."""
-    columns = documents.column_names or ["text"]
-    is_chat = MESSAGES in columns
+    columns = documents.column_names or list(next(iter(documents), {"text": ""}))
+    is_chat = are_conversations(columns)
+    if not is_chat and "text" not in columns:
+        raise UserError(
+            f"The documents have the columns {', '.join(columns)}: rename one to text, or to "
+            f"{MESSAGES} for conversations."
+        )
     encode = ConversationEncoder(tokenizer) if is_chat else DocumentEncoder(tokenizer)
     settings: dict[str, Any] = {"batched": True, "batch_size": 64, "remove_columns": columns}
     if isinstance(documents, IterableDataset):
         return documents.map(encode, **settings)
     # The cache key of the tokens holds all that decides them, and nothing else.
     eos = tokenizer.eos_token_id
-    vocabulary = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer
-    encoding = (vocabulary, tokenizer.chat_template) if is_chat else vocabulary
+    encoding: Any = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer
+    if is_chat:  # the template may write any special token
+        encoding = (encoding, tokenizer.chat_template, tokenizer.special_tokens_map)
     with explain_cache_errors():
         tokens = documents.map(
             encode,
@@ -160,12 +123,7 @@ def tokenize_documents(
 def _open_arrow(tokens: Dataset, eos: np.ndarray) -> list[np.ndarray]:
     chunks = tokens.data.column("input_ids").chunks if len(tokens) else []
     pieces = [chunk.flatten().to_numpy() for chunk in chunks]
-    return [*pieces, _match_end(eos, pieces[-1]) if pieces else eos]
-
-
-def _match_end(eos: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-    """Return the last eos of a corpus, to be learnt only if the token before it is."""
-    return eos if len(tokens) == 0 or is_learnt(tokens[-1]) else encode_unlearnt(eos)
+    return [*pieces, match_end(eos, pieces[-1]) if pieces else eos]
 
 
 def cut_blocks(
@@ -183,10 +141,11 @@ def cut_blocks(
 class PackedCollator:
     """Make a batch of blocks: `input_ids`, `labels` and `position_ids`, each (B, T) of int64.
 
-    Positions start again at every eos, which keeps packed documents from seeing each other. The
-    labels equal the inputs (models shift them), or are -100 where a token is not to be learnt; rows
-    with `labels` keep theirs. A short block is filled with eos, labelled -100. If `eos_token_id` is
-    `None`, documents have no end, and a short block is filled with 0.
+    Positions start again at every eos between documents, which keeps packed documents from seeing
+    each other. (An eos inside of a conversation changes nothing.) The labels equal the inputs
+    (models shift them), or are -100 where a token is not to be learnt; rows with `labels` keep
+    theirs. A short block is filled with eos, labelled -100. If `eos_token_id` is `None`, documents
+    have no end, and a short block is filled with 0.
 
     Without `document_mask` there are no `position_ids`: positions run through the block, and
     documents see those before them. The kernels of attention then need no mask.
@@ -197,19 +156,20 @@ class PackedCollator:
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         length = max(len(row["input_ids"]) for row in rows)
-        input_ids = np.full((len(rows), length), self.eos_token_id or 0)
-        labels = np.full_like(input_ids, -100)
+        # Fill short blocks with eos, which is not to be learnt.
+        ids = encode_unlearnt(np.full((len(rows), length), self.eos_token_id or 0))
         for i, row in enumerate(rows):
-            ids = np.asarray(row["input_ids"])
-            input_ids[i, : len(ids)] = decode_ids(ids)
-            labels[i, : len(ids)] = row["labels"] if "labels" in row else decode_labels(ids)
-        batch = {"input_ids": input_ids, "labels": labels}
+            ids[i, : len(row["input_ids"])] = row["input_ids"]
+        labels = decode_labels(ids)
+        for i, row in enumerate(rows):
+            if "labels" in row:
+                labels[i, : len(row["labels"])] = row["labels"]
+        batch = {"input_ids": decode_ids(ids), "labels": labels}
         if self.document_mask:
-            batch["position_ids"] = self._count_positions(input_ids)
+            batch["position_ids"] = self._count_positions(ids)
         return {name: torch.from_numpy(array) for name, array in batch.items()}
 
-    def _count_positions(self, input_ids: np.ndarray) -> np.ndarray:
-        index, starts = np.arange(input_ids.shape[1]), np.zeros_like(input_ids)
-        if self.eos_token_id is not None:
-            starts = np.where(input_ids == self.eos_token_id, index, 0)
+    def _count_positions(self, ids: np.ndarray) -> np.ndarray:
+        index = np.arange(ids.shape[1])
+        starts = np.where(is_start(ids, self.eos_token_id), index, 0)
         return index - np.maximum.accumulate(starts, axis=1)

@@ -12,7 +12,7 @@ from pyarrow import ArrowException
 
 from ..checkpoint.loading import unreachable
 from ..errors import UserError, one_line, without_secrets
-from .conversations import MESSAGES, Documents, read_conversations
+from .conversations import MESSAGES, Documents, are_conversations, get_text, read_conversations
 from .reading import VERSION, hash_files, read_rows
 from .sources import name_file
 
@@ -60,8 +60,8 @@ def load_table(
 
 def holds_conversations(columns: list[str], text_column: str) -> bool:
     """Say whether a table with these columns is read as conversations."""
-    has_no_text = text_column == "text" and "text" not in columns
-    return MESSAGES in columns and (has_no_text or text_column == MESSAGES)
+    asked = MESSAGES in columns and text_column == MESSAGES
+    return asked or (text_column == "text" and are_conversations(columns))
 
 
 def _keep_conversations(table: Documents, columns: list[str], data: str) -> Documents:
@@ -124,4 +124,4 @@ def _has_checked_text(row: dict, index: int, *, column: str, name: str) -> bool:
 
 
 def _has_text(row: dict) -> bool:
-    return bool(row["text"])
+    return bool(get_text(row))

@@ -17,14 +17,17 @@ import torch
 from datasets.utils import are_progress_bars_disabled
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from ..checkpoint.foreign import read_tokenizer
 from ..checkpoint.loading import TOKENIZER_FILES, download, split_revision
 from ..errors import UserError, did_you_mean
+from .conversations import get_text
 from .documents import DataArguments, Documents
 from .encoding import count_ids
 
-END_OF_TEXT = "<|endoftext|>"
+END_OF_TEXT, PADDING = "<|endoftext|>", "<|pad|>"
+UNUSED_SYMBOL = bytes_to_unicode()[0xFF]  # in a vocabulary; no text in UTF-8 has this byte
 TokenizerKind = Literal["bpe", "char", "byte"]
 TRAINED = get_args(TokenizerKind)
 _LONG = 300  # characters
@@ -41,7 +44,7 @@ def make_tokenizer(args: DataArguments, documents: Documents) -> PreTrainedToken
     """
     if args.tokenizer not in TRAINED:
         return load_tokenizer(args.tokenizer)
-    texts = _limit(row["text"] for row in documents)
+    texts = _limit(map(get_text, documents))
     kind = cast(TokenizerKind, args.tokenizer)
     return train_tokenizer(texts, kind=kind, vocab_size=args.vocab_size)
 
@@ -82,13 +85,17 @@ def load_tokenizer(name: str | Path, *, needs_eos: bool = True) -> PreTrainedTok
 def train_tokenizer(
     texts: Iterable[str], *, kind: TokenizerKind = "bpe", vocab_size: int = 2048
 ) -> PreTrainedTokenizerFast:
-    """Make a tokenizer from `texts`; `<|endoftext|>` begins and ends documents and pads.
+    """Make a tokenizer from `texts`; `<|endoftext|>` begins and ends documents, `<|pad|>` pads.
+
+    Padding has a token of its own because stock collators learn nothing of the padding token, and
+    would never learn where a text ends. It takes the id of the byte 0xFF, which no text in UTF-8
+    has, so that the size of a vocabulary and all other ids are as without it.
 
     Args:
         texts: the training text, in pieces of any length; read once, as a stream.
         kind: `"bpe"` learns merges up to `vocab_size` tokens (Sennrich et al., arXiv:1508.07909;
             over bytes as in GPT-2); `"char"` makes one token of each character seen and spells the
-            others in bytes; `"byte"` has the 256 bytes. The last two decide their own vocabulary
+            others in bytes; `"byte"` has only the bytes. The last two decide their own vocabulary
             size.
 
     Raises:
@@ -103,10 +110,10 @@ def train_tokenizer(
         characters = set(chain.from_iterable(texts)) if kind == "char" else set()
         tokenizer = _join_characters(characters)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
+        tokenizer_object=_add_padding(tokenizer),
         bos_token=END_OF_TEXT,
         eos_token=END_OF_TEXT,
-        pad_token=END_OF_TEXT,
+        pad_token=PADDING,
         padding_side="left",  # to generate
         clean_up_tokenization_spaces=False,
     )
@@ -170,6 +177,16 @@ def _byte_level(model: models.BPE) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([END_OF_TEXT])
+    return tokenizer
+
+
+def _add_padding(tokenizer: Tokenizer) -> Tokenizer:
+    """Return the tokenizer with `<|pad|>` in place of the byte 0xFF."""
+    parts = json.loads(tokenizer.to_str())
+    vocabulary = parts["model"]["vocab"]
+    vocabulary[PADDING] = vocabulary.pop(UNUSED_SYMBOL)
+    tokenizer = Tokenizer.from_str(json.dumps(parts))
+    tokenizer.add_special_tokens([PADDING])
     return tokenizer
 
 

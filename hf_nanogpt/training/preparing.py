@@ -125,10 +125,20 @@ def prepare_blocks(
             f"The training text has {tokens} tokens, fewer than one block of context_length="
             f"{length}: give more text, or a smaller block_size or context_length."
         )
-    elif not any(is_learnt(blocks[i]["input_ids"]).any() for i in range(len(blocks))):
+    elif not _have_targets(blocks):
         raise UserError(
             "The training data has no message of the assistant, so there is nothing to learn."
         )
-    validation_blocks = cut_blocks(validation, **cut)
-    validation_blocks.num_bytes = corpus.num_bytes
-    return blocks, validation_blocks
+    held_out = cut_blocks(validation, **cut)
+    held_out.num_bytes = corpus.num_bytes
+    if not _have_targets(held_out):
+        raise UserError(
+            "The validation data has no text, or no message of the assistant, so there is nothing "
+            "to measure: give other validation_data, or hold out more."
+        )
+    return blocks, held_out
+
+
+def _have_targets(blocks: Blocks) -> bool:
+    """Say whether there is a token to predict; nothing predicts the first one of a block."""
+    return any(is_learnt(block["input_ids"])[1:].any() for block in iter(blocks))

@@ -11,6 +11,7 @@ from transformers import TrainerCallback, TrainerState
 from transformers.utils import logging
 
 from ..checkpoint.steps import RECORD, save_state
+from ..data.streams import PackedStream
 from ..errors import UserError
 from ..untrusted import path_inside
 
@@ -53,6 +54,18 @@ class RestoreCallback(TrainerCallback):
             trainer._load_rng_state(trainer._checkpoint)
             trainer.control = trainer.callback_handler.on_epoch_end(args, state, control)
             self._log_save_evaluate(state, record.get("step_figures"))
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        trainer = self.trainer
+        if checkpoint := trainer._random_state:
+            # In place, Trainer loads them before a DataLoader starts, which draws one itself.
+            trainer._load_rng_state(checkpoint)
+            trainer._random_state = None
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if isinstance(self.trainer.train_dataset, PackedStream):
+            # Trainer counts the batches that this process has read.
+            state.epoch = state.global_step / state.max_steps
 
     def on_epoch_end(self, args, state, control, **kwargs):
         self.trainer._ended_step = state.global_step

@@ -26,6 +26,7 @@ from transformers.utils import logging
 
 from ..checkpoint.steps import RECORD, find_damage, find_last_checkpoint, save_state, sum_file
 from ..checkpoint.writing import explain_write_errors
+from ..data.streams import PackedStream
 from ..errors import UserError, explain_errors
 from .arguments import NanoGPTTrainingArguments
 from .restoring import RestoreCallback, check_shapes, set_rates
@@ -51,6 +52,7 @@ class ResumableTrainer(Trainer):
         self._saved_step = self._ended_step = -1
         self._step_figures: tuple[Any, Any] = None, None
         self._checkpoint: str | None = None  # that is resumed from, until its random numbers are
+        self._random_state: str | None = None  # the same, of a stream that resumes in place
         self.add_callback(RestoreCallback(self))
 
     def train(self, *args, **kwargs):
@@ -71,6 +73,37 @@ class ResumableTrainer(Trainer):
             if 0 < (share := getattr(args, name) or 0) < 1:
                 setattr(args, name, math.ceil(max_steps * share))
         return (*values, max_steps)
+
+    def _init_training_state(self, max_steps, steps, epochs, checkpoint, trial) -> tuple[int, int]:
+        """Return the epochs and batches to skip: no batches of a stream that resumes in place."""
+        skipped = super()._init_training_state(max_steps, steps, epochs, checkpoint, trial)
+        if not isinstance(self.train_dataset, PackedStream):
+            return skipped
+        callbacks: Any = self.state.stateful_callbacks  # a dict; the annotation says list
+        position = callbacks.get(RECORD, {}).get("stream")
+        self.train_dataset.load_state_dict(position, **self._describe_loader())
+        if not position:
+            return skipped
+        self._random_state = checkpoint
+        return skipped[0], 0
+
+    def _locate_stream(self) -> dict[str, Any] | None:
+        """Return the position of a stream after the steps done; None if Trainer must skip them."""
+        accelerator: Any = self.args.accelerator_config
+        reads_elsewhere = accelerator.split_batches or accelerator.dispatch_batches is False
+        if not isinstance(self.train_dataset, PackedStream) or reads_elsewhere:
+            return None
+        # The first process reads the batches of all.
+        batches = self.args.gradient_accumulation_steps * self.args.world_size
+        return self.train_dataset.state_dict(
+            batches=batches * self.state.global_step, **self._describe_loader()
+        )
+
+    def _describe_loader(self) -> dict[str, int]:
+        args = self.args
+        batches = args.gradient_accumulation_steps * args.world_size
+        batch_size = self.get_total_train_batch_size(args) // batches
+        return {"batch_size": batch_size, "num_workers": args.dataloader_num_workers}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as `Trainer` does, unless the training or validation loss is not finite."""
@@ -158,6 +191,7 @@ class ResumableTrainer(Trainer):
             "last_logged": self._globalstep_last_logged,
             "step_figures": [v if v is None else float(v) for v in self._step_figures],
             "epoch_ended": self._ended_step == self.state.global_step,
+            "stream": self._locate_stream(),
             "sizes": {name: p.stat().st_size for name, p in files.items()},
             "checksums": {name: sum_file(p) for name, p in files.items()},
         }

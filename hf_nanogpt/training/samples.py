@@ -108,7 +108,7 @@ def choose_prompt(
         end = learnt.argmax() or len(held_out) // 2  # without an answer, half of the question
         return cast(str, tokenizer.decode(decode_ids(held_out[:end])))
     # Of a text, the first three words, which are not too long.
-    words = cast(str, tokenizer.decode(held_out, skip_special_tokens=True)).split()
+    words = cast(str, tokenizer.decode(decode_ids(held_out), skip_special_tokens=True)).split()
     return " ".join(words[:3])[: min(40, len(held_out) // 2)]
 
 

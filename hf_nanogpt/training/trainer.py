@@ -11,12 +11,18 @@ from typing import Any
 import torch
 from accelerate import FullyShardedDataParallelPlugin
 from torch.nn.functional import pad
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from transformers import (
+    DataCollatorForLanguageModeling,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+)
 from transformers.integrations import TensorBoardCallback
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_callback import ProgressCallback as StockProgressCallback
 from transformers.trainer_utils import has_length, unwrap_peft_model
+from transformers.utils import logging
 
 from ..data.packing import PackedCollator
 from ..data.tokenization import token_byte_counts
@@ -30,6 +36,8 @@ from .checks import check_schedule, explain_arguments
 from .optim import build_optimizer
 from .orthogonal import find_sharing_group
 from .publishing import HubTrainer
+
+logger = logging.get_logger(__name__)
 
 
 class NanoGPTTrainer(HubTrainer):
@@ -52,6 +60,7 @@ class NanoGPTTrainer(HubTrainer):
     label_smoother: Any
 
     def __init__(self, model=None, args=None, *, speed: SpeedCallback | None = None, **kwargs):
+        _check_collator(kwargs.get("data_collator"))
         self.speed = speed or SpeedCallback()
         kwargs["callbacks"] = [self.speed, *(kwargs.get("callbacks") or [])]
         config = getattr(model, "config", None)
@@ -314,6 +323,19 @@ def use_threads(args: TrainingArguments) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def _check_collator(collator) -> None:
+    """Warn of a collator that does not let the end of a text be learnt."""
+    tokenizer: Any = getattr(collator, "tokenizer", None)
+    if not isinstance(collator, DataCollatorForLanguageModeling) or collator.mlm:
+        return
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id == tokenizer.eos_token_id:
+        logger.warning(
+            f"DataCollatorForLanguageModeling does not learn the pad_token, which is "
+            f"{tokenizer.pad_token!r}, as is the eos_token: the model never learns where a text "
+            "ends. Leave data_collator out, or give the tokenizer another pad_token."
+        )
 
 
 def _name_figures(sums: torch.Tensor, num_bytes: int | None) -> dict[str, float]:
