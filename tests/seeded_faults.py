@@ -135,8 +135,8 @@ FAULTS = [
     Fault(
         "special tokens count as text in bits per byte",
         "data/tokenization.py",
-        "[0 if i in special else count for i, count in enumerate(counts)]",
-        "counts",
+        "[0 if i in special else counts.get(i, 0) for i in range(count_ids(tokenizer))]",
+        "[counts.get(i, 0) for i in range(count_ids(tokenizer))]",
         "test_tokenization test_evaluation",
     ),
     # Training
