@@ -85,6 +85,8 @@ class SpeedCallback(TrainerCallback):
             return {}
         speed = (state.num_input_tokens_seen - tokens) / max(self.seconds - seconds, 1e-9)
         mfu = {} if self.share is None else {"mfu": round(speed * self.share, 4)}
+        if mfu and mfu["mfu"] > 1:  # the peak was measured while the machine was busy
+            mfu = {}
         return {"tokens_per_second": round(speed, 1), **mfu}
 
 
