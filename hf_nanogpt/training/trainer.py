@@ -16,8 +16,9 @@ from ..errors import UserError, settings_errors
 from ..evaluation import sum_losses, summarize_losses
 from ..modeling_nanogpt import NanoGPTForCausalLM
 from .arguments import NanoGPTTrainingArguments
-from .callbacks import ProgressCallback, SpeedCallback
+from .callbacks import SpeedCallback
 from .optim import build_optimizer
+from .progress import ProgressCallback
 from .publishing import HubTrainer
 
 
