@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import TrainerControl, TrainerState
 from transformers.testing_utils import CaptureLogger
 
-from hf_nanogpt import NanoGPTTrainingArguments, train, train_tokenizer
+from hf_nanogpt import NanoGPTTrainingArguments, flops, train, train_tokenizer
 from hf_nanogpt.checkpoint.writing import check_output_dir
 from hf_nanogpt.flops import GPU_PEAKS, count_flops, find_peak
 from hf_nanogpt.training import callbacks as callbacks_module
@@ -164,6 +164,40 @@ def test_peak_is_measured_on_a_cpu_and_not_guessed_elsewhere():
     assert find_peak(torch.device("meta")) is None
     assert GPU_PEAKS["NVIDIA A100-SXM4-80GB"] == 312e12
     assert min(GPU_PEAKS.values()) > 1e13
+
+
+def test_best_peak_ever_measured_is_kept_by_processor_threads_and_dtype(tmp_path, monkeypatch):
+    monkeypatch.setattr(flops, "HF_HOME", str(tmp_path))
+    path = tmp_path / "hf_nanogpt" / "peaks.json"
+    measured = find_peak(torch.device("cpu"))
+    [key] = json.loads(path.read_text())
+    assert f"{torch.get_num_threads()} threads, torch.float32" in key
+    path.write_text(json.dumps({key: 1000 * measured, "another": 1.0}))
+    assert find_peak(torch.device("cpu")) == 1000 * measured
+    assert find_peak(torch.device("cpu"), torch.bfloat16) < 100 * measured
+    assert json.loads(path.read_text())["another"] == 1.0
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"x": 1}', None])
+def test_peak_is_measured_where_none_can_be_kept(content, tmp_path, monkeypatch):
+    monkeypatch.setattr(flops, "HF_HOME", str(tmp_path))
+    if content is None:  # a file where the folder should be
+        (tmp_path / "hf_nanogpt").write_text("")
+    else:
+        (tmp_path / "hf_nanogpt").mkdir()
+        (tmp_path / "hf_nanogpt" / "peaks.json").write_text(content)
+    assert find_peak(torch.device("cpu")) > 1e8
+
+
+def test_no_utilisation_above_all_of_the_peak_is_shown(clock):
+    speed, state = SpeedCallback(), TrainerState()
+    speed.share = 1e-3
+    state.num_input_tokens_seen = 500_000
+    clock.now += 1000
+    assert speed.read(state)["mfu"] == 0.5
+    state.num_input_tokens_seen += 5_000_000
+    clock.now += 1000
+    assert "mfu" not in speed.read(state)
 
 
 def test_sample_is_shortened_to_fit_the_context_and_failures_are_logged():

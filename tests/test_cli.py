@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,9 @@ from conftest import CORPUS as TEXT
 from safetensors.torch import load_file
 
 from hf_nanogpt import NanoGPTConfig, NanoGPTForCausalLM
-from hf_nanogpt.cli import main
+from hf_nanogpt.cli import main, train_help
 from hf_nanogpt.errors import UserError
+from hf_nanogpt.training.arguments import parse_settings
 
 pytestmark = forked
 ROOT = Path(__file__).parent.parent
@@ -41,7 +43,7 @@ def checkpoint(tmp_path_factory) -> Path:
     assert "runs/mine is ready" in done.stdout and "bits per byte" in done.stdout
     assert "A sample:" in done.stdout
     assert len(re.findall(r"hf.nanogpt (generate|eval|info) runs/mine", done.stdout)) == 3
-    assert "Training: 100%" in done.stderr and "validation loss" in done.stdout + done.stderr
+    assert "validation loss" in done.stdout and "\r" not in done.stdout + done.stderr
     return folder / "runs" / "mine"
 
 
@@ -65,7 +67,8 @@ def test_help_and_wrong_flags_are_answered_without_importing_torch():
     done = _python(
         "import sys\n"
         "from hf_nanogpt_command import main\n"
-        "for argv in (['--help'], ['--version'], ['trian'], ['generate', '--topp', '1']):\n"
+        "for argv in (['--help'], ['--version'], ['trian'], ['generate', '--topp', '1'],\n"
+        "             ['train', '--help']):\n"
         "    main(argv)\n"
         "heavy = ('torch', 'transformers', 'huggingface_hub')\n"
         "print([name for name in heavy if name in sys.modules])"
@@ -135,10 +138,31 @@ def test_every_verb_has_help(capsys):
         with pytest.raises(SystemExit) as stop:
             main([verb, "--help"])
         assert stop.value.code == 0 and f"hf-nanogpt {verb}" in capsys.readouterr().out
+
+
+def test_help_of_train_fits_on_a_screen_and_shows_the_defaults(capsys):
     assert main(["train", "--help"]) == 0
     text = capsys.readouterr().out
-    for flag in ("--n_layer", "--max_steps", "--data", "--resume", "--optim_recipe", "quickstart"):
-        assert flag in text
+    assert text.count("\n") <= 40
+    for name in ("quickstart", "--resume", "--from", "--overwrite"):
+        assert name in text
+    data, architecture, training = parse_settings("quickstart")
+    values = {**asdict(data), **architecture, **vars(training), "dropout": 0.0}
+    for name, default, _ in (row for rows in train_help._SETTINGS.values() for row in rows):
+        known = values.get(NanoGPTConfig.attribute_map.get(name, name))
+        assert str(known if known is not None and known is not False else "") == default, name
+
+
+def test_help_of_a_group_shows_its_settings_and_no_others(capsys):
+    assert main(["train", "--help", "optim"]) == 0
+    text = capsys.readouterr().out
+    assert "--learning_rate" in text and "--adam_beta2" in text and "--hub_model_id" not in text
+    assert main(["train", "--help", "all"]) == 0
+    assert capsys.readouterr().out.count("\n  --") > 150
+    for topic, flag in (("data", "--text_column"), ("model", "--rope_parameters")):
+        assert main(["train", "--help", topic]) == 0
+        assert flag in capsys.readouterr().out
+    assert "Did you mean optim?" in refuse(capsys, "train", "--help", "optin")
 
 
 def test_generate_streams_the_prompt_and_new_text(checkpoint):

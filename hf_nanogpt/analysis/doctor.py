@@ -25,6 +25,7 @@ from ..checkpoint.loading import load_checkpoint
 from ..configuration_nanogpt import NanoGPTConfig
 from ..convert import export_checkpoint, find_native_format
 from ..errors import one_line
+from ..flops import name_processor
 from ..modeling_nanogpt import NanoGPTForCausalLM
 from ..presets import load_preset
 
@@ -206,14 +207,6 @@ def _find_missing(extra: str, package: str = "hf-nanogpt") -> list[str]:
             for inner in filter(None, map(str.strip, inner_extras.split(","))):
                 missing += _find_missing(inner, name)
     return missing
-
-
-def name_processor() -> str:
-    """Return the processor's model: Linux has it in a file, other systems in `platform`."""
-    path = Path("/proc/cpuinfo")
-    text = path.read_text(errors="replace") if path.is_file() else ""
-    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return found[1] if found else platform.processor() or platform.machine()
 
 
 def _name_accelerator() -> str:

@@ -13,10 +13,10 @@ import torch
 
 from .. import __version__
 from ..analysis.compare import format_table
-from ..analysis.doctor import name_processor
 from ..analysis.plots import replace_file
 from ..checkpoint.writing import check_writable
 from ..errors import UserError
+from ..flops import name_processor
 
 
 def describe_machine() -> dict[str, Any]:

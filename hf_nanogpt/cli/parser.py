@@ -1,6 +1,7 @@
 """What every verb needs: flags read from a table, libraries without noise, an end at SIGTERM."""
 
 import argparse
+import os
 import signal
 import sys
 import threading
@@ -79,6 +80,8 @@ def load_libraries() -> None:
 
     Their progress bars for single files stay off the terminal; ours are enough.
     """
+    if not sys.stderr.isatty():  # a log should not be one line of a hundred bars
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     from transformers.utils import logging
 
     from .. import auto  # noqa: F401

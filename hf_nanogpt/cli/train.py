@@ -9,7 +9,9 @@ import textwrap
 from typing import Any
 
 from ..errors import UserError, printable, without_secrets
+from ..training.recipes import list_recipes
 from .parser import Flags, Parser, add_flags, load_libraries
+from .train_help import print_help
 
 # What is not a setting. The settings have a parser of their own, in training/arguments.py.
 _TRAIN: Flags = [
@@ -27,11 +29,11 @@ def run_train(argv: list[str]) -> None:
     command = [word for word in argv if word not in ("--resume", "--overwrite")]
     recipe = argv.pop(0) if argv and not argv[0].startswith("-") else "quickstart"
     parser = Parser("train", usage=_TRAIN_USAGE, add_help=False)
-    parser.add_argument("-h", "--help", action="store_true", help="show this list")
+    parser.add_argument("-h", "--help", nargs="?", const="", metavar="GROUP")
     add_flags(parser, _TRAIN)
     args, flags = parser.parse_known_args(argv)
-    if args.help:
-        _print_train_help(parser)
+    if args.help is not None:
+        print_help(_TRAIN_USAGE, list_recipes(), args.help or None)
         return
     if args.resume and args.overwrite:
         raise UserError("--resume and --overwrite exclude each other: give one of them.")
@@ -57,14 +59,6 @@ def run_train(argv: list[str]) -> None:
         sys.exit(128 + interruption.signum)
     if is_first:
         print(printable(_summary(result)))
-
-
-def _print_train_help(parser: Parser) -> None:
-    from ..training.arguments import list_recipes, make_parser
-
-    print(parser.format_help())
-    print(f"recipes: {', '.join(list_recipes())}, or the path of a YAML file\n")
-    print(make_parser().format_help())
 
 
 def _program_name() -> str:

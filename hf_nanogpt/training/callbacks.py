@@ -1,13 +1,11 @@
-"""What a training run shows: speed, a progress bar, samples of what the model writes, a plot."""
+"""The speed of a training run, and its plot."""
 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, TrainerCallback, TrainerState
 from transformers.trainer_utils import unwrap_peft_model
 from transformers.utils import logging
@@ -85,6 +83,8 @@ class SpeedCallback(TrainerCallback):
             return {}
         speed = (state.num_input_tokens_seen - tokens) / max(self.seconds - seconds, 1e-9)
         mfu = {} if self.share is None else {"mfu": round(speed * self.share, 4)}
+        if mfu and mfu["mfu"] > 1:  # the peak was measured while the machine was busy
+            mfu = {}
         return {"tokens_per_second": round(speed, 1), **mfu}
 
 
@@ -109,61 +109,6 @@ def _share_per_token(args, model: PreTrainedModel, context_length: int | None) -
     )
     flops = 3 * count_flops(model, context_length=context_length) - 2 * frozen
     return flops / (peak * devices)
-
-
-class ProgressCallback(TrainerCallback):
-    """Show one bar with the running loss and speed, and one line for each evaluation."""
-
-    def __init__(self):
-        self.bar: Any = None
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.started = time.perf_counter()
-        if state.is_world_process_zero:
-            with warn_if_unwritable("The progress bar"):
-                self.bar = tqdm(
-                    total=state.max_steps,
-                    initial=state.global_step,
-                    desc="Training",
-                    delay=0,  # show it from the start, whatever the command line has set
-                    dynamic_ncols=True,
-                )
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if self.bar is not None:
-            with warn_if_unwritable("The progress bar"):
-                self.bar.update(state.global_step - self.bar.n)
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if self.bar is not None and logs:
-            with warn_if_unwritable("The progress bar"):
-                self._show(state, logs)
-
-    def _show(self, state, logs: dict[str, float]) -> None:
-        # The running figures are shown at the end of the bar.
-        if "loss" in logs:
-            figures = [f"loss {logs['loss']:.3f}"]
-            if "tokens_per_second" in logs:
-                figures.append(f"{logs['tokens_per_second']:,.0f} tokens/s")
-            if "mfu" in logs:
-                figures.append(f"MFU {logs['mfu']:.0%}")
-            self.bar.set_postfix_str(", ".join(figures))
-        # Each evaluation gets a line above the bar.
-        if "eval_loss" in logs:
-            tokens = tqdm.format_sizeof(state.num_input_tokens_seen)  # such as 1.43M
-            bits = logs.get("eval_bits_per_byte")
-            self.bar.write(
-                f"step {state.global_step:>6,} | {tokens:>7} tokens | "
-                f"validation loss {logs['eval_loss']:.4f}"
-                + (f" | {bits:.4f} bits per byte" if bits is not None else "")
-                + f" | {time.perf_counter() - self.started:,.0f} s"
-            )
-
-    def on_train_end(self, args, state, control, **kwargs):
-        if self.bar is not None:
-            with warn_if_unwritable("The progress bar"):
-                self.bar.close()
-            self.bar = None
 
 
 class PlotCallback(TrainerCallback):

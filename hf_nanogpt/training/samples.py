@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import cast
 
 import numpy as np
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.utils import logging
 
@@ -18,6 +17,7 @@ from ..errors import UserError, printable
 from ..generation import generate_text
 from .arguments import NanoGPTTrainingArguments
 from .callbacks import SpeedCallback, warn_if_unwritable
+from .progress import show
 
 logger = logging.get_logger(__name__)
 
@@ -72,7 +72,7 @@ class SampleCallback(TrainerCallback):
                 replace_file(self.path, "".join(self.rows).encode())
             if not args.disable_tqdm:
                 with warn_if_unwritable("A sample"):
-                    tqdm.write(printable(_shorten(text, self.prompt)))
+                    show(printable(_shorten(text, self.prompt)))
 
 
 def _read_step(row: str) -> float:

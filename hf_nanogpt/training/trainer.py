@@ -31,10 +31,11 @@ from ..evaluation import sum_losses, summarize_losses
 from ..linear_cross_entropy import LOGITS_AT_ONCE, linear_cross_entropy
 from ..modeling_nanogpt import NanoGPTForCausalLM
 from .arguments import NanoGPTTrainingArguments
-from .callbacks import ProgressCallback, SpeedCallback
+from .callbacks import SpeedCallback
 from .checks import check_schedule, explain_arguments
 from .optim import build_optimizer
 from .orthogonal import find_sharing_group
+from .progress import ProgressCallback
 from .publishing import HubTrainer
 
 logger = logging.get_logger(__name__)
