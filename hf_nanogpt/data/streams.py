@@ -48,10 +48,13 @@ class PackedStream(torch_data.IterableDataset):
         self.context_length = context_length
         self.eos = np.array([] if eos_token_id is None else [eos_token_id], dtype=np.int64)
         self.seed = seed
-        self._state: dict[str, Any] = {}  # where to begin
+        self._begin_at({})
+
+    def _begin_at(self, state: dict[str, Any]) -> None:
+        self._state = state
         # Where each reader has been; workers of a DataLoader send it.
         self._places: dict[int, list[Place]] = defaultdict(list)
-        self._sent: Any = None if seed is None else multiprocessing.Queue()
+        self._sent: Any = None if self.seed is None else multiprocessing.Queue()
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
         worker = torch_data.get_worker_info()
@@ -115,8 +118,7 @@ class PackedStream(torch_data.IterableDataset):
                 f"resume with {state['batch_size']} as per_device_train_batch_size, or use "
                 "dataloader_num_workers=0 from the start."
             )
-        self._state = state
-        self._places.clear()
+        self._begin_at(state)
 
     def _begin(self, number: int) -> tuple[Place, int]:
         """Return where a reader begins, and how many blocks were yielded when it was saved."""
