@@ -151,7 +151,8 @@ def count_bytes(documents: Documents) -> int | None:
 
     Tokens do not tell them: a tokenizer may normalise a text, or put a space in front of it.
     """
-    if MESSAGES in (documents.column_names or []):
+    columns = documents.column_names or []
+    if MESSAGES in columns and "text" not in columns:
         return None
     batches = documents.iter(batch_size=64)
     return sum(len(text.encode()) for batch in batches for text in batch["text"])

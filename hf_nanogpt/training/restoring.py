@@ -57,10 +57,10 @@ class RestoreCallback(TrainerCallback):
 
     def on_step_begin(self, args, state, control, **kwargs):
         trainer = self.trainer
-        if checkpoint := trainer._random_state:
+        if trainer._random_state:
             # In place, Trainer loads them before a DataLoader starts, which draws one itself.
-            trainer._load_rng_state(checkpoint)
-            trainer._random_state = None
+            trainer._checkpoint, trainer._random_state = trainer._random_state, None
+            trainer._load_rng_state(trainer._checkpoint)
 
     def on_step_end(self, args, state, control, **kwargs):
         if isinstance(self.trainer.train_dataset, PackedStream):
