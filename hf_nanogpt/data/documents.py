@@ -151,8 +151,7 @@ def count_bytes(documents: Documents) -> int | None:
 
     Tokens do not tell them: a tokenizer may normalise a text, or put a space in front of it.
     """
-    columns = documents.column_names or []
-    if MESSAGES in columns and "text" not in columns:
+    if "text" not in (documents.column_names or next(iter(documents), {"text": ""})):
         return None
     batches = documents.iter(batch_size=64)
     return sum(len(text.encode()) for batch in batches for text in batch["text"])
