@@ -7,7 +7,10 @@ import os
 import signal
 import sys
 import threading
+from datetime import timedelta
 from pathlib import Path
+
+import torch.distributed as dist
 
 from hf_nanogpt import NanoGPTTrainer
 from hf_nanogpt.cli import main
@@ -32,6 +35,8 @@ def fail_once(fault: str, marker: Path) -> None:
 
 if __name__ == "__main__":
     fault, marker, *flags = sys.argv[1:]
+    if fault == "stall":  # on CPUs, transformers does not pass on --ddp_timeout
+        dist.init_process_group("gloo", timeout=timedelta(seconds=40))
     if fault != "none":
         fail_once(fault, Path(marker))
     sys.exit(main(["train", *flags]))

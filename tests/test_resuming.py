@@ -223,7 +223,7 @@ def test_train_loss_is_the_mean_of_all_steps_of_a_resumed_run_too(tmp_path):
 
 
 def test_a_hostile_record_of_the_end_of_an_epoch_is_not_trusted(tmp_path):
-    make = partial(make_trainer, tmp_path, **STRATEGIES["mixed"])
+    make = partial(make_trainer, tmp_path, save_total_limit=9, **STRATEGIES["mixed"])
     checkpoint = Path(kill_in_step(make(), EPOCH))
     path = checkpoint / "trainer_state.json"
     for name, value in (("step_figures", ["x", {}]), ("epoch_ended", "x"), ("step_figures", 3)):
