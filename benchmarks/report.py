@@ -273,6 +273,10 @@ some training text: none, as much as the model trained on, and all of it.
 {header(report, "python benchmarks/xz.py")}"""
 
 
+def gpu() -> str:
+    return (FOLDER / "gpu_by_hand.md").read_text(encoding="utf-8")
+
+
 def by_hand() -> str:
     return (FOLDER / "by_hand.md").read_text(encoding="utf-8")
 
@@ -286,12 +290,13 @@ SECTIONS = (
     generation,
     llama_cpp,
     compression,
+    gpu,
     by_hand,
 )
 PREFACE = """# Results
 
-The tables come from one machine, an Intel Xeon with 2 cores; the last section has figures from
-another one. Other programs ran during most measurements. The load average is below each table: that
+The tables come from one machine, an Intel Xeon with 2 cores; the last two sections have figures
+from others. Other programs ran during most measurements. The load average is below each table: that
 at the start of a run of `bench`, and at the end of other runs. `hf-nanogpt bench` asks to repeat a
 measurement if it is above 1. These have not been repeated yet, so trust only differences in time
 that are far larger than their spread. The load does not change the loss after a number of steps.

@@ -8,6 +8,7 @@ G of key-value heads, D = head_dim and V = vocab_size.
 
 import math
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
@@ -549,6 +550,7 @@ class NanoGPTForCausalLM(NanoGPTPreTrainedModel, GenerationMixin):
         self.lm_head.is_lm_head = True  # for `_init_weights`
         self.post_init()
 
+    @wraps(GenerationMixin.prepare_inputs_for_generation)  # `generate` looks for its arguments
     def prepare_inputs_for_generation(self, input_ids, *args, **kwargs):
         """Prepare a step as transformers does, and check its positions, as a compiler cannot."""
         inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)

@@ -58,6 +58,7 @@ USED = {
 ELSEWHERE = {
     *("_actions", "_group_actions"),  # argparse
     *("_foreach_add_", "_foreach_lerp_", "_foreach_mul_", "_int_mm"),  # torch
+    *("_forward_hooks", "_forward_pre_hooks"),  # torch
     *("_exit",),  # os
     *("_fingerprint",),  # datasets
 }

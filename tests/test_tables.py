@@ -15,6 +15,7 @@ import pytest
 from datasets import Dataset, config
 
 from hf_nanogpt import DataArguments, load_documents, load_text, pack_documents, train_tokenizer
+from hf_nanogpt.data.conversations import get_text
 from hf_nanogpt.data.stored import load_tokens
 
 ROWS = [f'Document {i}: naïve 東京 🦊,\r\nwith {"many " * (i % 7)}"words".\n' for i in range(30)]
@@ -22,7 +23,7 @@ WORDS = ["null", "NA", "None", "nan", "N/A", "true", "007", "1.50", "1e3", "2024
 
 
 def texts(documents) -> list[str]:
-    return [row["text"] for row in documents]
+    return [get_text(row) for row in documents]
 
 
 def write(path: Path, content: str | bytes) -> Path:
