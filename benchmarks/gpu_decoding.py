@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from gpu_training import CARD, TOY, make_config
 from gpu_workers import Turns, device, synchronize, use_gpu
-from transformers import AutoModelForCausalLM, CompileConfig, set_seed
+from transformers import AutoModelForCausalLM, set_seed
 
 from hf_nanogpt import NanoGPTForCausalLM
 from hf_nanogpt.generation import compiled_decoding
@@ -76,8 +76,7 @@ def choose_settings(way: str) -> dict[str, Any]:
     if not use_gpu():
         return {"cache_implementation": "static"}
     settings = compiled_decoding()
-    if way == "graphs":
-        settings["compile_config"] = CompileConfig(mode="reduce-overhead")
+    settings["compile_config"].mode = "reduce-overhead" if way == "graphs" else "default"
     # Each batch size has code of its own, and all of them stay.
     settings["compile_config"].dynamic = False
     return settings

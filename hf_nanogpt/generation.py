@@ -213,7 +213,9 @@ class _Draw(LogitsProcessor):
 
 def compiled_decoding() -> dict[str, Any]:
     """Return the settings of `generate()` that compile the steps after the prompt."""
-    config: Any = CompileConfig(mode="default")
+    # CUDA graphs made it twice to three times as fast on an H200; a CPU has none.
+    mode = "reduce-overhead" if torch.cuda.is_available() else "default"
+    config: Any = CompileConfig(mode=mode)
     config._compile_all_devices = True  # without it transformers compiles on GPUs only
     return {"cache_implementation": "static", "compile_config": config}
 
