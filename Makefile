@@ -20,7 +20,7 @@ $(READY): pyproject.toml constraints.txt
 train: $(READY)  ## train a first GPT on Python's own source code, about 4 minutes on 2 cores
 	$(BIN)/hf-nanogpt train
 
-test: $(READY)  ## run the tests that matter for every change, about 3 minutes
+test: $(READY)  ## run the tests that matter for every change, about 4 minutes
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup -m "not slow"
 
 test-all: $(READY)  ## run all tests, about 10 minutes; EXTRAS=dev,all for those of the extras
