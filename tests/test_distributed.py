@@ -270,6 +270,7 @@ def test_gradient_checkpointing_changes_no_loss(settings, alone, tmp_path):
 
 @pytest.mark.slow
 def test_compiled_model_is_compiled_once_and_gives_the_same_losses(settings, alone, tmp_path):
+    torch.compiler.reset()  # what an earlier test compiled
     with torch._dynamo.config.patch(error_on_recompile=True):
         train(
             output_dir=str(tmp_path / "run"),
