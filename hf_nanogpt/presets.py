@@ -122,7 +122,6 @@ _DEPENDS = {
     "intermediate_size": {"hidden_size", "mlp_type"},
     "head_dim": {"hidden_size", "num_attention_heads"},
     "num_key_value_heads": {"num_attention_heads"},
-    "layer_types": {"sliding_window"},
     "rope_theta": {"position_embedding_type"},
 }
 
@@ -173,6 +172,8 @@ def _override(row: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
     for key in ("bos_token_id", "eos_token_id"):
         if isinstance(size, int) and (kept.get(key) or 0) >= size:
             del kept[key]
+    if (kept | overrides).get("sliding_window") is None:
+        kept.pop("layer_types", None)  # no layer can slide
     # A row states the pattern of its layers, which repeats.
     if "layer_types" not in overrides and (pattern := kept.get("layer_types")):
         layers = (kept | overrides)["num_hidden_layers"]

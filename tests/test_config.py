@@ -229,6 +229,7 @@ def test_preset_derives_again_what_an_override_makes_wrong():
     assert load_preset("qwen3-0.6b", n_embd=512).head_dim == 32
     kinds = ["full_attention", "sliding_attention", "full_attention"]
     assert load_preset("gpt3-125m", n_layer=3).layer_types == kinds
+    assert load_preset("gpt3-125m", n_layer=3, sliding_window=128).layer_types == kinds
     assert load_preset("gpt3-125m", sliding_window=None).layer_types == ["full_attention"] * 12
     assert load_preset("qwen3-0.6b", position_embedding_type="learned").rope_parameters is None
 

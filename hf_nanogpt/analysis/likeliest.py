@@ -98,7 +98,7 @@ class _StepStreamer(BaseStreamer):
             return
         if ids.numel() != 1 or [len(rows) for rows in self.logits] != [1]:
             raise UserError(
-                "The probabilities of these tokens cannot be told: with a setting in "
+                "The probabilities of these tokens are not known: with a setting in "
                 "generation_config.json, such as guidance_scale, prefill_chunk_size or "
                 "prompt_lookup_num_tokens, the model does not run once for each token. Remove it."
             )

@@ -74,8 +74,7 @@ class MuonAdamW(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         process_group: dist.ProcessGroup | None = None,
     ):
-        # "fused" tells `load_state_dict` that the number of steps is on the device, too.
-        adamw = {"betas": betas, "eps": eps, "algorithm": "adamw", "fused": True}
+        adamw = {"betas": betas, "eps": eps, "algorithm": "adamw"}
         muon = {"momentum": momentum, "momentum_warmup": momentum_warmup, "steps": 0}
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay} | adamw | muon)
         self.process_group = process_group
@@ -137,7 +136,7 @@ class MuonAdamW(torch.optim.Optimizer):
         """
         assert self.process_group is not None
         ranks, rank = self.process_group.size(), self.process_group.rank()
-        # Deal the matrices like cards: of no shape does a process get more than one above another.
+        # Deal the matrices like cards: for each shape, the processes differ by at most one matrix.
         cards = [p for same in piles for p in same]
         hands = [cards[i::ranks] for i in range(ranks)]
         # Each process sends its results in one row, in the dtype of the computation.

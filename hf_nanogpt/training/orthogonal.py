@@ -28,9 +28,10 @@ _COMPILE_ERRORS = (RuntimeError, ImportError, OSError, SubprocessError)
 def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
     """Return nearly the closest orthogonal matrix to each of `matrices` (..., rows, columns).
 
-    All singular values become about 1. Computed in float32 on a CPU, where bfloat16 is slow, and in
-    bfloat16 elsewhere; compiled on CUDA, at the first call for each shape. Sharded matrices (at
-    least 3 dimensions) come back in the same shards.
+    Singular values come to lie between 0.12 and 1.88, which is close enough for Muon; those below a
+    thousandth of the matrix's norm remain smaller. Computed in float32 on a CPU, where bfloat16 is
+    slow, and in bfloat16 elsewhere; compiled on CUDA, at the first call for each shape. Sharded
+    matrices (at least 3 dimensions) come back in the same shards.
     """
     if isinstance(matrices, DTensor):
         return _orthogonalize_sharded(matrices)
