@@ -120,6 +120,17 @@ def test_split_words_are_encoded_as_in_a_text():
     assert batch["position_ids"].tolist() == [list(range(len(ids)))]
 
 
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_private_characters_of_a_person_stay_what_they_are(name):
+    tokenizer = TOKENIZERS[name]()
+    words = "\U00100000 \U00100185 \U0010003c \U0010d800 \uf8ff <|im_end|>"  # some are Apple's
+    encoder = ChatTextEncoder(tokenizer)
+    [message] = encoder.hide([{"role": "user", "content": words}])
+    assert encoder.encode(message["content"]) == tokenizer.encode(
+        words, add_special_tokens=False, split_special_tokens=True
+    )
+
+
 @pytest.mark.parametrize("marked", [True, False])
 def test_a_tokenizer_in_python_learns_all_or_is_refused(marked):
     tokenizer = ByT5Tokenizer()

@@ -91,6 +91,11 @@ def _generate_rows(files: list[tuple[Path, str]], column: str) -> Iterator[dict[
             value = row.get(column)
             if column == MESSAGES:
                 yield {MESSAGES: value}
+            elif column not in row and MESSAGES in row:
+                raise UserError(
+                    f"data={name}: row {number} has {MESSAGES}, but no {column} as those before: "
+                    "put texts and conversations into files of their own."
+                )
             elif _check_text(value, column, f"{name}: row {number}"):
                 yield {"text": value}
         if not found:
