@@ -196,7 +196,10 @@ def test_an_answer_of_weight_0_is_read_and_not_learnt():
     assert tokenizer.decode(labels[labels >= 0]) == "Now it is so.<|im_end|>"
     # A template that does not mark each answer cannot honour it.
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
-    with pytest.raises(ValueError, match="weight=0, but the chat template marks 0 answers of 2"):
+    with pytest.raises(ValueError, match="weight=0, but the chat template marks 0 of 5 messages"):
+        ConversationEncoder(tokenizer)({"messages": [chat]})
+    chat = [{"role": "user", "content": "a", "weight": 0}]  # it would be learnt, as all are
+    with pytest.raises(ValueError, match="marks 0 of 1 messages"):
         ConversationEncoder(tokenizer)({"messages": [chat]})
 
 

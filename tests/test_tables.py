@@ -126,6 +126,10 @@ def test_a_conversation_that_is_null_is_refused_with_its_number(tmp_path):
         bad = next(i for i, row in enumerate(rows, 1) if row is not turns)
         with pytest.raises(ValueError, match=rf"row {bad} has messages="):
             load_text(str(source))
+    lost = json.dumps({"messages": [turns[0] | {"content": "\ud800"}]})
+    source = write(tmp_path / "t.jsonl", as_jsonl([turns], "messages") + lost)
+    with pytest.raises(ValueError, match=r"row 2 has messages=.*not valid Unicode"):
+        load_text(str(source))
     source = write(tmp_path / "t.jsonl", as_jsonl([turns, turns[:1]], "messages"))
     assert texts(load_text(str(source))) == ["a\nb", "a"]
 
