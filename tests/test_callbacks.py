@@ -15,12 +15,20 @@ import pytest
 import torch
 from children import forked, run_command
 from conftest import tiny_model
+from datasets import Dataset
 from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import TrainerControl, TrainerState
 from transformers.testing_utils import CaptureLogger
 
-from hf_nanogpt import NanoGPTTrainingArguments, flops, train, train_tokenizer
+from hf_nanogpt import (
+    NanoGPTTrainer,
+    NanoGPTTrainingArguments,
+    flops,
+    pack_documents,
+    train,
+    train_tokenizer,
+)
 from hf_nanogpt.checkpoint.writing import check_output_dir
 from hf_nanogpt.flops import GPU_PEAKS, count_flops, find_peak
 from hf_nanogpt.training import callbacks as callbacks_module
@@ -68,6 +76,18 @@ def test_training_is_the_same_to_the_bit_with_samples_and_without(run, tmp_path)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert _steps(run) == [2, 4, 6, 8, 10, 12]
     assert not (tmp_path / "silent" / "samples.jsonl").exists()
+
+
+def test_the_bar_is_quiet_before_training_begins(tmp_path):
+    tokenizer = train_tokenizer([], kind="byte")
+    blocks = pack_documents(Dataset.from_dict({"text": ["abc"]}), tokenizer, context_length=8)
+    args = NanoGPTTrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    assert not args.disable_tqdm
+    parts = {"processing_class": tokenizer, "eval_dataset": blocks}
+    trainer = NanoGPTTrainer(tiny_model(vocab_size=len(tokenizer)), args, **parts)
+    assert trainer.evaluate()["eval_bytes"] == 3
+    # This is called when a checkpoint cannot be loaded; its error must not be replaced by another.
+    trainer.callback_handler.on_train_end(args, trainer.state, trainer.control)
 
 
 @pytest.mark.slow

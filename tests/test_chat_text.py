@@ -120,6 +120,17 @@ def test_split_words_are_encoded_as_in_a_text():
     assert batch["position_ids"].tolist() == [list(range(len(ids)))]
 
 
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_private_characters_of_a_person_stay_what_they_are(name):
+    tokenizer = TOKENIZERS[name]()
+    words = "\U00100000 \U00100185 \U0010003c \U0010d800 \uf8ff <|im_end|>"  # some are Apple's
+    encoder = ChatTextEncoder(tokenizer)
+    [message] = encoder.hide([{"role": "user", "content": words}])
+    assert encoder.encode(message["content"]) == tokenizer.encode(
+        words, add_special_tokens=False, split_special_tokens=True
+    )
+
+
 @pytest.mark.parametrize("marked", [True, False])
 def test_a_tokenizer_in_python_learns_all_or_is_refused(marked):
     tokenizer = ByT5Tokenizer()
@@ -185,7 +196,10 @@ def test_an_answer_of_weight_0_is_read_and_not_learnt():
     assert tokenizer.decode(labels[labels >= 0]) == "Now it is so.<|im_end|>"
     # A template that does not mark each answer cannot honour it.
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
-    with pytest.raises(ValueError, match="weight=0, but the chat template marks 0 answers of 2"):
+    with pytest.raises(ValueError, match="weight=0, but the chat template marks 0 of 5 messages"):
+        ConversationEncoder(tokenizer)({"messages": [chat]})
+    chat = [{"role": "user", "content": "a", "weight": 0}]  # it would be learnt, as all are
+    with pytest.raises(ValueError, match="marks 0 of 1 messages"):
         ConversationEncoder(tokenizer)({"messages": [chat]})
 
 

@@ -6,8 +6,16 @@ import numpy as np
 import pytest
 import torch
 from conftest import CORPUS, tiny_model
+from datasets import Dataset
 
-from hf_nanogpt import PackedCollator, train
+from hf_nanogpt import (
+    NanoGPTTrainer,
+    NanoGPTTrainingArguments,
+    PackedCollator,
+    pack_documents,
+    train,
+    train_tokenizer,
+)
 from hf_nanogpt.training.trainer import _fill_batch
 
 MODELS = {
@@ -68,6 +76,38 @@ def test_one_graph_serves_the_last_batch_of_an_epoch_and_the_evaluation(model, s
     assert not torch._dynamo.utils.counters["graph_break"]
     assert losses_of(found) == pytest.approx(losses_of(expected), abs=1e-5)
     assert found.metrics["train_tokens"] == expected.metrics["train_tokens"]
+
+
+@pytest.mark.slow
+def test_batches_are_not_filled_beyond_the_size_that_fits_into_memory(tmp_path):
+    class Small(NanoGPTTrainer):
+        rows: list[int] = []
+
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            self.rows.append(len(inputs["input_ids"]))
+            if self.rows[-1] > 2:
+                raise RuntimeError("CUDA out of memory.")
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    tokenizer = train_tokenizer([], kind="byte")
+    documents = Dataset.from_dict({"text": [CORPUS[:200]]})
+    blocks = pack_documents(documents, tokenizer, context_length=16)
+    args = NanoGPTTrainingArguments(
+        str(tmp_path),
+        use_cpu=True,
+        max_steps=2,
+        per_device_train_batch_size=8,
+        auto_find_batch_size=True,
+        torch_compile=True,
+        torch_compile_backend="eager",
+        save_strategy="no",
+        eval_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    model = tiny_model(vocab_size=len(tokenizer))
+    Small(model, args, processing_class=tokenizer, train_dataset=blocks).train()
+    assert Small.rows[0] == 8 and Small.rows[-2:] == [2, 2]
 
 
 def loss_and_gradients(model, inputs: dict) -> tuple[torch.Tensor, list[torch.Tensor]]:

@@ -60,7 +60,12 @@ def test_a_reader_without_documents_yields_nothing():
     packed = stream(shards=[0, 90])
     assert batches_of(packed, 40, 2) == batches_of(stream(1), 40)
     state = packed.state_dict(batches=40, batch_size=BATCH, num_workers=2)
-    assert state == {}  # it cannot be resumed in place
+    assert "places" not in state  # it cannot be resumed in place
+    with pytest.raises(ValueError, match="resume with dataloader_num_workers=2"):
+        stream(shards=[0, 90]).load_state_dict(state, batch_size=BATCH)
+    again = stream(shards=[0, 90])
+    again.load_state_dict(state, batch_size=BATCH, num_workers=2)
+    assert batches_of(again, 40, 2) == batches_of(stream(1), 40)
     assert not list(stream(shards=[90])) and not list(stream(shards=[90], seed=None))
 
 

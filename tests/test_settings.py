@@ -175,6 +175,10 @@ def test_each_field_of_training_arguments_trains_or_is_refused_by_name(text, tmp
         ({"max_steps": 0}, "max_steps=0"),
         ({"num_train_epochs": 0.0}, "num_train_epochs=0.0"),
         ({"eval_steps": 2.5}, "eval_steps=2.5"),
+        ({"save_steps": 0}, "save_steps=0 must be a whole number of steps"),
+        ({"eval_steps": 0, "eval_strategy": "steps"}, "for none, set eval_strategy=no"),
+        ({"momentum_warmup_steps": 9, "optim_recipe": "adamw"}, "momentum_warmup_steps=9 has an"),
+        ({"momentum_warmup_steps": 9, "optim": "sgd"}, "only with optim_recipe=muon"),
         ({"seed": 2**32}, "seed=4294967296 must be a whole number, at least 0 and below 2**32"),
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps=0"),
         ({"eval_accumulation_steps": 0}, "eval_accumulation_steps=0"),
@@ -226,7 +230,8 @@ def test_every_schedule_works_with_what_it_needs():
 
 
 def test_figures_of_an_evaluation_are_better_if_lower():
-    for name in ("loss", "perplexity", "bits_per_byte", "eval_bits_per_byte"):
+    names = ("loss", "perplexity", "bits_per_byte", "eval_bits_per_byte", "eval_wiki_perplexity")
+    for name in names:
         assert make(metric_for_best_model=name).greater_is_better is False
         assert make(metric_for_best_model=name, greater_is_better=True).greater_is_better
     assert make(metric_for_best_model="accuracy").greater_is_better  # as Trainer

@@ -126,6 +126,10 @@ def test_a_conversation_that_is_null_is_refused_with_its_number(tmp_path):
         bad = next(i for i, row in enumerate(rows, 1) if row is not turns)
         with pytest.raises(ValueError, match=rf"row {bad} has messages="):
             load_text(str(source))
+    lost = json.dumps({"messages": [turns[0] | {"content": "\ud800"}]})
+    source = write(tmp_path / "t.jsonl", as_jsonl([turns], "messages") + lost)
+    with pytest.raises(ValueError, match=r"row 2 has messages=.*not valid Unicode"):
+        load_text(str(source))
     source = write(tmp_path / "t.jsonl", as_jsonl([turns, turns[:1]], "messages"))
     assert texts(load_text(str(source))) == ["a\nb", "a"]
 
@@ -143,8 +147,10 @@ def test_a_table_without_the_column_is_named_whichever_it_is(tmp_path):
 
 BROKEN = {
     "fields.csv": ("n,text\n1,one\n2,two, and a half\n", "row 2 has more fields than the header"),
+    "lines.csv": ("text,n\none\nand more,1\n", "row 1 has fewer fields than the header"),
     "quote.csv": ('n,text\n1,"one\n', "is not CSV: unexpected end of data"),
     "scalar.jsonl": ('{"text": "a"}\n5\n', "row 2 is 5, not an object"),
+    "both.jsonl": ('{"text": "a"}\n{"messages": []}\n', "row 2 has messages, but no text"),
     "deep.jsonl": ('{"text": "a"}\n' + "[" * 99_999 + "\n", "line 2 is not JSON"),
     "cut.jsonl.gz": (gzip.compress(as_jsonl(ROWS).encode())[:90], "cannot be read: Truncated"),
     "prose.json": ("Once upon a time.", "line 1 is not JSON"),

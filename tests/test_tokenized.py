@@ -30,7 +30,7 @@ from hf_nanogpt.cli import main
 from hf_nanogpt.data import stored
 from hf_nanogpt.data.encoding import DocumentEncoder
 from hf_nanogpt.data.packing import cut_blocks
-from hf_nanogpt.data.stored import load_tokens
+from hf_nanogpt.data.stored import holds_tokens, load_tokens
 
 ROOT = Path(__file__).parent.parent
 ROWS = [f"Document {i}: naïve 東京 🦊,\r\nwith {'many ' * (i % 7)}words.\n" for i in range(60)]
@@ -438,3 +438,10 @@ def test_two_processes_read_together_what_one_reads(table, tmp_path):
     together = [first + second for first, second in zip(*two, strict=True)]
     _, alone = _read(str(table), str(tmp_path), 4, 6)
     assert together == alone and len(alone) == 18
+
+
+def test_a_folder_of_tokens_below_the_home_folder_is_known_by_its_short_name(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "tokens").mkdir()
+    (tmp_path / "tokens" / "tokenized.json").write_text("{}")
+    assert holds_tokens(Path("~/tokens")) and not holds_tokens(Path("~/other"))

@@ -15,9 +15,9 @@ from transformers import PreTrainedTokenizerBase
 from ..errors import explain_errors
 
 # The first character of a special token is moved to the last plane of Unicode, which is for private
-# use, and back. So texts keep their length, and positions in them stay right.
+# use, and back. So texts keep their length, and positions in them stay right. Other characters of
+# that plane, such as Apple's symbols, stay what they are.
 _HIDDEN = 0x100000
-_FIND_HIDDEN = re.compile(f"[{chr(_HIDDEN)}-{chr(_HIDDEN + 0xFFFF)}]")
 
 
 class ChatTextEncoder:
@@ -32,6 +32,8 @@ class ChatTextEncoder:
         longest_first = sorted(special.values(), key=lambda token: -len(token.content))
         words = [re.escape(token.content) for token in longest_first]
         self._words = re.compile("|".join(words) or "(?!)")
+        hidden = [re.escape(self._words.sub(_hide_first, t.content)) for t in longest_first]
+        self._hidden = re.compile("|".join(hidden) or "(?!)")
         # Some tokens include the blanks beside them.
         pairs = zip(longest_first, words, strict=True)
         spaced = (r"\s*" * t.lstrip + f"({word})" + r"\s*" * t.rstrip for t, word in pairs)
@@ -73,7 +75,7 @@ class ChatTextEncoder:
                 yield self._encode_plain(text[end:], end)
 
     def _encode_plain(self, text: str, start: int) -> tuple[list[int], np.ndarray]:
-        text = _FIND_HIDDEN.sub(lambda found: chr(ord(found[0]) - _HIDDEN), text)
+        text = self._hidden.sub(_show_first, text)
         if self._backends is None:  # a tokenizer in Python knows no positions
             settings = {"add_special_tokens": False, "split_special_tokens": True}
             ids = self.tokenizer(text, verbose=False, **settings)["input_ids"]
@@ -85,6 +87,11 @@ class ChatTextEncoder:
 def _hide_first(found: re.Match[str]) -> str:
     code = ord(found[0][0])
     return chr(_HIDDEN + code) + found[0][1:] if code <= 0xFFFF else found[0]
+
+
+def _show_first(found: re.Match[str]) -> str:
+    code = ord(found[0][0])
+    return chr(code - _HIDDEN) + found[0][1:] if code >= _HIDDEN else found[0]
 
 
 def _copy_backends(tokenizer: Any) -> tuple[Tokenizer, Tokenizer]:

@@ -193,7 +193,9 @@ class ConversationEncoder:
 
     def _render(self, messages: list[dict[str, Any]]) -> tuple[str, list[tuple[int, int]]]:
         """Return the text of a conversation, and where in it are the answers to learn."""
-        weights = [m.get("weight") for m in messages if m.get("role") == "assistant"]
+        # Without marks every message is learnt, so a weight of any says something.
+        weighed = [m for m in messages if m.get("role") == "assistant" or not self.is_marked]
+        weights = [m.get("weight") for m in weighed]
         shown = [
             {name: value for name, value in m.items() if name != "weight" and value is not None}
             for m in messages
@@ -207,7 +209,8 @@ class ConversationEncoder:
             return text, answers
         if len(answers) != len(weights):
             raise UserError(
-                f"A message has weight=0, but the chat template marks {len(answers)} answers of "
-                f"{len(weights)} by {{% generation %}}: mark each one, or leave weight out."
+                f"A message has weight=0, but the chat template marks {len(answers)} of "
+                f"{len(weights)} messages by {{% generation %}}: mark each answer, or leave weight "
+                "out."
             )
         return text, [span for span, w in zip(answers, weights, strict=True) if w != 0]

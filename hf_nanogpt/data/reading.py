@@ -174,10 +174,12 @@ def _read_csv(file: TextIO, name: object, delimiter: str) -> Iterator[dict[str, 
     rows = csv.DictReader(file, delimiter=delimiter, strict=True)
     try:
         for number, row in enumerate(rows, 1):
-            if None in row:
+            if None in row or None in row.values():
+                what = "more" if None in row else "fewer"
                 raise UserError(
-                    f"data={name}: row {number} has more fields than the header, "
-                    f"{row[None]!r:.80}: put quotes around a text that holds the separator."
+                    f"data={name}: row {number} has {what} fields than the header, "
+                    f"{list(row.values())!r:.80}: put quotes around a text that holds the "
+                    "separator or several lines."
                 )
             yield row
     except csv.Error as error:

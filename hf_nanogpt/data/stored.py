@@ -89,6 +89,7 @@ def prepare_data(args: DataArguments) -> Corpus:
 
 def holds_tokens(folder: Path) -> bool:
     """Say whether a folder holds tokens: ours, or nanoGPT's .bin files."""
+    folder = folder.expanduser()
     return (folder / TOKENIZED).is_file() or bool(find_token_files(folder))
 
 

@@ -75,19 +75,19 @@ class PackedStream(torch_data.IterableDataset):
     def state_dict(self, *, batches: int, batch_size: int, num_workers: int = 0) -> dict[str, Any]:
         """Return the position after so many batches of the `DataLoader` that reads the stream.
 
-        The loader may have read more in advance. The result is ready for JSON. It is empty, so that
-        a resumed training must read all again, if a reader has no documents in its shards.
+        The loader may have read more in advance. The result is ready for JSON. It has no `places`,
+        so that a resumed training must read all again, if a reader has no documents in its shards.
         """
+        readers = self.count_readers(num_workers)
+        order = {"readers": readers, "batch_size": batch_size}
         while self._sent is not None and not self._sent.empty():
             number, place = self._sent.get()
             self._places[number].append(place)
         if any("ended" in places[-1] for places in self._places.values() if places):
-            return {}
-        readers = self.count_readers(num_workers)
+            return order
         blocks = [len(range(number, batches, readers)) * batch_size for number in range(readers)]
         places = [self._find_place(*item) for item in enumerate(blocks)]
-        position = {"turn": batches % readers, "blocks": blocks, "places": places}
-        return position | {"batch_size": batch_size}
+        return order | {"turn": batches % readers, "blocks": blocks, "places": places}
 
     def _find_place(self, number: int, blocks: int) -> Place:
         """Return the last place of a reader before so many blocks, and forget those before it."""
@@ -100,14 +100,14 @@ class PackedStream(torch_data.IterableDataset):
     def load_state_dict(
         self, state: dict[str, Any] | None, *, batch_size: int, num_workers: int = 0
     ) -> None:
-        """Begin at a position that `state_dict` returned; None begins at the start.
+        """Begin at a position that `state_dict` returned; None, or no `places`, is the start.
 
         Raises:
             UserError: the documents would come in another order: the number of readers differs, or
                 several readers take turns after batches of another size.
         """
         state, readers = state or {}, self.count_readers(num_workers)
-        if state and readers != (was := len(state["places"])):
+        if state and readers != (was := state["readers"]):
             raise UserError(
                 f"dataloader_num_workers={num_workers} would read the stream in another order than "
                 f"before: resume with dataloader_num_workers={was}."
@@ -118,7 +118,7 @@ class PackedStream(torch_data.IterableDataset):
                 f"resume with {state['batch_size']} as per_device_train_batch_size, or use "
                 "dataloader_num_workers=0 from the start."
             )
-        self._begin_at(state)
+        self._begin_at(state if "places" in state else {})
 
     def _begin(self, number: int) -> tuple[Place, int]:
         """Return where a reader begins, and how many blocks were yielded when it was saved."""

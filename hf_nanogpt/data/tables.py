@@ -1,5 +1,6 @@
 """Tables of texts or of conversations: rows of files on this machine, or a dataset of the Hub."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,14 @@ def _generate_rows(files: list[tuple[Path, str]], column: str) -> Iterator[dict[
             found, columns = found or column in row, columns or list(row)
             value = row.get(column)
             if column == MESSAGES:
+                written = json.dumps(value, ensure_ascii=False, default=str)
+                _check_text(written, column, f"{name}: row {number}")
                 yield {MESSAGES: value}
+            elif column not in row and MESSAGES in row:
+                raise UserError(
+                    f"data={name}: row {number} has {MESSAGES}, but no {column} as those before: "
+                    "put texts and conversations into files of their own."
+                )
             elif _check_text(value, column, f"{name}: row {number}"):
                 yield {"text": value}
         if not found:

@@ -98,9 +98,10 @@ class NanoGPTTrainingArguments(TrainingArguments):
             self.eval_steps = 0.1
         if self.save_strategy == "best" and self.metric_for_best_model is None:
             self.metric_for_best_model = METRICS[0]
-        # Trainer takes all but a "loss" for better if greater.
-        metric = (self.metric_for_best_model or "").removeprefix("eval_")
-        if self.greater_is_better is None and metric in METRICS:
+        # Trainer takes all but a "loss" for better if greater. (Of several texts, such as a dict of
+        # datasets in Python, each has its own figures: `wiki_bits_per_byte`.)
+        metric = self.metric_for_best_model or ""
+        if self.greater_is_better is None and metric.endswith(METRICS):
             self.greater_is_better = False
         if not torch.accelerator.is_available():
             self.dataloader_pin_memory = False

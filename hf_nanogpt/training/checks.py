@@ -100,10 +100,12 @@ def check_values(args: Any) -> None:
             raise UserError(f"{name}={value} must be at least 0{' and below 1' * has_limit}.")
     for name in _INTERVALS:
         value = getattr(args, name)
-        if value is not None and not (0 <= value < 1 or value > 0 == value % 1):
-            none = ", or 0 for no samples" if name == "sample_steps" else ""
+        no_samples = name == "sample_steps" and value == 0
+        if not (value is None or no_samples or 0 < value < 1 or value > 0 == value % 1):
+            strategy = f"{name.removesuffix('_steps')}_strategy=no"
+            none = "or 0 for no samples" if name == "sample_steps" else f"for none, set {strategy}"
             raise UserError(
-                f"{name}={value} must be a whole number of steps, or a share of all steps below 1"
+                f"{name}={value} must be a whole number of steps, or a share of all steps below 1; "
                 f"{none}."
             )
     if args.max_steps != -1 and args.max_steps < 1:
@@ -139,6 +141,11 @@ def check_needs(args: Any) -> None:
     for name, needed in _NEEDS.items():
         if (value := getattr(args, name)) != defaults[name] and not getattr(args, needed):
             raise UserError(f"{name}={value} has no effect without --{needed}: add it.")
+    if args.momentum_warmup_steps and (args.optim or args.optim_recipe != "muon"):
+        raise UserError(
+            f"momentum_warmup_steps={args.momentum_warmup_steps} has an effect only with "
+            "optim_recipe=muon: set it to 0."
+        )
     if not args.lora:
         return
     if args.is_sharded:

@@ -16,7 +16,7 @@ _SECONDS = 10  # between two lines in a file, a pipe or a notebook
 def show(text: str) -> None:
     """Print lines above the bar, if there is one."""
     tqdm.write(text)
-    sys.stdout.flush()  # a file shall have all lines in their order
+    sys.stdout.flush()  # keep the lines of a file in order
 
 
 class ProgressCallback(TrainerCallback):
@@ -24,6 +24,10 @@ class ProgressCallback(TrainerCallback):
 
     In a terminal this is one bar. A file, a pipe or a notebook gets lines, which can be read later.
     """
+
+    # Before a training begins, an evaluation may log, and a failure may end it.
+    active = False
+    bar: tqdm | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.active = state.is_world_process_zero

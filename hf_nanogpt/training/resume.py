@@ -82,22 +82,24 @@ class ResumableTrainer(Trainer):
         callbacks: Any = self.state.stateful_callbacks  # a dict; the annotation says list
         position = callbacks.get(RECORD, {}).get("stream")
         self.train_dataset.load_state_dict(position, **self._describe_loader())
-        if not position:
+        if not (position and "places" in position):
             return skipped
         self._random_state = checkpoint
         return skipped[0], 0
 
     def _locate_stream(self) -> dict[str, Any] | None:
-        """Return the position of a stream after the steps done; None if Trainer must skip them."""
-        accelerator: Any = self.args.accelerator_config
-        reads_elsewhere = accelerator.split_batches or accelerator.dispatch_batches is False
-        if not isinstance(self.train_dataset, PackedStream) or reads_elsewhere:
+        """Return the position of a stream after the steps done; without `places` to skip them."""
+        if not isinstance(self.train_dataset, PackedStream):
             return None
         # The first process reads the batches of all.
         batches = self.args.gradient_accumulation_steps * self.args.world_size
-        return self.train_dataset.state_dict(
+        position = self.train_dataset.state_dict(
             batches=batches * self.state.global_step, **self._describe_loader()
         )
+        accelerator: Any = self.args.accelerator_config
+        if accelerator.split_batches or accelerator.dispatch_batches is False:
+            position.pop("places", None)  # other processes read too
+        return position
 
     def _describe_loader(self) -> dict[str, int]:
         args = self.args

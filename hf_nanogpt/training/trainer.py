@@ -154,8 +154,8 @@ class NanoGPTTrainer(HubTrainer):
     def training_step(self, model, inputs, *args, **kwargs):
         """Do Trainer's step; with `torch_compile`, one graph serves smaller batches too."""
         if self.args.torch_compile and isinstance(self.data_collator, PackedCollator):
-            rows, length = self.args.per_device_train_batch_size, self.speed.context_length or 0
-            inputs = _fill_batch(inputs, rows, length)
+            rows = self.state.train_batch_size  # `auto_find_batch_size` may have lowered it
+            inputs = _fill_batch(inputs, rows or 0, self.speed.context_length or 0)
         return super().training_step(model, inputs, *args, **kwargs)
 
     def _get_num_items_in_batch(self, batch_samples, device):
