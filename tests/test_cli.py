@@ -261,6 +261,17 @@ def test_any_preset_and_size_by_flags(tmp_path, capsys):
         assert main(["info", str(out)]) == 0
 
 
+def test_show_prints_the_settings_without_secrets_and_trains_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    secret = ["--data=https://me:hf_marked@host/a.txt?key=hf_marked", "--hub_token=hf_marked"]
+    assert main(["train", "--show", "--preset=gpt2", *secret]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"hidden_size +768 +preset gpt2", text) and "https://host/a.txt" in text
+    assert re.search(r"max_steps +700 +recipe quickstart", text)
+    assert "hf_marked" not in text and not list(tmp_path.iterdir())
+    assert "Did you mean gpt2?" in refuse(capsys, "train", "--show", "--preset=gpt-2")
+
+
 def test_overwrite_and_resume(checkpoint, capsys, monkeypatch):
     monkeypatch.chdir(checkpoint.parent.parent)
     base = ["train", "--data", "my.txt", "--output_dir", "runs/mine", *QUICK]
