@@ -43,6 +43,15 @@ def checkpoint(tmp_path_factory) -> Path:
     assert "runs/mine is ready" in done.stdout and "bits per byte" in done.stdout
     assert "A sample:" in done.stdout
     assert len(re.findall(r"hf.nanogpt (generate|eval|info) runs/mine", done.stdout)) == 3
+    # Each side has a token for each byte, an end in front and an end behind.
+    plan, _, _ = done.stdout.partition("validation loss")
+    sides = re.search(r"^data +([\d,]+) tokens to train on, ([\d,]+) tokens held out", plan)
+    learnt, held_out = (int(side.replace(",", "")) for side in sides.groups())
+    assert learnt + held_out == len(TEXT.encode()) + 4 and held_out < 0.04 * learnt
+    passes = 2 * 2 * 15 / (learnt - 1)  # 2 steps of 2 blocks, which predict 15 tokens each
+    assert re.search(rf"^steps +2, {passes:.2f} passes over the data$", plan, re.MULTILINE)
+    assert re.search(r"^tokenizer +byte, 257 tokens$", plan, re.MULTILINE)
+    assert re.search(r"^recipe +quickstart, muon, peak rate 0.03$", plan, re.MULTILINE)
     assert "validation loss" in done.stdout and "\r" not in done.stdout + done.stderr
     return folder / "runs" / "mine"
 
@@ -244,6 +253,7 @@ def test_recipe_file_sets_defaults_and_flags_win(tmp_path, capsys):
         f"training: {{max_steps: 2, output_dir: {tmp_path}/out, learning_rate: 1e-2}}\n"
     )
     assert main(["train", str(recipe), "--n_layer", "1", "--disable_tqdm", "True"]) == 0
+    assert "passes over" not in capsys.readouterr().out
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["num_hidden_layers"], config["hidden_size"]) == (1, 16)
     state = json.loads((tmp_path / "out/checkpoint-2/trainer_state.json").read_text())
@@ -300,6 +310,8 @@ MISTAKES = {
     "generate good x --top_k=many": "--top_k: invalid int value: 'many'",
     "push good": "required: USER/NAME",
     "tokenize good.txt": "tokenize DATA FOLDER",
+    "train good.txt": "To train on it: hf-nanogpt train --data good.txt",
+    "train good": "To continue training it: hf-nanogpt train finetune --from good --data TEXT",
     # data
     "train --data none.txt": "none.txt|no such file",
     "train --data empty.txt": "empty.txt|empty",
