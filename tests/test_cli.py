@@ -18,7 +18,7 @@ from conftest import CORPUS as TEXT
 from safetensors.torch import load_file
 
 from hf_nanogpt import NanoGPTConfig, NanoGPTForCausalLM
-from hf_nanogpt.cli import main, train_help
+from hf_nanogpt.cli import main, measure, train_help
 from hf_nanogpt.errors import UserError
 from hf_nanogpt.training.arguments import parse_settings
 
@@ -217,6 +217,28 @@ def test_eval_and_info_print_their_figures(checkpoint, capsys, tmp_path):
     assert main(["info", str(checkpoint)]) == 0
     metrics = json.loads((checkpoint / "metrics.json").read_text())
     assert f"{metrics['num_parameters']:,}" in capsys.readouterr().out
+
+
+def test_eval_warns_of_text_that_the_checkpoint_was_trained_on(checkpoint, capsys, monkeypatch):
+    monkeypatch.chdir(checkpoint.parent.parent)
+    Path("other.txt").write_text(TEXT, encoding="utf-8")
+    own = "with 0.03 of it held out; "
+    for flags, said in {
+        "my.txt --held_out=0.1": f"{own}--held_out 0.1 measures also text that it was trained on",
+        "my.txt": f"{own}without --held_out, this measures also text that it was trained on",
+        "my.txt --held_out=0.01": f"{own}--held_out 0.01 measures only a part of that",
+        "my.txt --held_out=0.03": "",
+        "other.txt": "",
+    }.items():
+        assert main(["eval", "runs/mine", f"--data={flags.split()[0]}", *flags.split()[1:]]) == 0
+        warned = re.findall("Warning: .*", capsys.readouterr().err)
+        assert len(warned) == bool(said) and said in "".join(warned), flags
+
+
+@pytest.mark.parametrize("command", ["7", '["--data"]', '["--data", "a", "--held_out", "x"]', "["])
+def test_metrics_that_say_nothing_of_the_data_are_passed_over(command, tmp_path):
+    (tmp_path / "metrics.json").write_text(f'{{"eval_command": {command}}}')
+    assert measure._read_held_out(tmp_path) == (None, None)
 
 
 def test_export_and_convert_there_and_back(checkpoint, capsys, tmp_path):

@@ -206,7 +206,8 @@ def _prepare(
         set_seed(args.seed)
         grown, (_, revision) = len(tokenizer) > start.num_tokens, split_revision(str(start_from))
         model = add_adapter(model, args, with_embeddings=grown, revision=revision)
-    prompt = choose_prompt(args, data_args, tokenizer, next(iter(validation))["input_ids"])
+    first = next(iter(validation))["input_ids"]
+    prompt = choose_prompt(args, data_args, tokenizer, first, context_length=length)
     parts = {"train_dataset": blocks, "eval_dataset": validation, "processing_class": tokenizer}
     trainer = _make_trainer(model, args, prompt, length, settings=settings, **parts)
     return trainer, prompt
