@@ -109,7 +109,7 @@ def _read_held_out(folder: Path) -> tuple[str | None, float | None]:
     if not (path := folder / "metrics.json").is_file():
         return None, None
     try:
-        command = read_json(path).get("eval_command")
+        command: Any = read_json(path).get("eval_command")
         flags = dict(zip(command[::2], command[1::2], strict=False))
         return str(flags["--data"]), float(flags["--held_out"])
     except (UserError, TypeError, KeyError, ValueError):
