@@ -15,6 +15,10 @@ from time_to_loss import SEEDS, run_training
 
 NANOGPT = {
     "preset": "gpt2",
+    "n_layer": 4,  # quickstart's sizes
+    "n_head": 3,
+    "n_embd": 192,
+    "block_size": 256,
     "bias": False,
     "hidden_act": "gelu",
     "dropout": 0.0,

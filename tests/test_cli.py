@@ -18,7 +18,7 @@ from conftest import CORPUS as TEXT
 from safetensors.torch import load_file
 
 from hf_nanogpt import NanoGPTConfig, NanoGPTForCausalLM
-from hf_nanogpt.cli import main, train_help
+from hf_nanogpt.cli import main, measure, train_help
 from hf_nanogpt.errors import UserError
 from hf_nanogpt.training.arguments import parse_settings
 
@@ -43,6 +43,15 @@ def checkpoint(tmp_path_factory) -> Path:
     assert "runs/mine is ready" in done.stdout and "bits per byte" in done.stdout
     assert "A sample:" in done.stdout
     assert len(re.findall(r"hf.nanogpt (generate|eval|info) runs/mine", done.stdout)) == 3
+    # Each side has a token for each byte, an end in front and an end behind.
+    plan, _, _ = done.stdout.partition("validation loss")
+    sides = re.search(r"^data +([\d,]+) tokens to train on, ([\d,]+) tokens held out", plan)
+    learnt, held_out = (int(side.replace(",", "")) for side in sides.groups())
+    assert learnt + held_out == len(TEXT.encode()) + 4 and held_out < 0.04 * learnt
+    passes = 2 * 2 * 15 / (learnt - 1)  # 2 steps of 2 blocks, which predict 15 tokens each
+    assert re.search(rf"^steps +2, {passes:.2f} passes over the data$", plan, re.MULTILINE)
+    assert re.search(r"^tokenizer +byte, 257 tokens$", plan, re.MULTILINE)
+    assert re.search(r"^recipe +quickstart, muon, peak rate 0.03$", plan, re.MULTILINE)
     assert "validation loss" in done.stdout and "\r" not in done.stdout + done.stderr
     return folder / "runs" / "mine"
 
@@ -210,6 +219,28 @@ def test_eval_and_info_print_their_figures(checkpoint, capsys, tmp_path):
     assert f"{metrics['num_parameters']:,}" in capsys.readouterr().out
 
 
+def test_eval_warns_of_text_that_the_checkpoint_was_trained_on(checkpoint, capsys, monkeypatch):
+    monkeypatch.chdir(checkpoint.parent.parent)
+    Path("other.txt").write_text(TEXT, encoding="utf-8")
+    own = "with 0.03 of it held out; "
+    for flags, said in {
+        "my.txt --held_out=0.1": f"{own}--held_out 0.1 measures also text that it was trained on",
+        "my.txt": f"{own}without --held_out, this measures also text that it was trained on",
+        "my.txt --held_out=0.01": f"{own}--held_out 0.01 measures only a part of that",
+        "my.txt --held_out=0.03": "",
+        "other.txt": "",
+    }.items():
+        assert main(["eval", "runs/mine", f"--data={flags.split()[0]}", *flags.split()[1:]]) == 0
+        warned = re.findall("Warning: .*", capsys.readouterr().err)
+        assert len(warned) == bool(said) and said in "".join(warned), flags
+
+
+@pytest.mark.parametrize("command", ["7", '["--data"]', '["--data", "a", "--held_out", "x"]', "["])
+def test_metrics_that_say_nothing_of_the_data_are_passed_over(command, tmp_path):
+    (tmp_path / "metrics.json").write_text(f'{{"eval_command": {command}}}')
+    assert measure._read_held_out(tmp_path) == (None, None)
+
+
 def test_export_and_convert_there_and_back(checkpoint, capsys, tmp_path):
     assert main(["export", str(checkpoint), str(tmp_path / "native")]) == 0
     assert "as qwen3" in capsys.readouterr().out
@@ -244,6 +275,7 @@ def test_recipe_file_sets_defaults_and_flags_win(tmp_path, capsys):
         f"training: {{max_steps: 2, output_dir: {tmp_path}/out, learning_rate: 1e-2}}\n"
     )
     assert main(["train", str(recipe), "--n_layer", "1", "--disable_tqdm", "True"]) == 0
+    assert "passes over" not in capsys.readouterr().out
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["num_hidden_layers"], config["hidden_size"]) == (1, 16)
     state = json.loads((tmp_path / "out/checkpoint-2/trainer_state.json").read_text())
@@ -259,6 +291,17 @@ def test_any_preset_and_size_by_flags(tmp_path, capsys):
         flags += ["--sample_prompt=def", "--disable_tqdm=True"]
         assert main(["train", *map(str, flags)]) == 0
         assert main(["info", str(out)]) == 0
+
+
+def test_show_prints_the_settings_without_secrets_and_trains_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    secret = ["--data=https://me:hf_marked@host/a.txt?key=hf_marked", "--hub_token=hf_marked"]
+    assert main(["train", "--show", "--preset=gpt2", *secret]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"hidden_size +768 +preset gpt2", text) and "https://host/a.txt" in text
+    assert re.search(r"max_steps +700 +recipe quickstart", text)
+    assert "hf_marked" not in text and not list(tmp_path.iterdir())
+    assert "Did you mean gpt2?" in refuse(capsys, "train", "--show", "--preset=gpt-2")
 
 
 def test_overwrite_and_resume(checkpoint, capsys, monkeypatch):
@@ -289,6 +332,8 @@ MISTAKES = {
     "generate good x --top_k=many": "--top_k: invalid int value: 'many'",
     "push good": "required: USER/NAME",
     "tokenize good.txt": "tokenize DATA FOLDER",
+    "train good.txt": "To train on it: hf-nanogpt train --data good.txt",
+    "train good": "To continue training it: hf-nanogpt train finetune --from good --data TEXT",
     # data
     "train --data none.txt": "none.txt|no such file",
     "train --data empty.txt": "empty.txt|empty",

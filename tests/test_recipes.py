@@ -3,8 +3,9 @@
 import pytest
 from conftest import ROOT
 
-from hf_nanogpt import NanoGPTForCausalLM, build_optimizer, list_recipes
+from hf_nanogpt import NanoGPTForCausalLM, build_optimizer, list_recipes, load_preset
 from hf_nanogpt.training.arguments import parse_settings
+from hf_nanogpt.training.origins import explain_settings
 from hf_nanogpt.training.preparing import make_config
 
 RECIPES = ROOT / "hf_nanogpt" / "recipes"
@@ -52,3 +53,44 @@ def test_one_gpu_takes_the_batches_of_eight_and_at_most_1_7_billion_tokens():
         tokens[name] = rows * architecture["max_position_embeddings"]
     assert tokens == dict.fromkeys(tokens, 2**19)
     assert 1.69e9 < 2**19 * args.max_steps <= 1.7e9
+
+
+@pytest.mark.parametrize("recipe", ["quickstart", "nanogpt_char", "finetune"])
+@pytest.mark.parametrize("preset", ["nano", "gpt2", "llama-7b"])
+def test_a_typed_preset_wins_over_the_recipes_sizes_and_typed_sizes_stay(recipe, preset):
+    for _, architecture, _ in (
+        parse_settings(recipe, ["--preset", preset, "--n_layer=2"], use_cpu=True),
+        parse_settings(recipe, ["--num-hidden-layers=2"], preset=preset, use_cpu=True),
+    ):
+        made = make_config(architecture, vocab_size=65).to_dict()
+        assert made == load_preset(preset, n_layer=2, vocab_size=65).to_dict()
+
+
+def test_a_typed_setting_drops_those_of_the_recipe_that_would_hide_it(tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("model: {attention_bias: true, mlp_bias: true, dropout: 0.3}\n")
+    _, architecture, _ = parse_settings(recipe, bias=False, use_cpu=True)
+    config = make_config(architecture, vocab_size=65)
+    assert (config.attention_bias, config.mlp_bias, config.dropout) == (False, False, 0.3)
+    args = parse_settings("quickstart", ["--num_train_epochs", "2"], use_cpu=True)[2]
+    assert (args.num_train_epochs, args.max_steps) == (2, -1)  # Trainer prefers max_steps
+    both = ["--num_train_epochs=2", "--max_steps=5"]
+    assert parse_settings("quickstart", both, use_cpu=True)[2].max_steps == 5
+
+
+def test_each_setting_is_shown_with_where_it_comes_from():
+    flags = ["--preset", "gpt2", "--n_head=6", "--bias=False", "--learning_rate=1e-3", "--use_cpu"]
+    shown = {s.name: (s.value, s.origin) for s in explain_settings("quickstart", flags)}
+    assert shown["preset"] == ("gpt2", "flag")
+    assert shown["num_attention_heads"] == (6, "flag")
+    assert shown["attention_bias"] == shown["mlp_bias"] == (False, "flag")
+    assert shown["num_hidden_layers"] == (12, "preset gpt2")
+    assert shown["vocab_size"] == (2048, "recipe quickstart")
+    assert shown["validation_documents"] == (200, "default")
+    assert shown["learning_rate"] == (1e-3, "flag")
+    assert shown["max_steps"] == (700, "recipe quickstart")
+    assert "warmup_steps" not in shown and "adam_epsilon" not in shown  # as in TrainingArguments
+    tuned = explain_settings("finetune", ["--use_cpu", "--lora"], start_from="runs/x")
+    assert {s.group for s in tuned} == {"data", "training"}  # the checkpoint has the architecture
+    [rate] = [s for s in tuned if s.name == "learning_rate"]
+    assert (rate.value, rate.origin) == (2e-3, "recipe finetune")

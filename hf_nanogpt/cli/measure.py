@@ -2,9 +2,10 @@
 
 import logging
 import sys
+from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
+from ..errors import UserError, printable
 from . import VERBS
 from .parser import Flags, Parser, add_flags, load_libraries, parse_flags
 
@@ -26,7 +27,8 @@ _EVAL_ON_DATA: Flags = [
         "--held_out SHARE",
         float,
         None,
-        "only what training with validation_fraction=SHARE holds out",
+        "only what training with validation_fraction=SHARE holds out; a warning tells the "
+        "checkpoint's own share, if it was trained on this text",
     ),
     (
         "--no_document_mask",
@@ -54,6 +56,7 @@ def run_eval(argv: list[str]) -> None:
     if args.pop("no_document_mask", False):
         args["document_mask"] = False
     if "data" in args:
+        _warn_of_trained_text(args["checkpoints"], args["data"], args.get("held_out"))
         comparison = compare_on_text(**args, show_progress=True)
     else:
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -71,6 +74,46 @@ def run_eval(argv: list[str]) -> None:
         except OSError as error:  # the figures are printed already
             raise UserError(f"plot={plot} cannot be written: {error.strerror}.") from error
         print(f"\nPlot saved to {plot}.")
+
+
+def _warn_of_trained_text(checkpoints: list[str], data: str, held_out: float | None) -> None:
+    """Warn if a checkpoint was trained on the same text and held out another share of it."""
+    from ..checkpoint.loading import check_checkpoint, local_folder
+    from ..hub.publishable import publish_place
+
+    for name in checkpoints:  # all names before the first download
+        check_checkpoint(name)
+    for name in checkpoints:
+        own_data, own = _read_held_out(local_folder(name))
+        if own is None or own == held_out or own_data != publish_place(data):
+            continue
+        asked = "without --held_out, this" if held_out is None else f"--held_out {held_out}"
+        is_part = held_out is not None and held_out < own
+        what = "only a part of that" if is_part else "also text that it was trained on"
+        print(
+            printable(
+                f"Warning: {name} was trained on {own_data} with {own} of it held out; {asked} "
+                f"measures {what}. Use --held_out {own}."
+            ),
+            file=sys.stderr,
+        )
+
+
+def _read_held_out(folder: Path) -> tuple[str | None, float | None]:
+    """Return the data of a checkpoint's training and the share that it held out.
+
+    Both are `None` if its `metrics.json` does not say so; somebody else may have written that.
+    """
+    from ..untrusted import read_json
+
+    if not (path := folder / "metrics.json").is_file():
+        return None, None
+    try:
+        command: Any = read_json(path).get("eval_command")
+        flags = dict(zip(command[::2], command[1::2], strict=False))
+        return str(flags["--data"]), float(flags["--held_out"])
+    except (UserError, TypeError, KeyError, ValueError):
+        return None, None
 
 
 def _parse_eval(argv: list[str]) -> dict[str, Any]:

@@ -19,9 +19,11 @@ _TRAIN: Flags = [
     ("--from CHECKPOINT", str, None, "start from this checkpoint instead of from scratch"),
     ("--resume", bool, False, "resume an interrupted run"),
     ("--overwrite", bool, False, "delete the run in output_dir and start again"),
+    ("--show", bool, False, "print each setting and where it comes from, and train nothing"),
 ]
 _TRAIN_USAGE = (
-    "hf-nanogpt train [RECIPE] [--from CHECKPOINT] [--resume | --overwrite] [--SETTING VALUE ...]"
+    "hf-nanogpt train [RECIPE] [--from CHECKPOINT] [--resume | --overwrite | --show]"
+    " [--SETTING VALUE ...]"
 )
 
 
@@ -39,6 +41,9 @@ def run_train(argv: list[str]) -> None:
         raise UserError("--resume and --overwrite exclude each other: give one of them.")
 
     load_libraries()
+    if args.show:
+        print(printable(_show_settings(args.recipe or recipe, flags, getattr(args, "from"))))
+        return
     from ..training.run import train
     from ..training.stopping import TrainingInterrupted
 
@@ -59,6 +64,22 @@ def run_train(argv: list[str]) -> None:
         sys.exit(128 + interruption.signum)
     if is_first:
         print(printable(_summary(result)))
+
+
+def _show_settings(recipe: str, flags: list[str], start_from: str | None) -> str:
+    """Return a line for each setting: name, value and where it comes from."""
+    from ..training.origins import explain_settings
+
+    settings = explain_settings(recipe, flags, start_from=start_from)
+    lines = []
+    for group, rows in itertools.groupby(settings, lambda setting: setting.group):
+        lines.append(f"{group}:")
+        for row in rows:
+            value = textwrap.shorten(without_secrets(str(row.value)), 40, placeholder=" ...")
+            lines.append(f"  {row.name:<30} {value:<40} {row.origin}")
+    if start_from:
+        lines.append(f"model:\n  that of {start_from}")
+    return "\n".join(lines)
 
 
 def _program_name() -> str:

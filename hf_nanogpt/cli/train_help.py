@@ -95,5 +95,6 @@ def _one_screen(usage: str, recipes: Sequence[str]) -> str:
         "",
         f"all settings: --help all; of one group: --help data, model, {', '.join(_GROUPS)}",
         "--from CHECKPOINT starts from a model; --resume continues a run; --overwrite deletes it",
+        "--show prints each setting and where it comes from, and trains nothing",
     ]
     return "\n".join(lines)

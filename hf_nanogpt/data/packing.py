@@ -47,9 +47,12 @@ class PackedBlocks(torch_data.Dataset):
     def __reduce__(self):
         return partial(type(self), context_length=self.context_length), (self.open_pieces,)
 
+    @property
+    def num_tokens(self) -> int:
+        return int(self.ends[-1]) if self.pieces else 0
+
     def __len__(self) -> int:
-        tokens = int(self.ends[-1]) if self.pieces else 0
-        return max(1, -(-(tokens - 1) // (self.context_length - 1)))
+        return max(1, -(-(self.num_tokens - 1) // (self.context_length - 1)))
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         if not -len(self) <= index < len(self):

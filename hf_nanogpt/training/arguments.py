@@ -1,5 +1,6 @@
 """Settings for the data, the architecture and the training run, and the flags that set them."""
 
+import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
@@ -148,6 +149,13 @@ def _make_model_arguments() -> type:
 
 
 ModelArguments = _make_model_arguments()
+# A setting that a person types drops those of the recipe that would win over it: the sizes that
+# the recipe gives to its own preset, its steps where passes over the data are asked for.
+_REPLACED = {
+    "preset": {*ModelArguments.__annotations__},
+    "bias": {"attention_bias", "mlp_bias"},
+    "num_train_epochs": {"max_steps"},
+}
 
 
 class _Parser(HfArgumentParser):
@@ -167,6 +175,12 @@ class _Parser(HfArgumentParser):
             hint = did_you_mean(unknown[0], known) or f" See {self.prog} --help."
             raise UserError(f"{unknown[0]} is not a setting.{hint}")
         return tuple(parts)
+
+    def read(self, flags: Sequence[str]) -> dict[str, Any]:
+        """Return the values of those settings that the flags name, and no defaults."""
+        for action in self._actions:
+            action.default = argparse.SUPPRESS
+        return vars(self.parse_known_args(list(flags))[0])
 
 
 def make_parser() -> _Parser:
@@ -196,18 +210,15 @@ def parse_settings(
     Args:
         recipe: the name of a recipe of the package, or the path of a YAML file.
         flags: as on the command line, `["--max_steps", "100"]`; they win over all others.
-        settings: the same as keywords, `max_steps=100`; they win over the recipe.
+        settings: the same as keywords, `max_steps=100`; they win over the recipe. A `preset` given
+            in either way also wins over the sizes in the recipe.
 
     Raises:
         UserError: the recipe or a setting is unknown, or a value does not fit.
     """
-    defaults, lora_defaults = read_recipe(recipe)
     chosen = [*as_flags(settings), *flags]
-    check_text(str(recipe), *as_flags(defaults | lora_defaults), *chosen)
-    parser = make_parser()
-    data, model, training = parser.parse([*as_flags(defaults), *chosen])
-    if training.lora and lora_defaults:
-        data, model, training = parser.parse([*as_flags(defaults | lora_defaults), *chosen])
+    check_text(str(recipe), *chosen)
+    data, model, training = make_parser().parse([*choose_defaults(recipe, chosen), *chosen])
     check_run(training)
     architecture = {name: value for name, value in vars(model).items() if value is not None}
     if "rope_parameters" in architecture:
@@ -215,6 +226,22 @@ def parse_settings(
             model.rope_parameters, where=f"rope_parameters={model.rope_parameters:.80}"
         )
     return data, architecture, training
+
+
+def choose_defaults(recipe: str | Path, chosen: Sequence[str]) -> list[str]:
+    """Return the settings of a recipe as flags, without those that the `chosen` flags replace."""
+    defaults, lora_defaults = read_recipe(recipe)
+    check_text(*as_flags(defaults | lora_defaults))
+    parser = make_parser()
+    if parser.read([*as_flags(defaults), *chosen]).get("lora"):
+        defaults |= lora_defaults
+    replaced = set().union(*(_REPLACED.get(name, ()) for name in parser.read(chosen)))
+    kept = []
+    for name, value in defaults.items():
+        flags = as_flags({name: value})
+        if not parser.read(flags).keys() & replaced:  # it knows the other names of a setting
+            kept += flags
+    return kept
 
 
 def check_text(*texts: str) -> None:

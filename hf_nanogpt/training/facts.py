@@ -13,10 +13,41 @@ from transformers.training_args import OptimizerNames
 
 from .. import __version__
 from ..data.documents import DataArguments
+from ..data.packing import PackedBlocks
 from ..data.stored import holds_tokens
 from ..hub.publishable import publish_command, publish_place
 from .arguments import NanoGPTTrainingArguments
 from .trainer import NanoGPTTrainer
+
+
+def describe_plan(
+    trainer: NanoGPTTrainer,
+    recipe: str,
+    start_from: str | Path | None,
+    data_args: DataArguments,
+    *,
+    steps: int,
+    steps_per_epoch: int,
+) -> str:
+    """Return what a training of so many steps is about to do, a line for each fact."""
+    args, blocks, held_out = trainer.args, trainer.train_dataset, trainer.eval_dataset
+    # A stream has no known size.
+    learnt, measured = (
+        f"{side.num_tokens:,} tokens" if isinstance(side, PackedBlocks) else "a stream"
+        for side in (blocks, held_out)
+    )
+    passes = f", {steps / steps_per_epoch:,.2f} passes over the data"
+    model = trainer.model
+    count, trained = model.num_parameters(), model.num_parameters(only_trainable=True)
+    part = f", {trained:,} of them trained" if trained < count else ""
+    facts = {
+        "data": f"{learnt} to train on, {measured} held out",
+        "tokenizer": _describe_tokenizer(trainer, start_from, data_args),
+        "model": f"{count:,} parameters{part}",
+        "steps": f"{steps:,}{passes if isinstance(blocks, PackedBlocks) else ''}",
+        "recipe": f"{Path(recipe).name}, {_name_optimizer(args)}, peak rate {args.learning_rate:g}",
+    }
+    return "\n".join(f"{name:<10} {fact}" for name, fact in facts.items())
 
 
 def collect_metrics(
@@ -82,7 +113,7 @@ def collect_facts(
         "settings": {
             "Tokenizer": _describe_tokenizer(trainer, start_from, data_args),
             "Batch": f"{batch} blocks of {length} tokens",
-            "Optimizer": OptimizerNames(args.optim).value if args.optim else args.optim_recipe,
+            "Optimizer": _name_optimizer(args),
             "Learning rate": args.learning_rate,
             "Schedule": SchedulerType(args.lr_scheduler_type).value,
             "Weight decay": args.weight_decay,
@@ -116,6 +147,10 @@ def _describe_weights(trainer: NanoGPTTrainer) -> str | None:
     if not (args.load_best_model_at_end and state.best_model_checkpoint):
         return None
     return f"of step {state.best_global_step}, the best by {args.metric_for_best_model}"
+
+
+def _name_optimizer(args: NanoGPTTrainingArguments) -> str:
+    return OptimizerNames(args.optim).value if args.optim else args.optim_recipe
 
 
 def _describe_adapter(args: NanoGPTTrainingArguments) -> str | None:

@@ -5,6 +5,7 @@ flags win.
 """
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ def read_recipe(recipe: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
     if not path.is_file():
         known = list_recipes()
         raise UserError(
-            f"recipe={recipe} is unknown.{did_you_mean(str(recipe), known)} Known: "
+            f"recipe={recipe} is unknown.{_suggest(Path(recipe), known)} Known: "
             f"{', '.join(known)}, or the path of a .yaml file."
         )
     try:
@@ -49,6 +50,16 @@ def read_recipe(recipe: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
     lora_defaults = sections.pop("lora", None) or {}
     defaults = {name: value for part in sections.values() for name, value in (part or {}).items()}
     return defaults, lora_defaults
+
+
+def _suggest(path: Path, known: list[str]) -> str:
+    """Say what to give in place of `path`, which may be a text or a checkpoint."""
+    name = shlex.quote(str(path))
+    if (path / "config.json").is_file():
+        return f" To continue training it: hf-nanogpt train finetune --from {name} --data TEXT."
+    if path.exists():
+        return f" To train on it: hf-nanogpt train --data {name}."
+    return did_you_mean(str(path), known)
 
 
 def as_flags(settings: dict[str, Any]) -> list[str]:

@@ -26,14 +26,15 @@ from ..data.corpus import prepare_tokenizer
 from ..data.documents import DataArguments
 from ..data.encoding import is_learnt
 from ..data.stored import prepare_data
-from ..errors import UserError, is_out_of_memory, settings_errors
+from ..errors import UserError, is_out_of_memory, printable, settings_errors
 from ..hub import render_model_card, write_card
 from .arguments import NanoGPTTrainingArguments, check_text, parse_settings
-from .callbacks import PlotCallback, SpeedCallback, plot_losses
-from .facts import collect_facts, collect_metrics
+from .callbacks import PlotCallback, SpeedCallback, plot_losses, warn_if_unwritable
+from .facts import collect_facts, collect_metrics, describe_plan
 from .locking import lock_output_dir
 from .lora import add_adapter, describe_adapter, merge_adapter
 from .preparing import check_architecture, load_start, prepare_blocks, prepare_model
+from .progress import show
 from .recipes import as_flags
 from .run_settings import check_settings_match, describe_settings
 from .samples import SampleCallback, choose_prompt, draw_sample
@@ -94,6 +95,7 @@ def train(
         evaluate_first = (args.eval_on_start or bool(start_from)) and not last_checkpoint
         args = replace(args, eval_on_start=evaluate_first)
         trainer, prompt = _prepare(data_args, architecture, args, start_from, last_checkpoint)
+        _show_plan(trainer, str(recipe), start_from, data_args)
         before = None
         if start_from:
             before = _draw(trainer, trainer.model, prompt) if args.should_save else ""
@@ -204,12 +206,28 @@ def _prepare(
         set_seed(args.seed)
         grown, (_, revision) = len(tokenizer) > start.num_tokens, split_revision(str(start_from))
         model = add_adapter(model, args, with_embeddings=grown, revision=revision)
-    prompt = choose_prompt(args, data_args, tokenizer, next(iter(validation))["input_ids"])
+    first = next(iter(validation))["input_ids"]
+    prompt = choose_prompt(args, data_args, tokenizer, first, context_length=length)
     parts = {"train_dataset": blocks, "eval_dataset": validation, "processing_class": tokenizer}
     trainer = _make_trainer(model, args, prompt, length, settings=settings, **parts)
-    with settings_errors():  # of the loader; the schedule is checked too
-        trainer.set_initial_training_values(args, trainer.get_train_dataloader())
     return trainer, prompt
+
+
+def _show_plan(
+    trainer: NanoGPTTrainer, recipe: str, start_from: str | Path | None, data_args: DataArguments
+) -> None:
+    """Check the loader and the schedule, and print what the training is about to do."""
+    args = trainer.args
+    with settings_errors():  # of the loader
+        _, per_epoch, *_, steps = trainer.set_initial_training_values(
+            args, trainer.get_train_dataloader()
+        )
+    if args.process_index == 0 and not args.disable_tqdm:
+        plan = describe_plan(
+            trainer, recipe, start_from, data_args, steps=steps, steps_per_epoch=per_epoch
+        )
+        with warn_if_unwritable("The plan"):
+            show(printable(plan))
 
 
 def _make_trainer(

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import cast
 
 import numpy as np
+import regex
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.utils import logging
 
 from ..analysis.plots import replace_file
 from ..data.documents import DataArguments
-from ..data.encoding import decode_ids, is_learnt
+from ..data.encoding import decode_ids, is_learnt, is_start
 from ..data.sources import STDLIB
 from ..errors import UserError, printable
 from ..generation import generate_text
@@ -20,6 +21,8 @@ from .callbacks import SpeedCallback, warn_if_unwritable
 from .progress import show
 
 logger = logging.get_logger(__name__)
+
+_LONGEST_PROMPT = 40  # characters
 
 
 class SampleCallback(TrainerCallback):
@@ -95,21 +98,54 @@ def choose_prompt(
     data_args: DataArguments,
     tokenizer: PreTrainedTokenizerBase,
     held_out: np.ndarray,
+    *,
+    context_length: int,
 ) -> str:
-    """Return the prompt of the samples: the user's, or the start of a held-out block.
+    """Return the prompt of the samples: the user's, or the start of the held-out text.
 
-    Of a conversation, that is everything before the first answer.
+    It is the first words of a text, at most three; or a conversation until its first answer. It
+    takes at most a quarter of the context, so that the model has room to write. `held_out` is the
+    first block, (T,).
     """
     if args.sample_prompt is not None:
         return args.sample_prompt
+    most = context_length // 4
+    if not is_learnt(held_out).all():
+        return _choose_question(tokenizer, held_out, most)
     if data_args.data == STDLIB:
-        return "def main("
-    if not (learnt := is_learnt(held_out)).all():
-        end = learnt.argmax() or len(held_out) // 2  # without an answer, half of the question
-        return cast(str, tokenizer.decode(decode_ids(held_out[:end])))
-    # Of a text, the first three words, which are not too long.
+        return _shorten_prompt("def main(", tokenizer, most)
     words = cast(str, tokenizer.decode(decode_ids(held_out), skip_special_tokens=True)).split()
-    return " ".join(words[:3])[: min(40, len(held_out) // 2)]
+    return _shorten_prompt(" ".join(words[:3]), tokenizer, most)
+
+
+def _choose_question(tokenizer: PreTrainedTokenizerBase, held_out: np.ndarray, most: int) -> str:
+    """Return a conversation until its first answer: the first that fits, or else the shortest.
+
+    A question is not cut: only behind its end has the model learnt to write.
+    """
+    starts = np.flatnonzero(is_start(held_out, tokenizer.eos_token_id))
+    conversations = [part for part in np.split(held_out, starts) if is_learnt(part).any()]
+    questions = [part[: is_learnt(part).argmax()] for part in conversations]
+    fitting = [question for question in questions if 0 < len(question) <= most]
+    if whole := fitting or sorted((q for q in questions if len(q)), key=len):
+        return cast(str, tokenizer.decode(decode_ids(whole[0])))
+    # No answer begins in the block.
+    text = tokenizer.decode(decode_ids(held_out), skip_special_tokens=True)
+    return _shorten_prompt(cast(str, text), tokenizer, most)
+
+
+def _shorten_prompt(text: str, tokenizer: PreTrainedTokenizerBase, most: int) -> str:
+    r"""Return the first words of a text that fit, or else the first characters of its first word.
+
+    A character is what a reader takes for one (`\X`, Unicode's extended grapheme cluster), such as
+    a letter with the marks behind it.
+    """
+    for unit in (r"\S+", r"\X"):
+        ends = [part.end() for part in regex.finditer(unit, text) if part.end() <= _LONGEST_PROMPT]
+        for end in reversed(ends):
+            if len(tokenizer(text[:end], add_special_tokens=False)["input_ids"]) <= most:
+                return text[:end]
+    return ""
 
 
 def draw_sample(

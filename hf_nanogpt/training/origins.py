@@ -1,0 +1,82 @@
+"""Where each setting of a training comes from: a flag, the recipe, a preset or a default."""
+
+from collections.abc import Container, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainingArguments
+
+from ..presets import PRESETS
+from .arguments import (
+    ModelArguments,
+    NanoGPTTrainingArguments,
+    choose_defaults,
+    make_parser,
+    parse_settings,
+)
+from .preparing import make_config
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A setting, its value, and whether that is of a flag, a recipe, a preset or a default."""
+
+    group: str
+    name: str
+    value: Any
+    origin: str
+
+
+def explain_settings(
+    recipe: str | Path, flags: Sequence[str] = (), *, start_from: str | Path | None = None
+) -> list[Setting]:
+    """Return the settings that `train` would use with the same arguments, and train nothing.
+
+    They are those of the data; those of the architecture, unless `start_from` brings its own; and
+    the training arguments that differ from the defaults of `TrainingArguments`, or are given.
+
+    Raises:
+        UserError: as `parse_settings`, or there is no such architecture.
+    """
+    data, architecture, args = parse_settings(recipe, flags)
+    typed = make_parser().read(flags)
+    in_recipe = make_parser().read(choose_defaults(recipe, flags))
+    if "bias" in architecture:  # nanoGPT's name for two fields
+        for given in (typed, in_recipe):
+            given |= dict.fromkeys(("attention_bias", "mlp_bias") if "bias" in given else ())
+    preset = architecture.get("preset", "nano")
+    in_preset: dict[str, Any] = {}
+    groups = {"data": vars(data)}
+    if not start_from:
+        config = make_config(architecture, vocab_size=data.vocab_size)
+        names = [name for name in ModelArguments.__annotations__ if name not in ("preset", "bias")]
+        groups["model"] = {"preset": preset} | {name: getattr(config, name) for name in names}
+        # Another size may have replaced what the preset says.
+        row = PRESETS[preset].items()
+        in_preset = {name: value for name, value in row if getattr(config, name) == value}
+    groups["training"] = _list_changed(args, {*typed, *in_recipe})
+
+    def find_origin(name: str) -> str:
+        if name in typed:
+            return "flag"
+        if name in in_recipe:
+            return f"recipe {Path(recipe).stem}"
+        return f"preset {preset}" if name in in_preset else "default"
+
+    return [
+        Setting(group, name, value, find_origin(name))
+        for group, settings in groups.items()
+        for name, value in settings.items()
+        if value is not None
+    ]
+
+
+def _list_changed(args: NanoGPTTrainingArguments, given: Container[str]) -> dict[str, Any]:
+    """Return the arguments that are given, or have another value than in `TrainingArguments`."""
+    usual = TrainingArguments(output_dir=args.output_dir, use_cpu=args.use_cpu).to_dict()
+    return {  # `to_dict` hides tokens
+        name: value
+        for name, value in args.to_dict().items()
+        if value != usual.get(name) or name in given
+    }

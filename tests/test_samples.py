@@ -1,0 +1,74 @@
+"""The prompt of the samples: whole words, or whole characters, that leave room to write."""
+
+import pytest
+from conftest import CORPUS
+from datasets import Dataset
+
+from hf_nanogpt import DataArguments, NanoGPTTrainingArguments, add_chat_template, train_tokenizer
+from hf_nanogpt.data.packing import pack_documents
+from hf_nanogpt.training.samples import choose_prompt
+
+STORY = "Once upon a time there was a model. " * 9
+
+
+def choose(rows: dict, tokenizer, block_size: int, data: str = "my.txt", **settings) -> str:
+    args = NanoGPTTrainingArguments(output_dir="unused", use_cpu=True, **settings)
+    blocks = pack_documents(Dataset.from_dict(rows), tokenizer, context_length=block_size)
+    first = blocks[0]["input_ids"]
+    return choose_prompt(
+        args, DataArguments(data=data), tokenizer, first, context_length=block_size
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "block_size", "expected"),
+    [
+        (STORY, 128, "Once upon a"),
+        (STORY, 40, "Once upon"),
+        ("Donaudampfschiffahrt " * 9, 20, "Donau"),  # the word does not fit
+        ("Привет, мир! " * 40, 256, "Привет, мир! Привет,"),
+        ("नमस्ते दुनिया " * 40, 160, "नमस्ते दुनिया"),
+        ("吾輩は猫である。名前はまだ無い。" * 9, 64, "吾輩は猫で"),  # 3 bytes each
+        ("e\u0301" * 300, 44, "e\u0301" * 3),  # a letter and an accent have 3 bytes
+        ("\U0001f469\u200d\U0001f4bb" * 90, 100, "\U0001f469\u200d\U0001f4bb" * 2),  # 11 bytes
+        ("猫" * 90, 8, ""),  # not even one fits
+    ],
+)
+def test_a_prompt_is_whole_words_or_characters_in_a_quarter_of_the_block(
+    text, block_size, expected
+):
+    tokenizer = train_tokenizer([text], kind="byte")
+    assert choose({"text": [text]}, tokenizer, block_size) == expected
+    assert len(expected.encode()) <= block_size // 4
+
+
+@pytest.mark.parametrize("block_size", [32, 64, 512])
+def test_a_prompt_of_a_trained_tokenizer_takes_a_quarter_at_most(block_size):
+    tokenizer = train_tokenizer([CORPUS], kind="bpe", vocab_size=400)
+    prompt = choose({"text": [CORPUS]}, tokenizer, block_size)
+    assert 0 < len(tokenizer(prompt)["input_ids"]) <= block_size // 4 and len(prompt) <= 40
+    assert " ".join(CORPUS.split()).startswith(prompt)
+    if block_size > 32:
+        assert prompt.split() == CORPUS.split()[: len(prompt.split())]
+
+
+def test_a_prompt_that_is_given_stays_and_that_of_code_fits():
+    tokenizer = train_tokenizer([], kind="byte")
+    assert choose({"text": [STORY]}, tokenizer, 8, sample_prompt="a" * 50) == "a" * 50
+    assert choose({"text": [STORY]}, tokenizer, 256, data="python-stdlib") == "def main("
+    assert choose({"text": [STORY]}, tokenizer, 16, data="python-stdlib") == "def"
+
+
+@pytest.mark.parametrize(
+    ("block_size", "asked"), [(2000, "Why why"), (300, "Who?"), (130, "Why why")]
+)
+def test_the_prompt_of_a_chat_is_a_whole_question(block_size, asked):
+    # Questions of 116 and 24 tokens; in a block of 130 only the first has an answer.
+    tokenizer = train_tokenizer([], kind="byte")
+    add_chat_template(tokenizer)
+    chats = [
+        [{"role": "user", "content": question}, {"role": "assistant", "content": "I."}]
+        for question in ("Why why " * 12, "Who?")
+    ]
+    prompt = choose({"messages": chats}, tokenizer, block_size)
+    assert prompt.endswith("<|im_start|>assistant\n") and asked in prompt
