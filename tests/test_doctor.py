@@ -105,6 +105,7 @@ def test_an_untrained_nano_is_reported_as_proving_nothing():
 
 
 def test_an_extra_lacks_the_packages_that_its_inner_extra_lacks(monkeypatch):
+    pytest.importorskip("lm_eval")
     # `serve` is transformers[serving]: transformers is always installed, uvicorn may not be.
     monkeypatch.setattr(
         doctor, "_version", lambda name: "not installed" if name == "uvicorn" else version(name)

@@ -90,6 +90,10 @@ def test_each_setting_is_shown_with_where_it_comes_from():
     assert shown["learning_rate"] == (1e-3, "flag")
     assert shown["max_steps"] == (700, "recipe quickstart")
     assert "warmup_steps" not in shown and "adam_epsilon" not in shown  # as in TrainingArguments
+
+
+def test_settings_of_an_adapter_are_shown_without_an_architecture():
+    pytest.importorskip("peft")
     tuned = explain_settings("finetune", ["--use_cpu", "--lora"], start_from="runs/x")
     assert {s.group for s in tuned} == {"data", "training"}  # the checkpoint has the architecture
     [rate] = [s for s in tuned if s.name == "learning_rate"]

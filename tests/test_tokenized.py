@@ -324,7 +324,7 @@ def test_a_model_trains_on_nanogpts_characters(char_files, tmp_path):
     assert block == [2, 3, 4, 1, 5, 6, 0] * 9 and tokenizer.decode(block) == "abc de\n" * 9
     result = train(data=str(char_files), output_dir=str(tmp_path / "run"), max_steps=2, **TINY)
     assert result.metrics["eval_tokens"] == result.metrics["eval_bytes"] == 62
-    assert result.prompt.startswith("abc de")
+    assert result.prompt == "abc"  # a quarter of the context has no room for more
 
 
 def test_gpt2_tokens_are_cut_as_they_stand(tmp_path, gpt2_tokenizer):
