@@ -163,7 +163,7 @@ FAULTS = [
     ),
     Fault(
         "a resumed run forgets the loss since the last log",
-        "training/resume.py",
+        "training/restoring.py",
         "trainer._tr_loss += losses[args.process_index]",
         "pass",
         "test_interruption test_training",
