@@ -21,7 +21,7 @@ WAYS = {"all logits": None, "in chunks": linear_cross_entropy}
 
 
 def make_model() -> tuple[NanoGPTForCausalLM, torch.Tensor]:
-    """Return a GPT-2 of one layer, whose loss outweighs the rest, and a batch."""
+    """Return a GPT-2 of one layer and a batch; the loss takes more memory than the rest."""
     torch.set_num_threads(2)
     torch.manual_seed(0)
     config = load_preset("gpt2", n_layer=1)

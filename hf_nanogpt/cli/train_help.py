@@ -54,7 +54,7 @@ def print_help(usage: str, recipes: Sequence[str], topic: str | None) -> None:
     """Print one screen, or the settings of a topic: `all`, `data`, `model` or one of the groups.
 
     Raises:
-        UserError: there is no such topic.
+        UserError: the topic is unknown.
     """
     if topic is None:
         print(_one_screen(usage, recipes))
