@@ -104,8 +104,9 @@ class NanoGPTTrainingArguments(TrainingArguments):
         metric = self.metric_for_best_model or ""
         if self.greater_is_better is None and metric.endswith(METRICS):
             self.greater_is_better = False
-        if not torch.accelerator.is_available():
-            self.dataloader_pin_memory = False
+        self.dataloader_pin_memory &= torch.accelerator.is_available()
+        if self.accelerator_config is None:  # let no CPU wait for copies to a GPU
+            self.accelerator_config = {"non_blocking": self.dataloader_pin_memory}
         check_values(self)
         # The base class must have an `optim`; none of its own means ours.
         chosen, self.optim = self.optim, self.optim or TrainingArguments.optim
