@@ -329,6 +329,6 @@ def test_the_real_smollm2_writes_the_same_text_in_llama_cpp(tmp_path):
     convert_checkpoint(tmp_path / "theirs", tmp_path / "ours")
     model, tokenizer = load_checkpoint(tmp_path / "ours")
     llama = LlamaCpp(export_gguf(tmp_path / "ours", tmp_path / "model.gguf"))
-    _assert_same_text(model, tokenizer, llama, tolerance=2e-3, prompts=PROMPTS[:2], count=8)
+    _assert_same_text(model, tokenizer, llama, tolerance=2e-3, prompts=PROMPTS[:1], count=8)
     for text in STRINGS:
         assert llama.tokenize(text) == tokenizer(text).input_ids, text
