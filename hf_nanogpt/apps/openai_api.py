@@ -39,9 +39,9 @@ _SETTINGS: dict[str, tuple[str, Rule]] = {
 # Labels for the owner of a server, which change no answer.
 _LABELS = {"user": str, "safety_identifier": str, "prompt_cache_key": str, "metadata": dict}
 _COMMON = {"model", "stop", "stream", "stream_options", "n", "logprobs", "logit_bias"}
-_COMMON |= {"generation_config"} | _SETTINGS.keys() | _LABELS.keys()
+_COMMON |= {"generation_config", "user"} | _SETTINGS.keys()
 _TEXT = (_COMMON - {"max_completion_tokens"}) | {"prompt", "echo", "best_of"}
-_CHAT = _COMMON | {"messages", "top_logprobs"}
+_CHAT = _COMMON | {"messages", "top_logprobs"} | _LABELS.keys()
 # Fields that are not implemented, and the values that change nothing.
 _NEUTRAL: dict[str, list[Any]] = {
     "best_of": [1],
@@ -146,7 +146,7 @@ def _check_known(fields: dict[str, Any], known: set[str]) -> None:
                 f"implement {name[:80]}. Leave it out{others}. The fields it knows are "
                 f"{', '.join(sorted(known))}.",
                 name[:80],
-                "unsupported_parameter" if neutral else "unknown_parameter",
+                "unsupported_parameter",
             )
 
 
