@@ -29,7 +29,7 @@ _TRAIN_USAGE = (
 
 def run_train(argv: list[str]) -> None:
     command = [word for word in argv if word not in ("--resume", "--overwrite")]
-    recipe = argv.pop(0) if argv and not argv[0].startswith("-") else "quickstart"
+    recipe = argv.pop(0) if argv and not argv[0].startswith("-") else None
     parser = Parser("train", usage=_TRAIN_USAGE, add_help=False)
     parser.add_argument("-h", "--help", nargs="?", const="", metavar="GROUP")
     add_flags(parser, _TRAIN)
@@ -66,7 +66,7 @@ def run_train(argv: list[str]) -> None:
         print(printable(_summary(result)))
 
 
-def _show_settings(recipe: str, flags: list[str], start_from: str | None) -> str:
+def _show_settings(recipe: str | None, flags: list[str], start_from: str | None) -> str:
     """Return a line for each setting: name, value and where it comes from."""
     from ..training.origins import explain_settings
 

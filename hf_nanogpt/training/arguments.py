@@ -27,7 +27,7 @@ from .checks import (
     explain_arguments,
 )
 from .optim import OPTIM_DEFAULTS, OptimRecipe
-from .recipes import as_flags, read_recipe
+from .recipes import Choice, as_flags, read_recipe
 from .recipes import list_recipes as list_recipes  # also found here
 
 
@@ -213,12 +213,12 @@ def parse_data(flags: Sequence[str]) -> DataArguments:
 
 
 def parse_settings(
-    recipe: str | Path, flags: Sequence[str] = (), **settings: Any
+    recipe: str | Path | Choice, flags: Sequence[str] = (), **settings: Any
 ) -> tuple[DataArguments, dict[str, Any], NanoGPTTrainingArguments]:
     """Return the settings for data, architecture and training.
 
     Args:
-        recipe: the name of a recipe of the package, or the path of a YAML file.
+        recipe: the name of a recipe of the package, the path of a YAML file, or a choice.
         flags: as on the command line, `["--max_steps", "100"]`; they win over all others.
         settings: the same as keywords, `max_steps=100`; they win over the recipe. A `preset` given
             in either way also wins over the sizes in the recipe.
@@ -238,7 +238,7 @@ def parse_settings(
     return data, architecture, training
 
 
-def choose_defaults(recipe: str | Path, chosen: Sequence[str]) -> list[str]:
+def choose_defaults(recipe: str | Path | Choice, chosen: Sequence[str]) -> list[str]:
     """Return the settings of a recipe as flags, without those that the `chosen` flags replace."""
     defaults, lora_defaults = read_recipe(recipe)
     check_text(*as_flags(defaults | lora_defaults))

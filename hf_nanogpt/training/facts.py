@@ -17,6 +17,7 @@ from ..data.packing import PackedBlocks
 from ..data.stored import holds_tokens
 from ..hub.publishable import publish_command, publish_place
 from .arguments import NanoGPTTrainingArguments
+from .recipes import CHOSEN
 from .trainer import NanoGPTTrainer
 
 
@@ -100,6 +101,7 @@ def collect_facts(
     """
     # The command that repeats the training, and the size of a step.
     args, length = trainer.args, trainer.speed.context_length
+    named = [] if recipe == CHOSEN else [recipe]
     start = ["--from", str(start_from)] if start_from else []
     size = trainer.state.train_batch_size if args.auto_find_batch_size else args.train_batch_size
     batch = (size or 1) * args.gradient_accumulation_steps * args.world_size
@@ -108,7 +110,7 @@ def collect_facts(
         "data": publish_place(data_args.data),
         "datasets": [data_args.data] if _is_hub_dataset(data_args.data) else [],
         "start_from": start_from and publish_place(str(start_from)),
-        "command": publish_command(["hf-nanogpt", "train", recipe, *start, *flags]),
+        "command": publish_command(["hf-nanogpt", "train", *named, *start, *flags]),
         "eval_command": _repeat_evaluation(data_args, args.document_mask),
         "settings": {
             "Tokenizer": _describe_tokenizer(trainer, start_from, data_args),

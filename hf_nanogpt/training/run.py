@@ -30,12 +30,13 @@ from ..errors import UserError, is_out_of_memory, printable, settings_errors
 from ..hub import render_model_card, write_card
 from .arguments import NanoGPTTrainingArguments, check_text, parse_settings
 from .callbacks import PlotCallback, SpeedCallback, plot_losses, warn_if_unwritable
+from .choosing import settle_recipe, store_recipe
 from .facts import collect_facts, collect_metrics, describe_plan
 from .locking import lock_output_dir
 from .lora import add_adapter, describe_adapter, merge_adapter
 from .preparing import load_start, prepare_blocks, prepare_config, prepare_model
 from .progress import show
-from .recipes import as_flags
+from .recipes import Choice, as_flags
 from .run_settings import check_settings_match, describe_settings
 from .samples import SampleCallback, choose_prompt, draw_sample
 from .stopping import name_missing_ranks, stop_on_signals
@@ -55,7 +56,7 @@ class TrainingResult:
 
 
 def train(
-    recipe: str | Path = "quickstart",
+    recipe: str | Path | None = None,
     flags: Sequence[str] = (),
     *,
     start_from: str | Path | None = None,
@@ -66,7 +67,8 @@ def train(
     """Train a tokenizer and a model, and write the checkpoint folder.
 
     Args:
-        recipe: the name of a recipe of the package, or the path of a YAML file.
+        recipe: the name of a recipe of the package, or the path of a YAML file; by default what
+            suits the text (see choosing.py), or `quickstart`.
         flags: settings as on the command line; they win over `settings`.
         start_from: folder or Hub id of a checkpoint to continue training; by default, model and
             tokenizer are made from scratch. It is measured first: its loss on the held-out text and
@@ -84,7 +86,9 @@ def train(
         TrainingInterrupted: a `KeyboardInterrupt`; Ctrl-C, SIGTERM or SIGHUP came during training,
             and a checkpoint was saved first.
     """
-    data_args, architecture, args = parse_settings(recipe, flags, **settings)
+    typed = [*as_flags(settings), *flags]
+    chosen = settle_recipe(recipe, typed, start_from=start_from, resume=resume)
+    data_args, architecture, args = parse_settings(chosen, typed)
     _check_start(start_from, args, data_args)
 
     lock = lock_output_dir(args.output_dir) if args.should_save else nullcontext()
@@ -95,7 +99,7 @@ def train(
         evaluate_first = (args.eval_on_start or bool(start_from)) and not last_checkpoint
         args = replace(args, eval_on_start=evaluate_first)
         trainer, prompt = _prepare(data_args, architecture, args, start_from, last_checkpoint)
-        _show_plan(trainer, str(recipe), start_from, data_args)
+        _show_plan(trainer, chosen, start_from, data_args)
         before = None
         if start_from:
             before = _draw(trainer, trainer.model, prompt) if args.should_save else ""
@@ -105,14 +109,15 @@ def train(
             clear_output_dir(args.output_dir)
         elif args.should_save and resume:
             clear_unfinished(args.output_dir, last_checkpoint)
+        if args.should_save:
+            store_recipe(chosen, args.output_dir)
         seconds = _fit(trainer, last_checkpoint)
 
         # Gather what metrics.json and the card say, and write the folder.
-        written = [*as_flags(settings), *flags]
         validation = next(iter(cast(Any, trainer.eval_dataset)))
         metrics = {
             **collect_metrics(trainer, seconds, sample_before=before),
-            **collect_facts(trainer, str(recipe), written, start_from, data_args),
+            **collect_facts(trainer, str(chosen), typed, start_from, data_args),
             "is_chat": trainer.processing_class.chat_template is not None,
             # In conversations only the answers are learnt, in other text every token.
             "learnt_answers": not all(is_learnt(validation["input_ids"])),
@@ -215,7 +220,10 @@ def _prepare(
 
 
 def _show_plan(
-    trainer: NanoGPTTrainer, recipe: str, start_from: str | Path | None, data_args: DataArguments
+    trainer: NanoGPTTrainer,
+    recipe: str | Path | Choice,
+    start_from: str | Path | None,
+    data_args: DataArguments,
 ) -> None:
     """Check the loader and the schedule, and print what the training is about to do."""
     args = trainer.args
@@ -225,8 +233,10 @@ def _show_plan(
         )
     if args.process_index == 0 and not args.disable_tqdm:
         plan = describe_plan(
-            trainer, recipe, start_from, data_args, steps=steps, steps_per_epoch=per_epoch
+            trainer, str(recipe), start_from, data_args, steps=steps, steps_per_epoch=per_epoch
         )
+        for line in recipe.reasons if isinstance(recipe, Choice) else ():
+            plan += f"\n{'chosen':<10} {line}"
         with warn_if_unwritable("The plan"):
             show(printable(plan))
 
