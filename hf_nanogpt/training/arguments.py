@@ -80,6 +80,11 @@ class NanoGPTTrainingArguments(TrainingArguments):
     eval_steps: float | None = setting(
         None, "Steps between evaluations, or a share of all steps. Default: 0.1."
     )
+    eval_tokens: int | None = setting(
+        None,
+        "Held-out tokens of each evaluation while training. Default: so many that evaluations and "
+        "samples together cost at most a tenth of the steps. The end measures all.",
+    )
     save_steps: float = setting(0.2, "Steps between checkpoints, or a share of all steps.")
     save_total_limit: int | None = 2
     logging_nan_inf_filter: bool = False  # it would hide that training has failed

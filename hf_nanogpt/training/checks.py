@@ -29,6 +29,7 @@ _WHOLE = {
     "per_device_eval_batch_size": 1,
     "gradient_accumulation_steps": 1,
     "eval_accumulation_steps": 1,
+    "eval_tokens": 1,
     "num_threads": 1,
     "lora_rank": 1,
     "lora_alpha": 1,

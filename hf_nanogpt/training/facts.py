@@ -17,6 +17,7 @@ from ..data.packing import PackedBlocks
 from ..data.stored import holds_tokens
 from ..hub.publishable import publish_command, publish_place
 from .arguments import NanoGPTTrainingArguments
+from .held_out import count_tokens
 from .trainer import NanoGPTTrainer
 
 
@@ -40,14 +41,19 @@ def describe_plan(
     model = trainer.model
     count, trained = model.num_parameters(), model.num_parameters(only_trainable=True)
     part = f", {trained:,} of them trained" if trained < count else ""
+    estimate, evaluation = trainer.estimate, None
+    if estimate and args.eval_strategy != "no":
+        halves = ", in one half of the held-out text" if estimate.has_halves else ""
+        evaluation = f"on {count_tokens(estimate):,} tokens{halves}; at the end on all"
     facts = {
         "data": f"{learnt} to train on, {measured} held out",
         "tokenizer": _describe_tokenizer(trainer, start_from, data_args),
         "model": f"{count:,} parameters{part}",
+        "evaluation": evaluation,
         "steps": f"{steps:,}{passes if isinstance(blocks, PackedBlocks) else ''}",
         "recipe": f"{Path(recipe).name}, {_name_optimizer(args)}, peak rate {args.learning_rate:g}",
     }
-    return "\n".join(f"{name:<10} {fact}" for name, fact in facts.items())
+    return "\n".join(f"{name:<10} {fact}" for name, fact in facts.items() if fact)
 
 
 def collect_metrics(
@@ -57,32 +63,35 @@ def collect_metrics(
 
     With `sample_before`, what the model to start from wrote, its own figures are under `before`.
     """
-    state, args = trainer.state, trainer.args
-    # Measure again only if the model is not the one that was evaluated last.
-    history = [row for row in state.log_history if "eval_loss" in row]
-    is_last = history and history[-1]["step"] == state.global_step
-    last = history[-1] if is_last and not args.load_best_model_at_end else trainer.evaluate()
+    state = trainer.state
+    history = list(state.log_history)
+    final = trainer.evaluate()  # on all of the held-out text
+    state.log_history = history  # the log of the training has only estimates
     metrics: dict[str, Any] = {
-        **_pick_figures(last),
-        "eval_tokens": last["eval_tokens"],
-        "eval_bytes": last["eval_bytes"],
+        **_pick_figures(final),
+        "eval_tokens": final["eval_tokens"],
+        "eval_bytes": final["eval_bytes"],
         "num_parameters": trainer.model.num_parameters(),
         "train_steps": state.global_step,
         "train_tokens": state.num_input_tokens_seen,
         "train_seconds": round(seconds, 2),
         **trainer.speed.summarize(state),
     }
-    history = [row for row in state.log_history if "eval_loss" in row]  # with the one just made
-    if sample_before is not None and history[0]["step"] == 0:
-        metrics["before"] = _pick_figures(history[0]) | {"sample": sample_before}
+    if final.get("eval_fresh_tokens"):
+        metrics["fresh_half"] = _pick_figures(final, "eval_fresh") | {
+            "eval_tokens": final["eval_fresh_tokens"]
+        }
+    before = next((row for row in history if "before_loss" in row), None)
+    if sample_before is not None and before:
+        metrics["before"] = _pick_figures(before, "before") | {"sample": sample_before}
     return metrics
 
 
-def _pick_figures(row: dict[str, float]) -> dict[str, float]:
+def _pick_figures(row: dict[str, float], prefix: str = "eval") -> dict[str, float]:
     return {
-        "eval_loss": row["eval_loss"],
-        "perplexity": row["eval_perplexity"],
-        "bits_per_byte": row["eval_bits_per_byte"],
+        "eval_loss": row[f"{prefix}_loss"],
+        "perplexity": row[f"{prefix}_perplexity"],
+        "bits_per_byte": row[f"{prefix}_bits_per_byte"],
     }
 
 
