@@ -65,6 +65,9 @@ def collect_metrics(
     """
     state = trainer.state
     history = list(state.log_history)
+    kept_step = find_kept_step(trainer)
+    evaluated = (row for row in history if "eval_loss" in row and row["step"] == kept_step)
+    kept_tokens = next(evaluated, {}).get("num_input_tokens_seen", state.num_input_tokens_seen)
     final = trainer.evaluate()  # on all of the held-out text
     state.log_history = history  # the log of the training has only estimates
     metrics: dict[str, Any] = {
@@ -73,6 +76,9 @@ def collect_metrics(
         "eval_bytes": final["eval_bytes"],
         "num_parameters": trainer.model.num_parameters(),
         "train_steps": state.global_step,
+        "kept_step": kept_step,
+        "kept_tokens": kept_tokens,
+        "planned_steps": state.max_steps,
         "train_tokens": state.num_input_tokens_seen,
         "train_seconds": round(seconds, 2),
         **trainer.speed.summarize(state),
@@ -153,9 +159,21 @@ def _describe_tokenizer(
 
 def _describe_weights(trainer: NanoGPTTrainer) -> str | None:
     state, args = trainer.state, trainer.args
-    if not (args.load_best_model_at_end and state.best_model_checkpoint):
+    step, metric = find_kept_step(trainer), "validation loss"
+    if args.load_best_model_at_end and state.best_model_checkpoint:
+        metric = args.metric_for_best_model or metric
+    elif step == state.global_step:
         return None
-    return f"of step {state.best_global_step}, the best by {args.metric_for_best_model}"
+    return f"of step {step:,}, the best by {metric}"
+
+
+def find_kept_step(trainer: NanoGPTTrainer) -> int:
+    """Return the step after which the weights were as they are kept."""
+    state = trainer.state
+    if trainer.args.load_best_model_at_end and state.best_model_checkpoint:
+        return state.best_global_step or 0
+    known = trainer.best is not None and trainer.best.step is not None
+    return trainer.best.step if known else state.global_step
 
 
 def _name_optimizer(args: NanoGPTTrainingArguments) -> str:

@@ -29,6 +29,7 @@ from ..data.stored import prepare_data
 from ..errors import UserError, is_out_of_memory, printable, settings_errors
 from ..hub import render_model_card, write_card
 from .arguments import NanoGPTTrainingArguments, check_text, parse_settings
+from .best import BestCallback
 from .callbacks import PlotCallback, SpeedCallback, plot_losses, warn_if_unwritable
 from .evaluating import StartCallback, use_threads
 from .facts import collect_facts, collect_metrics, describe_plan
@@ -265,9 +266,13 @@ def _make_trainer(
     # One process alone cannot write a sample with a part of the weights.
     samples = [] if args.is_sharded else [SampleCallback(prompt, speed)]
     with settings_errors():  # Trainer checks some of its settings only now
-        return NanoGPTTrainer(
+        trainer = NanoGPTTrainer(
             model, args, callbacks=[*samples, PlotCallback(speed)], speed=speed, **parts
         )
+    # With its weights in parts, a model has no whole ones to keep.
+    if args.keep_best and not (args.load_best_model_at_end or args.is_sharded):
+        trainer.keep_best(BestCallback(args.patience))
+    return trainer
 
 
 def _fit(trainer: NanoGPTTrainer, last_checkpoint: str | None) -> float:
@@ -276,6 +281,8 @@ def _fit(trainer: NanoGPTTrainer, last_checkpoint: str | None) -> float:
     with stop_on_signals(trainer), name_missing_ranks(trainer):
         trainer.train(resume_from_checkpoint=last_checkpoint)
     seconds = time.perf_counter() - trainer.started
+    if trainer.best:
+        trainer.best.restore(trainer.model)
     if args.lora:  # from here on the whole model is measured, saved and pushed
         trainer.model = merge_adapter(
             trainer.model, trainer.processing_class, args.output_dir, save=args.should_save
@@ -305,6 +312,6 @@ def _write_folder(trainer: NanoGPTTrainer, metrics: dict[str, Any], prompt: str)
         except UserError as error:  # keep the old card rather than lose the training
             logger.warning(str(error))
         title = f"{output_dir.name}: loss"
-        final = metrics["train_tokens"], metrics["eval_loss"], metrics["bits_per_byte"]
+        final = metrics["kept_tokens"], metrics["eval_loss"], metrics["bits_per_byte"]
         plot_losses(trainer.state.log_history, folder / "loss.png", title=title, final=final)
     return TrainingResult(output_dir, metrics, prompt, sample)

@@ -54,9 +54,9 @@ class SampleCallback(TrainerCallback):
                 rows = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
         self.rows = [row for row in rows if _read_step(row) <= state.global_step]
 
-    def on_evaluate(self, args, state, control, metrics, **kwargs):
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         is_due = time.perf_counter() - self.drawn > 50 * self.cost
-        if self.every is None and is_due and "eval_loss" in metrics:
+        if self.every is None and is_due and "eval_loss" in (metrics or {}):
             self._sample(args, state, **kwargs)
 
     def on_step_end(self, args, state, control, **kwargs):
