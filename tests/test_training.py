@@ -196,6 +196,7 @@ def test_best_model_is_loaded_and_measured_at_the_end(text_file, tmp_path):
         max_steps=8,
         eval_steps=2,
         save_steps=2,
+        eval_tokens=10_000,  # all of the held-out text
         load_best_model_at_end=True,
         metric_for_best_model="bits_per_byte",
         greater_is_better=True,  # then it is an early one, as losses fall

@@ -82,6 +82,19 @@ class NanoGPTTrainingArguments(TrainingArguments):
     eval_steps: float | None = setting(
         None, "Steps between evaluations, or a share of all steps. Default: 0.1."
     )
+    eval_tokens: int | None = setting(
+        None,
+        "Held-out tokens of each evaluation while training. Default: so many that evaluations and "
+        "samples together cost at most a tenth of the steps. The end measures all.",
+    )
+    keep_best: bool = setting(
+        True,
+        "Keep the weights with the lowest validation loss, and stop early if it turns up. (Not with "
+        "FSDP or DeepSpeed; load_best_model_at_end takes its place.)",
+    )
+    patience: float = setting(
+        0.3, "Share of all steps without a better validation loss before training stops early."
+    )
     save_steps: float = setting(0.2, "Steps between checkpoints, or a share of all steps.")
     save_total_limit: int | None = 2
     logging_nan_inf_filter: bool = False  # it would hide that training has failed

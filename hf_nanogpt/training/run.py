@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from ..checkpoint.foreign import read_tokenizer
 from ..checkpoint.loading import split_revision
-from ..checkpoint.steps import find_intact_checkpoint
+from ..checkpoint.steps import find_intact_checkpoint, read_record
 from ..checkpoint.writing import (
     check_output_dir,
     clear_output_dir,
@@ -29,18 +29,21 @@ from ..data.stored import prepare_data
 from ..errors import UserError, is_out_of_memory, printable, settings_errors
 from ..hub import render_model_card, write_card
 from .arguments import NanoGPTTrainingArguments, check_text, parse_settings
+from .best import BestCallback
 from .callbacks import PlotCallback, SpeedCallback, plot_losses, warn_if_unwritable
 from .choosing import settle_recipe, store_recipe
+from .evaluating import StartCallback, use_threads
 from .facts import collect_facts, collect_metrics, describe_plan
+from .held_out import Estimate, choose_estimate
 from .locking import lock_output_dir
 from .lora import add_adapter, describe_adapter, merge_adapter
-from .preparing import load_start, prepare_blocks, prepare_config, prepare_model
+from .preparing import Blocks, load_start, prepare_blocks, prepare_config, prepare_model
 from .progress import show
 from .recipes import Choice, as_flags
 from .run_settings import check_settings_match, describe_settings
 from .samples import SampleCallback, choose_prompt, draw_sample
 from .stopping import name_missing_ranks, stop_on_signals
-from .trainer import NanoGPTTrainer, use_threads
+from .trainer import NanoGPTTrainer
 
 logger = logging.get_logger(__name__)
 
@@ -102,6 +105,7 @@ def train(
         _show_plan(trainer, chosen, start_from, data_args)
         before = None
         if start_from:
+            trainer.add_callback(StartCallback(trainer))
             before = _draw(trainer, trainer.model, prompt) if args.should_save else ""
 
         # Until here nothing has been written or deleted.
@@ -203,7 +207,10 @@ def _prepare(
 
     # A resumed run must be the same run.
     adapter = describe_adapter(model, args)
-    settings = describe_settings(args, data_args, model.config, blocks, validation, adapter)
+    estimate = _choose_estimate(validation, args, blocks, length, last_checkpoint)
+    settings = describe_settings(
+        args, data_args, model.config, blocks, validation, adapter, estimate
+    )
     if last_checkpoint:
         check_settings_match(last_checkpoint, settings)
 
@@ -216,7 +223,24 @@ def _prepare(
     prompt = choose_prompt(args, data_args, tokenizer, first, context_length=length)
     parts = {"train_dataset": blocks, "eval_dataset": validation, "processing_class": tokenizer}
     trainer = _make_trainer(model, args, prompt, length, settings=settings, **parts)
+    trainer.estimate = estimate
     return trainer, prompt
+
+
+def _choose_estimate(
+    validation: Blocks,
+    args: NanoGPTTrainingArguments,
+    blocks: Blocks,
+    context_length: int,
+    last_checkpoint: str | None,
+) -> Estimate | None:
+    """Return what is evaluated while training: in a resumed run the same as before, even longer."""
+    count = None
+    if last_checkpoint and not args.eval_tokens:
+        count = read_record(last_checkpoint).get("settings", {}).get("eval_blocks")
+        if not isinstance(count, int):  # version 0.1.0 evaluated on all
+            return None
+    return choose_estimate(validation, args, blocks, context_length=context_length, count=count)
 
 
 def _show_plan(
@@ -253,9 +277,13 @@ def _make_trainer(
     # One process alone cannot write a sample with a part of the weights.
     samples = [] if args.is_sharded else [SampleCallback(prompt, speed)]
     with settings_errors():  # Trainer checks some of its settings only now
-        return NanoGPTTrainer(
+        trainer = NanoGPTTrainer(
             model, args, callbacks=[*samples, PlotCallback(speed)], speed=speed, **parts
         )
+    # With its weights in parts, a model has no whole ones to keep.
+    if args.keep_best and not (args.load_best_model_at_end or args.is_sharded):
+        trainer.keep_best(BestCallback(args.patience))
+    return trainer
 
 
 def _fit(trainer: NanoGPTTrainer, last_checkpoint: str | None) -> float:
@@ -264,6 +292,8 @@ def _fit(trainer: NanoGPTTrainer, last_checkpoint: str | None) -> float:
     with stop_on_signals(trainer), name_missing_ranks(trainer):
         trainer.train(resume_from_checkpoint=last_checkpoint)
     seconds = time.perf_counter() - trainer.started
+    if trainer.best:
+        trainer.best.restore(trainer.model)
     if args.lora:  # from here on the whole model is measured, saved and pushed
         trainer.model = merge_adapter(
             trainer.model, trainer.processing_class, args.output_dir, save=args.should_save
@@ -293,5 +323,6 @@ def _write_folder(trainer: NanoGPTTrainer, metrics: dict[str, Any], prompt: str)
         except UserError as error:  # keep the old card rather than lose the training
             logger.warning(str(error))
         title = f"{output_dir.name}: loss"
-        plot_losses(trainer.state.log_history, folder / "loss.png", title=title)
+        final = metrics["kept_tokens"], metrics["eval_loss"], metrics["bits_per_byte"]
+        plot_losses(trainer.state.log_history, folder / "loss.png", title=title, final=final)
     return TrainingResult(output_dir, metrics, prompt, sample)
