@@ -145,10 +145,7 @@ DRAFTS += [("gpt3", how) for how in ("its own draft", "first layer", "prompt loo
 
 @pytest.mark.parametrize(
     ("family", "how"),
-    [
-        pytest.param(*pair, marks=[] if pair[0] == "gpt3" else pytest.mark.slow)
-        for pair in DRAFTS
-    ],
+    [pytest.param(*pair, marks=[] if pair[0] == "gpt3" else pytest.mark.slow) for pair in DRAFTS],
 )
 def test_assisted_decoding_gives_the_greedy_tokens(family, how, tokens):
     if how == "first layer" and parse(transformers.__version__) < parse("5.20"):

@@ -221,7 +221,9 @@ def test_loss_falls_for_both_optimizers(text_file, tmp_path):
 
 def test_evaluation_in_the_trainer_is_independent_of_batch_size(checkpoint, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    blocks = pack_documents(Dataset.from_dict({"text": [CORPUS[:2500]]}), tokenizer, context_length=32)
+    blocks = pack_documents(
+        Dataset.from_dict({"text": [CORPUS[:2500]]}), tokenizer, context_length=32
+    )
     losses = []
     for size in (1, 7, 64):
         args = NanoGPTTrainingArguments(
