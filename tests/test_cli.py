@@ -283,6 +283,7 @@ def test_recipe_file_sets_defaults_and_flags_win(tmp_path, capsys):
     assert (settings["learning_rate"], settings["max_steps"]) == (1e-2, 2)
 
 
+@pytest.mark.slow
 def test_any_preset_and_size_by_flags(tmp_path, capsys):
     (tmp_path / "my.txt").write_text(TEXT, encoding="utf-8")
     for preset in ("gpt2", "llama-7b", "nanochat-d12"):
