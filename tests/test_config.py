@@ -186,7 +186,7 @@ REPLACED = [
     {"dropout": 0.25},
     {"bias": True},
     {"n_layer": 3},
-    {"block_size": 8, "n_head": 2, "head_dim": 8},
+    {"block_size": 8, "n_head": 2, "num_key_value_heads": 1, "head_dim": 8},
     {"rope_theta": 500.0},
     {"rope_scaling": LINEAR},
     {"rope_scaling": LINEAR, "rope_theta": 500.0},
