@@ -128,7 +128,9 @@ class _Choice:
     async def pieces(self) -> AsyncGenerator[_Piece, None]:
         request, writer, prompt = self.answer.request, self.answer.writer, self.prompt
         if request.echo:
-            starts = _find_starts(writer, prompt.ids) if request.top_logprobs is not None else []
+            starts = []
+            if request.top_logprobs is not None:
+                starts = await asyncio.to_thread(_find_starts, writer, prompt.ids)
             yield _Piece(self, prompt.text, prompt.ids, starts)
         chat = self.answer.format.chat
         # A message is a text of its own.
