@@ -14,6 +14,8 @@ from test_serve import ENDLESS, batched, client, openai, post, printed  # noqa: 
 from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from hf_nanogpt import generate_text
+
 types = pytest.importorskip("openai.types")
 
 pytestmark = forked
@@ -139,6 +141,14 @@ def test_tokens_after_a_stop_text_have_no_probabilities(client):
         assert "".join(choice.logprobs.tokens) == whole
 
 
+def test_a_stop_text_at_once_leaves_no_text_and_no_probabilities(client):
+    for stream in (False, True):
+        given = GREEDY | {"stop": follow("the cat")[0], "logprobs": 2, "stream": stream}
+        [choice] = ask(client, **given)
+        assert (choice.text, choice.finish_reason) == ("", "stop")
+        assert stream or choice.logprobs.tokens == choice.logprobs.token_logprobs == []
+
+
 def test_an_impossible_token_has_a_number_in_json(printed):
     body = {"model": "talker", "prompt": "a", "max_tokens": 2, "logprobs": 5, "temperature": 0}
     status, text = post(printed, "/v1/completions", body)
@@ -219,6 +229,18 @@ def test_stream_and_whole_are_the_same_text(settings, client):
         assert one.logprobs.tokens == other.logprobs.tokens
         probabilities = [found.logprobs.token_logprobs[1:] for found in (one, other)]
         assert probabilities[0] == pytest.approx(probabilities[1], abs=1e-5)
+
+
+def test_without_a_prompt_a_document_begins(printed):
+    for body in ({}, {"prompt": None}, {"prompt": ""}):
+        _, text = post(printed, "/v1/completions", GREEDY | body)
+        [expected] = generate_text(batched(), TOKENIZER, "", max_new_tokens=12, temperature=0)
+        assert json.loads(text)["choices"][0]["text"] == expected
+
+
+def test_an_unknown_address_is_told_those_that_exist(printed):
+    status, text = post(printed, "/v1/embeddings", {"model": "talker", "input": "a"})
+    assert status == 404 and "/v1/chat/completions" in json.loads(text)["error"]["message"]
 
 
 def test_top_p_of_zero_and_seeds_of_64_bits_are_allowed(client):
