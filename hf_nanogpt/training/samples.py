@@ -16,7 +16,7 @@ from ..data.documents import DataArguments
 from ..data.encoding import decode_ids, is_learnt, is_start
 from ..data.sources import STDLIB
 from ..errors import UserError, printable
-from ..generation import generate_text
+from ..generation import encode_prompt, generate_text
 from .arguments import NanoGPTTrainingArguments
 from .callbacks import SpeedCallback, warn_if_unwritable
 from .progress import show
@@ -175,7 +175,8 @@ def draw_sample(
     was_training = model.training
     try:
         # Leave at least one token of the context to write into.
-        room = model.config.max_position_embeddings - max(1, len(tokenizer(prompt)["input_ids"]))
+        used = encode_prompt(model, tokenizer, prompt).shape[1]
+        room = model.config.max_position_embeddings - used
         [text] = generate_text(
             model.eval(),
             tokenizer,
