@@ -1,6 +1,7 @@
 """Conversations as tokens: the ids of transformers, where a person's words are only words."""
 
 import inspect
+import re
 
 import numpy as np
 import pytest
@@ -144,6 +145,9 @@ def test_a_tokenizer_in_python_learns_all_or_is_refused(marked):
     chat = [{"role": "user", "content": "a</s>b"}]
     [ids] = ConversationEncoder(tokenizer)({"messages": [chat]})["input_ids"]
     assert ids.tolist() == [1, *(byte + 3 for byte in b"a</s>b\n")]
+    chat[0]["weight"] = 0  # it would be learnt, as all are
+    with pytest.raises(ValueError, match="marks 0 of 1 messages"):
+        ConversationEncoder(tokenizer)({"messages": [chat]})
 
 
 def test_later_turns_see_earlier_ones_when_answers_end_by_eos(family):
@@ -167,7 +171,7 @@ def test_later_turns_see_earlier_ones_when_answers_end_by_eos(family):
         assert batch["input_ids"][0, first : first + ids.shape[1]].equal(ids[0])
         torch.testing.assert_close(logits[first : first + len(alone)], alone, atol=2e-5, rtol=1e-4)
         first += len(alone)
-    assert batch["input_ids"].shape[1] == first + 1
+    assert (batch["input_ids"][0, first:] == tokenizer.eos_token_id).all()  # padding
     ends = (batch["labels"] == tokenizer.eos_token_id).sum()
     assert ends >= 3  # after each answer
 
@@ -194,13 +198,17 @@ def test_an_answer_of_weight_0_is_read_and_not_learnt():
     assert decode_ids(ids).tolist() == decode_ids(without).tolist()
     labels = decode_labels(ids)
     assert tokenizer.decode(labels[labels >= 0]) == "Now it is so.<|im_end|>"
-    # A template that does not mark each answer cannot honour it.
-    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
-    with pytest.raises(ValueError, match="weight=0, but the chat template marks 0 of 5 messages"):
+    # A template that marks more than the answers cannot honour it, and one without marks can.
+    everything = (
+        "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+    )
+    tokenizer.chat_template = everything
+    with pytest.raises(ValueError, match="weight=0, but the chat template marks 5 of 2 messages"):
         ConversationEncoder(tokenizer)({"messages": [chat]})
-    chat = [{"role": "user", "content": "a", "weight": 0}]  # it would be learnt, as all are
-    with pytest.raises(ValueError, match="marks 0 of 1 messages"):
-        ConversationEncoder(tokenizer)({"messages": [chat]})
+    tokenizer.chat_template = re.sub("{% (end)?generation %}", "", everything)
+    [ids] = ConversationEncoder(tokenizer)({"messages": [chat]})["input_ids"]
+    labels = decode_labels(ids)
+    assert tokenizer.decode(labels[labels >= 0]) == "Now it is so."
 
 
 def test_another_special_token_gives_other_tokens_and_not_those_of_the_cache():
@@ -211,5 +219,5 @@ def test_another_special_token_gives_other_tokens_and_not_those_of_the_cache():
         tokenizer = byte_tokenizer(template)
         tokenizer.bos_token = bos
         [row] = pack_documents(documents, tokenizer, context_length=200)
-        seen.append(np.asarray(row["input_ids"])[1])
+        seen.append(decode_ids(np.asarray(row["input_ids"]))[1])
     assert seen == [tokenizer.convert_tokens_to_ids(t) for t in ("<|im_start|>", "<|im_end|>")]

@@ -35,6 +35,7 @@ OVERRIDDEN = {
     ("PreTrainedModel", "_tp_plan"): "5.24.0",
     ("Trainer", "_finish_current_push"): "5.24.0",
     ("Trainer", "_get_num_items_in_batch"): "5.24.0",
+    ("Trainer", "_track_num_input_tokens"): "5.24.0",
     ("Trainer", "_init_training_state"): "5.24.0",
     ("Trainer", "_load_best_model"): "5.24.0",
     ("Trainer", "_load_from_checkpoint"): "5.24.0",

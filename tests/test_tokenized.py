@@ -368,6 +368,79 @@ def test_bad_token_files_are_refused_with_their_name(char_files, tmp_path, gpt2_
     refused("tokenizer=bpe cannot be trained on .* token ids")
 
 
+# datatrove's files
+
+
+def _write_ds(path: Path, documents: list[list[int]], dtype: str = "<u2", name: str = "") -> None:
+    path.write_bytes(np.concatenate(documents).astype(dtype).tobytes())
+    ends = np.cumsum([len(ids) for ids in documents])
+    Path(f"{path}.index").write_bytes(ends.astype("<u8").tobytes())
+    if name:
+        size = np.dtype(dtype).itemsize
+        Path(f"{path}.metadata").write_text(f"{name}|{size}\n{ends[-1]}\n{ends[-1]} T")
+
+
+@pytest.fixture
+def ds_files(tmp_path) -> Path:
+    """Documents of 2 to 8 bytes in two files, with the eos behind each."""
+    train_tokenizer([], kind="byte").save_pretrained(tmp_path / "byte")
+    folder = tmp_path / "ds"
+    folder.mkdir()
+    for rank in range(2):
+        documents = [[*[1 + i] * (1 + i % 7), 0] for i in range(100 * rank, 100 * rank + 100)]
+        _write_ds(folder / f"0000{rank}_shuffled.ds", documents, name=str(tmp_path / "byte"))
+    return folder
+
+
+@pytest.mark.parametrize("dtype", ["<u2", "<u4"])
+def test_datatroves_documents_are_read_whole_and_the_last_are_held_out(ds_files, dtype):
+    for path in ds_files.glob("*.ds"):
+        path.write_bytes(np.fromfile(path, "<u2").astype(dtype).tobytes())
+    args = DataArguments(data=str(ds_files), validation_fraction=0.2)
+    tokenizer, *sides = load_tokens(args)
+    train, validation = (np.concatenate(side()).tolist() for side in sides)
+    everything = [0, *(t for i in range(200) for t in (*[1 + i] * (1 + i % 7), 0))]
+    assert train + validation[1:] == everything and validation[0] == train[-1] == 0
+    assert 0.19 < len(validation) / len(everything) < 0.21
+    [alone] = ([block] for block in _blocks(tokenizer, sides[1], 9000))
+    assert alone == [validation]
+    single = DataArguments(data=str(ds_files / "00001_shuffled.ds"))
+    assert np.concatenate(load_tokens(single)[1]())[1] == 101
+
+
+def test_a_model_trains_on_datatroves_files(ds_files, tmp_path):
+    given = {"data": str(ds_files), "validation_fraction": 0.1}
+    result = train(output_dir=str(tmp_path / "run"), max_steps=2, **given, **TINY)
+    held_out = np.concatenate(load_tokens(DataArguments(**given))[2]())
+    assert result.metrics["eval_tokens"] == len(held_out) - 1
+
+
+def test_bad_datatrove_files_are_refused_with_their_name(ds_files, tmp_path):
+    def refused(message: str, **settings) -> None:
+        with pytest.raises(ValueError, match=message):
+            load_tokens(DataArguments(data=str(ds_files), **settings))
+
+    with pytest.raises(ValueError, match="holds tokens, but this needs text"):
+        load_documents(DataArguments(data=str(ds_files)))
+    for path in ds_files.glob("*.metadata"):
+        path.write_text("gpt2|2\n900\n900 T")
+    refused("metadata, gpt2, was not loaded: give the folder or Hub id")
+    byte, first = str(tmp_path / "byte"), ds_files / "00000_shuffled.ds"
+    load_tokens(DataArguments(data=str(ds_files), tokenizer=byte))
+    _write_ds(first, [[5, 6], [7, 0]])
+    refused("do not end with token 0, the eos", tokenizer=byte)
+    _write_ds(first, [[5, 0], [999, 0]])
+    refused("has a token 999, but the largest id of the tokenizer is 256", tokenizer=byte)
+    first.write_bytes(b"abc")
+    refused("00000_shuffled.ds is damaged: it has 3 bytes", tokenizer=byte)
+    Path(f"{first}.index").write_bytes(b"")
+    refused("00000_shuffled.ds is damaged", tokenizer=byte)
+    Path(f"{first}.loss").write_bytes(b"")
+    refused("a mask of tokens", tokenizer=byte)
+    Path(f"{first}.index").unlink()
+    refused("has no 00000_shuffled.ds.index", tokenizer=byte)
+
+
 # Order
 
 

@@ -31,7 +31,7 @@ class ChatTextEncoder:
         special = {t.content: t for t in tokenizer.added_tokens_decoder.values() if t.special}
         longest_first = sorted(special.values(), key=lambda token: -len(token.content))
         words = [re.escape(token.content) for token in longest_first]
-        self._words = re.compile("|".join(words) or "(?!)")
+        self.special = self._words = re.compile("|".join(words) or "(?!)")
         hidden = [re.escape(self._words.sub(_hide_first, t.content)) for t in longest_first]
         self._hidden = re.compile("|".join(hidden) or "(?!)")
         # Some tokens include the blanks beside them.

@@ -7,7 +7,7 @@ is saved with the tokenizer, turns it into one text.
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from transformers.utils import logging
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from ..errors import UserError, explain_errors
+from .answers import Span, find_answers
 from .chat_text import ChatTextEncoder
 from .encoding import decode_ids, encode_inside, encode_unlearnt
 
@@ -51,7 +52,10 @@ def add_chat_template(
         return
     template = _CHATML.read_text(encoding="utf-8")
     if tokenizer.chat_template not in (None, template):
-        logger.warning_once(f"The tokenizer already has a chat template: {name} is not used.")
+        logger.warning_once(
+            f"chat_template={name} is not used, because the tokenizer has a template of its own, "
+            "which its model may have learnt. To replace it, delete it from the tokenizer's folder."
+        )
         return
     known, tokenizer.chat_template = len(tokenizer), template
     special: dict[str, Any] = {"extra_special_tokens": [_START, _END]}
@@ -144,9 +148,11 @@ def _check_row(row: dict[str, Any], index: int, *, data: str) -> dict[str, Any]:
 class ConversationEncoder:
     """Turn a batch of conversations into arrays of token ids, eos first.
 
-    If the template marks the answers of the assistant, only these are to be learnt, except those
-    with `"weight": 0`. An eos that the template writes inside of a conversation, for example after
-    each answer, separates no documents.
+    Only the answers of the assistant are to be learnt, except those with `"weight": 0`. They are
+    where the template marks them by `{% generation %}`, or else where `find_answers` finds them. An
+    eos that the template writes inside of a conversation, for example after each answer, separates
+    no documents. A tokenizer written in Python does not say where its tokens are in a text: with it
+    every token is learnt.
     """
 
     dtype = "int32"
@@ -160,26 +166,30 @@ class ConversationEncoder:
         self.tokenizer, self.text_encoder = tokenizer, ChatTextEncoder(tokenizer)
         self.template = tokenizer.get_chat_template()
         self.is_marked = bool(re.search(r"\{%-?\s*generation\b", self.template))
-        if not self.is_marked:
-            logger.warning(
-                "The chat template does not mark the answers by {% generation %}, so all tokens "
-                "are learnt, also those of the questions."
-            )
-        elif not tokenizer.is_fast:
+        self.learns_answers = tokenizer.is_fast
+        # Of several special tokens after an answer, eos is the one at which generation stops.
+        special, eos = self.text_encoder.special.pattern, tokenizer.eos_token
+        self.ends = re.compile(rf"(?:{special})*?{re.escape(eos)}|{special}" if eos else special)
+        if not tokenizer.is_fast and self.is_marked:
             raise UserError(
                 "The chat template marks the answers by {% generation %}, but a tokenizer written "
                 "in Python does not say where they are: use a fast tokenizer."
+            )
+        if not tokenizer.is_fast:
+            logger.warning(
+                "A tokenizer written in Python does not say where the answers are, so all tokens "
+                "are learnt, also those of the questions: use a fast tokenizer."
             )
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[np.ndarray]]:
         return {"input_ids": [self._encode(messages) for messages in batch[MESSAGES]]}
 
     def _encode(self, messages: list[dict[str, Any]]) -> np.ndarray:
-        text, answers = self._render(messages)
+        text, answers = self._find_learnt(messages)
         ids, spans = self.text_encoder.encode_with_spans(text)
         ids, eos = ids.astype(self.dtype), self.tokenizer.eos_token_id
         # A token is learnt if any of its characters is; the bytes of one character share a span.
-        if self.is_marked:
+        if self.learns_answers:
             is_answer = np.zeros(len(text) + 1, dtype=bool)
             for start, end in answers:
                 is_answer[start:end] = True
@@ -188,23 +198,25 @@ class ConversationEncoder:
         # Some templates begin with eos, as bos.
         if eos is not None and eos not in decode_ids(ids[:1]):
             first = np.array([eos], dtype=self.dtype)
-            ids = np.concatenate((encode_unlearnt(first) if self.is_marked else first, ids))
+            ids = np.concatenate((encode_unlearnt(first) if self.learns_answers else first, ids))
         return encode_inside(ids, eos)
 
-    def _render(self, messages: list[dict[str, Any]]) -> tuple[str, list[tuple[int, int]]]:
+    def _find_learnt(self, messages: list[dict[str, Any]]) -> tuple[str, list[Span]]:
         """Return the text of a conversation, and where in it are the answers to learn."""
-        # Without marks every message is learnt, so a weight of any says something.
-        weighed = [m for m in messages if m.get("role") == "assistant" or not self.is_marked]
-        weights = [m.get("weight") for m in weighed]
         shown = [
             {name: value for name, value in m.items() if name != "weight" and value is not None}
-            for m in messages
+            for m in self.text_encoder.hide(messages)
         ]
-        settings: Any = {"return_assistant_tokens_mask": self.is_marked}
-        settings |= {"chat_template": self.template} | self.tokenizer.special_tokens_map
         with explain_errors(f"The chat template refuses the conversation {messages!r:.80}"):
-            found: Any = render_jinja_template([self.text_encoder.hide(shown)], **settings)
-        [text], answers = found[0], found[1][0] if self.is_marked else []
+            if self.is_marked:
+                text, answers = self._apply_template(shown, return_assistant_tokens_mask=True)
+            else:
+                text, answers = self._render(shown), []
+                if self.learns_answers:
+                    answers = find_answers(shown, text, self._render, ends=self.ends)
+        # If all is learnt, a weight of any message says something.
+        weighed = [m for m in messages if m.get("role") == "assistant" or not self.learns_answers]
+        weights = [m.get("weight") for m in weighed]
         if 0 not in weights:
             return text, answers
         if len(answers) != len(weights):
@@ -214,3 +226,14 @@ class ConversationEncoder:
                 "out."
             )
         return text, [span for span, w in zip(answers, weights, strict=True) if w != 0]
+
+    def _render(self, messages: list[dict[str, Any]], **settings: Any) -> str:
+        return self._apply_template(messages, **settings)[0]
+
+    def _apply_template(
+        self, messages: list[dict[str, Any]], **settings: Any
+    ) -> tuple[str, list[Span]]:
+        """Return the text of hidden messages, and where the template marks answers if asked to."""
+        settings |= {"chat_template": self.template} | self.tokenizer.special_tokens_map
+        texts, marked = cast(Any, render_jinja_template([messages], **settings))
+        return texts[0], marked[0] if marked else []

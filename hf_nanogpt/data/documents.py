@@ -37,7 +37,7 @@ class DataArguments:
         f".parquet tables (of texts, or of conversations in a column {MESSAGES}); the same as .gz, "
         f".bz2 or .zst; a Hub dataset id; {STDLIB} (the source code of Python's standard library); "
         "or tokens: a folder made by hf-nanogpt tokenize, or one with nanoGPT's train.bin and "
-        "val.bin.",
+        "val.bin, or with datatrove's .ds files.",
     )
     validation_data: str | None = setting(
         default=None, help="Text to validate on; by default part of `data` is held out."

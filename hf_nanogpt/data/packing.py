@@ -22,12 +22,13 @@ from .conversations import MESSAGES, ConversationEncoder, Documents, are_convers
 from .encoding import DocumentEncoder, decode_ids, decode_labels, encode_unlearnt, is_start
 from .reading import explain_cache_errors
 from .streams import PackedStream, match_end
+from .whole import Conversations
 
 _VERSION = 2  # of the tokens; a new number makes `datasets` ignore those in its cache
 
 Pieces: TypeAlias = Callable[[], list[np.ndarray]]
 """Opens a corpus: its token ids in consecutive arrays, usually memory-mapped."""
-Tokens: TypeAlias = Pieces | IterableDataset
+Tokens: TypeAlias = Pieces | IterableDataset | Conversations
 
 
 class PackedBlocks(torch_data.Dataset):
@@ -103,14 +104,21 @@ def tokenize_documents(
             f"{MESSAGES} for conversations."
         )
     encode = ConversationEncoder(tokenizer) if is_chat else DocumentEncoder(tokenizer)
+    stays_whole = isinstance(encode, ConversationEncoder) and encode.learns_answers
     settings: dict[str, Any] = {"batched": True, "batch_size": 64, "remove_columns": columns}
-    if isinstance(documents, IterableDataset):
-        return documents.map(encode, **settings)
-    # The cache key of the tokens holds all that decides them, and nothing else.
     eos = tokenizer.eos_token_id
+    if isinstance(documents, IterableDataset):
+        stream = documents.map(encode, **settings)
+        return Conversations(stream, eos) if stays_whole else stream
+    # The cache key of the tokens holds all that decides them, and nothing else.
     encoding: Any = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer
     if is_chat:  # the template may write any special token
-        encoding = (encoding, tokenizer.chat_template, tokenizer.special_tokens_map)
+        encoding = (
+            "answers found",
+            encoding,
+            tokenizer.chat_template,
+            tokenizer.special_tokens_map,
+        )
     with explain_cache_errors():
         tokens = documents.map(
             encode,
@@ -120,6 +128,8 @@ def tokenize_documents(
             new_fingerprint=Hasher.hash((_VERSION, documents._fingerprint, encoding, eos)),
             desc="Tokenising",
         )
+    if stays_whole:
+        return Conversations(tokens, eos)
     return partial(_open_arrow, tokens, np.array([] if eos is None else [eos], dtype=encode.dtype))
 
 
@@ -133,6 +143,13 @@ def cut_blocks(
     tokens: Tokens, *, context_length: int, eos_token_id: int | None, seed: int | None = None
 ) -> PackedBlocks | PackedStream:
     """Return the blocks of a corpus of tokens, read on request; `seed` shuffles a stream."""
+    if isinstance(tokens, Conversations):
+        with explain_cache_errors():
+            rows = tokens.fill_rows(context_length)
+        # As before all others, the eos after the last one is not learnt.
+        end = encode_unlearnt(np.array([] if eos_token_id is None else [eos_token_id], np.int32))
+        eos_token_id = next(iter(end.tolist()), None)
+        tokens = partial(_open_arrow, rows, end) if isinstance(rows, Dataset) else rows
     if isinstance(tokens, IterableDataset):
         return PackedStream(
             tokens, context_length=context_length, eos_token_id=eos_token_id, seed=seed

@@ -41,7 +41,7 @@ def _find(data: str) -> list[Path]:
         raise UserError(f"data={data!r} is empty: give a file, a folder or a Hub id.")
     if data == STDLIB:
         return _choose(data, _list_stdlib())
-    if (path / TOKENIZED).is_file():
+    if (path / TOKENIZED).is_file() or path.suffix == ".ds" or any(path.glob("*.ds")):
         raise UserError(f"data={data} holds tokens, but this needs text: give the original text.")
     if path.is_dir():
         return _choose(data, _walk(path))

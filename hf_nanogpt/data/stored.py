@@ -35,6 +35,7 @@ from ..errors import UserError, one_line, without_secrets
 from ..untrusted import read_json
 from .conversations import MESSAGES, Documents
 from .corpus import Corpus, prepare_tokenizer, tokenize_sides
+from .datatrove import find_datatrove_files, load_datatrove_files
 from .documents import DataArguments, count_bytes, load_documents
 from .encoding import DocumentEncoder
 from .packing import Tokens
@@ -77,8 +78,12 @@ def prepare_data(args: DataArguments) -> Corpus:
     if (folder / TOKENIZED).is_file():
         num_bytes = _read_description(folder).get("splits", {}).get("validation", {}).get("bytes")
         stored, train, validation = _load_folder(folder, args)
-    else:
+    elif find_token_files(folder):
         stored, train, validation = load_token_files(folder, args.tokenizer)
+    else:
+        stored, train, validation = load_datatrove_files(
+            folder, args.tokenizer, args.validation_fraction
+        )
     if args.validation_data:
         raise UserError(
             f"validation_data={without_secrets(args.validation_data)} cannot be used with "
@@ -88,9 +93,10 @@ def prepare_data(args: DataArguments) -> Corpus:
 
 
 def holds_tokens(folder: Path) -> bool:
-    """Say whether a folder holds tokens: ours, or nanoGPT's .bin files."""
+    """Say whether a folder holds tokens: ours, nanoGPT's .bin files, or datatrove's .ds files."""
     folder = folder.expanduser()
-    return (folder / TOKENIZED).is_file() or bool(find_token_files(folder))
+    found = find_token_files(folder) or find_datatrove_files(folder)
+    return (folder / TOKENIZED).is_file() or bool(found)
 
 
 def _load_folder(

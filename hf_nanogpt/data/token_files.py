@@ -43,7 +43,7 @@ def load_token_files(
     if not validation:
         raise UserError(f"data={folder} has no val.bin with the tokens to validate on.")
     for path in (*train, *validation):
-        _check_ids(path, tokenizer)
+        check_ids(path, _map_file(path), tokenizer)
     return tokenizer, partial(_map_files, train), partial(_map_files, validation)
 
 
@@ -78,8 +78,9 @@ def _map_file(path: Path) -> np.ndarray:
     return np.memmap(path, dtype="<u2", mode="r", offset=_HEADER if has_header else 0)
 
 
-def _check_ids(path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    ids, largest = _map_file(path), max(tokenizer.get_vocab().values())
+def check_ids(path: Path, ids: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise a `UserError` if the ids in a file are not all of the tokenizer."""
+    largest = max(tokenizer.get_vocab().values())
     for start in range(0, len(ids), _AT_ONCE):
         if (found := int(ids[start : start + _AT_ONCE].max())) > largest:
             raise UserError(

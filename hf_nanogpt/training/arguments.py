@@ -3,10 +3,12 @@
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, field, make_dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.trainer_utils import HubStrategy
@@ -104,12 +106,14 @@ class NanoGPTTrainingArguments(TrainingArguments):
         metric = self.metric_for_best_model or ""
         if self.greater_is_better is None and metric.endswith(METRICS):
             self.greater_is_better = False
-        if not torch.accelerator.is_available():
-            self.dataloader_pin_memory = False
+        self.dataloader_pin_memory &= torch.accelerator.is_available()
+        if self.accelerator_config is None:  # let no CPU wait for copies to a GPU
+            self.accelerator_config = {"non_blocking": self.dataloader_pin_memory}
         check_values(self)
         # The base class must have an `optim`; none of its own means ours.
         chosen, self.optim = self.optim, self.optim or TrainingArguments.optim
         with explain_arguments(self):
+            self._limit_waiting()
             super().__post_init__()
         self.optim = self.optim if chosen else None
         check_needs(self)
@@ -118,6 +122,12 @@ class NanoGPTTrainingArguments(TrainingArguments):
             self.hub_strategy = HubStrategy.END  # until then there is no whole model to push
         for name in self.report_to or []:
             check_tracker(name)
+
+    def _limit_waiting(self) -> None:
+        """Give processes on CPUs the time limit `ddp_timeout`: transformers does so on GPUs."""
+        if self.use_cpu:
+            limit = timedelta(seconds=self.ddp_timeout)
+            PartialState(cpu=True, backend=self.ddp_backend, timeout=limit)
 
     @property
     def is_sharded(self) -> bool:

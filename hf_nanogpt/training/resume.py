@@ -30,6 +30,7 @@ from ..data.streams import PackedStream
 from ..errors import UserError, explain_errors
 from .arguments import NanoGPTTrainingArguments
 from .restoring import RestoreCallback, check_shapes, set_rates
+from .shards import check_shards
 
 logger = logging.get_logger(__name__)
 
@@ -138,6 +139,18 @@ class ResumableTrainer(Trainer):
 
     # Saving
 
+    @property
+    def saves_shards(self) -> bool:
+        """Say whether each process writes its shards into a checkpoint, not one whole weights."""
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        return plugin is not None and "SHARDED" in str(plugin.state_dict_type)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save as `Trainer` does; next to shards of the weights, it leaves out the tokenizer."""
+        super().save_model(output_dir, _internal_call)
+        if self.saves_shards and self.args.should_save and self.processing_class is not None:
+            self.processing_class.save_pretrained(output_dir or self.args.output_dir)
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Save model and tokenizer as `Trainer` does, but no training_args.bin.
 
@@ -201,6 +214,7 @@ class ResumableTrainer(Trainer):
     # Loading
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
+        check_shards(resume_from_checkpoint)
         with _explain_loading(resume_from_checkpoint, "the weights"):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
@@ -230,6 +244,7 @@ class ResumableTrainer(Trainer):
                 f"{best}/{damaged} is damaged, and that is the best "
                 "model: run again with --resume --load_best_model_at_end False to keep the last."
             )
+        check_shards(best)
         super()._load_best_model()
 
 

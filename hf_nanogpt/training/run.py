@@ -34,7 +34,7 @@ from .choosing import settle_recipe, store_recipe
 from .facts import collect_facts, collect_metrics, describe_plan
 from .locking import lock_output_dir
 from .lora import add_adapter, describe_adapter, merge_adapter
-from .preparing import check_architecture, load_start, prepare_blocks, prepare_model
+from .preparing import load_start, prepare_blocks, prepare_config, prepare_model
 from .progress import show
 from .recipes import Choice, as_flags
 from .run_settings import check_settings_match, describe_settings
@@ -187,7 +187,7 @@ def _prepare(
     """Return the trainer of a model on its data, and the prompt of the samples."""
     start = load_start(start_from, architecture) if start_from else None
     # Refuse an impossible architecture before preparing data for it.
-    context, length = check_architecture(architecture, data_args, start)
+    config, length = prepare_config(architecture, data_args, start)
 
     # Data, tokenizer, model.
     with args.main_process_first(desc="preparing the data"):
@@ -196,9 +196,10 @@ def _prepare(
         if last_checkpoint:
             known_tokenizer = read_tokenizer(Path(last_checkpoint))
         corpus = prepare_data(data_args)
+        context = config.max_position_embeddings
         tokenizer = prepare_tokenizer(data_args, corpus, known_tokenizer, max_length=context)
         blocks, validation = prepare_blocks(data_args, args, corpus, tokenizer, length)
-    model = prepare_model(architecture, data_args, args, tokenizer, start)
+    model = prepare_model(config, data_args, args, tokenizer, start)
 
     # A resumed run must be the same run.
     adapter = describe_adapter(model, args)

@@ -158,6 +158,18 @@ class NanoGPTTrainer(HubTrainer):
             inputs = _fill_batch(inputs, rows or 0, self.speed.context_length or 0)
         return super().training_step(model, inputs, *args, **kwargs)
 
+    def _track_num_input_tokens(self, inputs):
+        """Count as Trainer does, which reads the count from the GPU and so waits for each step.
+
+        Packed blocks have one length, so each process knows the counts of all.
+        """
+        counts, world = self.args.include_num_input_tokens_seen, self.args.world_size
+        alike = isinstance(self.data_collator, PackedCollator) and self.accelerator.even_batches
+        if counts == "all" and "input_ids" in inputs and (world == 1 or alike):
+            self.state.num_input_tokens_seen += world * inputs["input_ids"].numel()
+        else:
+            super()._track_num_input_tokens(inputs)
+
     def _get_num_items_in_batch(self, batch_samples, device):
         """Count 1 if there is nothing to learn, so that the loss is 0 and not 0 / 0."""
         count = super()._get_num_items_in_batch(batch_samples, device)
