@@ -93,8 +93,8 @@ class NanoGPTTrainingArguments(TrainingArguments):
     )
     keep_best: bool = setting(
         True,
-        "Keep the weights with the lowest validation loss, and stop early if it turns up. (Not with "
-        "FSDP or DeepSpeed; load_best_model_at_end takes its place.)",
+        "Keep the weights with the lowest validation loss, and stop early if it turns up. (Not "
+        "with FSDP or DeepSpeed; load_best_model_at_end takes its place.)",
     )
     patience: float = setting(
         0.3, "Share of all steps without a better validation loss before training stops early."

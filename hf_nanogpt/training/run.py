@@ -22,13 +22,14 @@ from ..checkpoint.writing import (
     explain_write_errors,
     staged_folder,
 )
-from ..data.corpus import prepare_tokenizer
+from ..data.corpus import Corpus, prepare_tokenizer
 from ..data.documents import DataArguments
 from ..data.encoding import is_learnt
 from ..data.stored import prepare_data
 from ..errors import UserError, is_out_of_memory, printable, settings_errors
 from ..hub import render_model_card, write_card
 from .arguments import NanoGPTTrainingArguments, check_text, parse_settings
+from .baseline import measure_ngram
 from .best import BestCallback
 from .callbacks import PlotCallback, SpeedCallback, plot_losses, warn_if_unwritable
 from .choosing import settle_recipe, store_recipe
@@ -50,7 +51,10 @@ logger = logging.get_logger(__name__)
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """Where the checkpoint is, the content of its `metrics.json`, and a sample of its writing."""
+    """Where the checkpoint is, the content of its `metrics.json`, and a sample of its writing.
+
+    `metrics["samples"]` has three; `sample` is the first.
+    """
 
     output_dir: Path
     metrics: dict[str, Any]
@@ -101,7 +105,9 @@ def train(
         # Measure the model to start from before the first step, but not again when resuming.
         evaluate_first = (args.eval_on_start or bool(start_from)) and not last_checkpoint
         args = replace(args, eval_on_start=evaluate_first)
-        trainer, prompt = _prepare(data_args, architecture, args, start_from, last_checkpoint)
+        trainer, corpus, prompt = _prepare(
+            data_args, architecture, args, start_from, last_checkpoint
+        )
         _show_plan(trainer, chosen, start_from, data_args)
         before = None
         if start_from:
@@ -126,6 +132,8 @@ def train(
             # In conversations only the answers are learnt, in other text every token.
             "learnt_answers": not all(is_learnt(validation["input_ids"])),
         }
+        if args.should_save and (ngram := measure_ngram(corpus)):
+            metrics["ngram"] = ngram
         result = _write_folder(trainer, metrics, prompt)
         if args.push_to_hub:
             trainer.push_to_hub()
@@ -187,8 +195,8 @@ def _prepare(
     args: NanoGPTTrainingArguments,
     start_from: str | Path | None,
     last_checkpoint: str | None,
-) -> tuple[NanoGPTTrainer, str]:
-    """Return the trainer of a model on its data, and the prompt of the samples."""
+) -> tuple[NanoGPTTrainer, Corpus, str]:
+    """Return the trainer of a model on its data, the data, and the prompt of the samples."""
     start = load_start(start_from, architecture) if start_from else None
     # Refuse an impossible architecture before preparing data for it.
     config, length = prepare_config(architecture, data_args, start)
@@ -224,7 +232,7 @@ def _prepare(
     parts = {"train_dataset": blocks, "eval_dataset": validation, "processing_class": tokenizer}
     trainer = _make_trainer(model, args, prompt, length, settings=settings, **parts)
     trainer.estimate = estimate
-    return trainer, prompt
+    return trainer, corpus, prompt
 
 
 def _choose_estimate(
@@ -301,8 +309,8 @@ def _fit(trainer: NanoGPTTrainer, last_checkpoint: str | None) -> float:
     return seconds
 
 
-def _draw(trainer: NanoGPTTrainer, model: PreTrainedModel, prompt: str) -> str:
-    seed, tokenizer = trainer.args.seed, trainer.processing_class
+def _draw(trainer: NanoGPTTrainer, model: PreTrainedModel, prompt: str, number: int = 0) -> str:
+    seed, tokenizer = trainer.args.seed + number, trainer.processing_class
     return draw_sample(model, tokenizer, prompt, max_new_tokens=120, seed=seed)
 
 
@@ -311,8 +319,8 @@ def _write_folder(trainer: NanoGPTTrainer, metrics: dict[str, Any], prompt: str)
     model, output_dir = trainer.gather_model(), Path(trainer.args.output_dir)
     if not trainer.args.should_save:
         return TrainingResult(output_dir, metrics, prompt, "")
-    sample = _draw(trainer, model, prompt)
-    metrics |= {"prompt": prompt, "sample": sample}
+    samples = [_draw(trainer, model, prompt, number) for number in range(3)]
+    metrics |= {"prompt": prompt, "sample": samples[0], "samples": samples}
     card = render_model_card(model.config, metrics, name=output_dir.name)
     with explain_write_errors(output_dir, run=output_dir), staged_folder(output_dir) as folder:
         model.save_pretrained(folder)
@@ -325,4 +333,4 @@ def _write_folder(trainer: NanoGPTTrainer, metrics: dict[str, Any], prompt: str)
         title = f"{output_dir.name}: loss"
         final = metrics["kept_tokens"], metrics["eval_loss"], metrics["bits_per_byte"]
         plot_losses(trainer.state.log_history, folder / "loss.png", title=title, final=final)
-    return TrainingResult(output_dir, metrics, prompt, sample)
+    return TrainingResult(output_dir, metrics, prompt, samples[0])

@@ -112,9 +112,9 @@ def choose_prompt(
     *,
     context_length: int,
 ) -> str:
-    """Return the prompt of the samples: the user's, or the start of the held-out text.
+    """Return the prompt of the samples: the user's, or words of the held-out text.
 
-    It is the first words of a text, at most three; or a conversation until its first answer. It
+    It is the first words of a line, at most three; or a conversation until its first answer. It
     takes at most a quarter of the context, so that the model has room to write. `held_out` is the
     first block, (T,).
     """
@@ -125,7 +125,10 @@ def choose_prompt(
         return _choose_question(tokenizer, held_out, most)
     if data_args.data == STDLIB:
         return _shorten_prompt("def main(", tokenizer, most)
-    words = cast(str, tokenizer.decode(decode_ids(held_out), skip_special_tokens=True)).split()
+    text = cast(str, tokenizer.decode(decode_ids(held_out), skip_special_tokens=True))
+    # The end of a text is held out, which may begin within a word: prefer the next line.
+    after = text.partition("\n")[2].split()
+    words = after if len(after) > 3 else text.split()  # a block may end within a word
     return _shorten_prompt(" ".join(words[:3]), tokenizer, most)
 
 
