@@ -357,7 +357,7 @@ class NanoGPTPreTrainedModel(PreTrainedModel):
         }
         # FSDP2 puts a class of torch's in front of ours: its name and file would be saved.
         cls = next(c for c in type(self).__mro__ if not c.__module__.startswith("torch."))
-        model = object.__new__(cls)
+        model: Any = object.__new__(cls)
         model.__dict__.update(self.__dict__)  # the same modules and weights
         super(NanoGPTPreTrainedModel, model).save_pretrained(save_directory, *args, **kwargs)
 

@@ -157,7 +157,7 @@ def test_nothing_looks_at_how_the_program_was_called_when_it_is_imported():
 def test_files_stay_readable():
     for path in PACKAGE.rglob("*.py"):
         lines = len(path.read_text(encoding="utf-8").splitlines())
-        assert lines < (670 if path.stem == "modeling_nanogpt" else 460), f"{path.name}: {lines}"
+        assert lines < (656 if path.stem == "modeling_nanogpt" else 460), f"{path.name}: {lines}"
 
 
 def test_version_has_a_changelog_entry():

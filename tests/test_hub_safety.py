@@ -6,6 +6,7 @@ import signal
 import subprocess
 import threading
 from dataclasses import fields
+from functools import cache
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from itertools import cycle
 from pathlib import Path
@@ -118,6 +119,7 @@ PUBLIC = {
 VARIABLES = ("WANDB_API_KEY", "HUGGING_FACE_HUB_TOKEN", "AWS_SECRET_ACCESS_KEY", "COMET_API_KEY")
 
 
+@cache
 def takes_text(name: str) -> bool:
     """Say whether a setting takes any text, as far as parsing goes."""
     try:

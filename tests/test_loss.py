@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import TWO_SOON, find_parameters_without_effect, tiny_model
+from conftest import find_parameters_without_effect, soon, tiny_model
 from torch import nn
 
 
@@ -115,7 +115,7 @@ def test_attention_weights_are_dropped_and_rescaled(tokens):
     assert weights.sum(-1).mean().item() == pytest.approx(1.0, abs=0.1)
 
 
-@pytest.mark.parametrize("family", TWO_SOON)
+@pytest.mark.parametrize("family", soon("nano"))
 def test_few_steps_of_training_learn_a_sequence_by_heart(family):
     model, ids = tiny_model(family, initializer_range=0.1).train(), torch.arange(1, 25)[None]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)

@@ -1,5 +1,6 @@
 """TRL trains our checkpoints, with the scripts in examples/trl."""
 
+import importlib.util
 import itertools
 import json
 import runpy
@@ -11,9 +12,15 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from hf_nanogpt import add_chat_template, load_checkpoint, train_tokenizer
 
-pytest.importorskip("trl", reason="TRL is missing: pip install 'hf-nanogpt[finetune]'")
-
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("trl")]  # its import takes long
+# Its import takes long: one worker does it, when it runs the tests.
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.xdist_group("trl"),
+    pytest.mark.skipif(
+        importlib.util.find_spec("trl") is None,
+        reason="TRL is missing: pip install 'hf-nanogpt[finetune]'",
+    ),
+]
 TINY = {"disable_tqdm": True, "use_cpu": True, "logging_steps": 1}
 
 

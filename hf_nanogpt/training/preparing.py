@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
@@ -59,7 +59,7 @@ def prepare_config(
     `prepare_model` completes a new configuration by what only the tokenizer knows.
     """
     if start:
-        config = start.model.config
+        config = cast(NanoGPTConfig, start.model.config)
     else:
         config = make_config(architecture, vocab_size=data_args.vocab_size)
     return config, check_context_length(config, data_args.context_length)
