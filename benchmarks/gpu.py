@@ -43,6 +43,7 @@ PARTS = (
     *("trainer_overhead", "data_loader"),
 )
 NANOGPT = "nanoGPT, its train.py"
+SHAKESPEARE = "ours, the recipe", "ours, not compiled"
 ALONE = {
     "trainer_overhead": "NanoGPTTrainer against a plain loop",
     "data_loader": "DataLoader over a mapped file",
@@ -130,14 +131,6 @@ def start_jobs(run: Run) -> dict[str, Worker]:
     if "muon_vs_adamw" in run.parts:
         function = gpu_runs.compare_optimizers
         jobs["muon_vs_adamw"] = run.start("muon_vs_adamw", function, rehearse=rehearse)
-    if "shakespeare" in run.parts:
-        jobs["grid"] = run.start(
-            "shakespeare, other settings",
-            gpu_shakespeare.search_settings,
-            text=str(run.text),
-            folder=str(run.scratch / "grid"),
-            rehearse=rehearse,
-        )
     return jobs
 
 
@@ -166,13 +159,6 @@ def start_contestants(run: Run) -> dict[str, dict[str, Worker]]:
 
 def finish_jobs(run: Run, jobs: dict[str, Worker], deadline: float) -> None:
     """Collect the results of the jobs; a job that is late is ended."""
-    if job := jobs.get("grid"):
-        names = list(gpu_shakespeare.GRID)[: 1 if run.rehearse else None]
-        for _ in names:
-            facts = _collect(run, job, deadline, end=False)
-            if "error" not in facts:
-                run.rows["shakespeare"][f"grid: {facts['name']}"] = facts["row"]
-        job.end()
     if job := jobs.get("muon_vs_adamw"):
         rows = run.rows["muon_vs_adamw"]
         for name in gpu_runs.OPTIMIZERS:
@@ -227,6 +213,9 @@ def time_training(run: Run, workers: dict[str, Worker]) -> None:
             row["peak_bytes"] = facts["peak_bytes"]
         run.write()
     tokens = run.sizes.rows * run.sizes.accumulation * run.sizes.model["block_size"]
+    for name in gpu_training.PROFILED:  # into the log
+        if name in workers and run.left() > 40:
+            workers[name].take_turn("profile", 30.0)
     for name, worker in workers.items():
         worker.end()
         if "step_ms" in (row := rows[name]):
@@ -280,25 +269,15 @@ def time_alone(run: Run, part: str, worker: str, name: str, order: Any, limit: f
 
 
 def time_shakespeare(run: Run) -> None:
-    """Time the recipe as it is, then the fastest setting that the grid has found, then nanoGPT."""
-    rows, recipe, best = (
-        run.rows["shakespeare"],
-        "ours, the recipe",
-        "ours, the fastest of the grid",
-    )
+    """Time the recipe as it is, then nanoGPT, then the recipe without a compiler."""
+    recipe, eager = SHAKESPEARE
     time_alone(run, "shakespeare", "ours", recipe, {}, 100.0)
-    # The loss of a setting is known from the grid, where it was not timed.
-    chosen = gpu_shakespeare.choose_setting(rows)
-    if chosen and chosen != recipe and run.left() > 60:
-        settings = gpu_shakespeare.GRID[chosen.removeprefix("grid: ")]
-        time_alone(run, "shakespeare", "ours", best, settings, 100.0)
+    if run.has_peer:
+        limit = max(20.0, min(120.0, run.left() - 15))
+        time_alone(run, "shakespeare", "nanogpt", NANOGPT, limit, limit + 15)
     else:
-        rows[best] = {"absent": "the recipe itself" if chosen else "no setting reached the loss"}
-    if not run.has_peer:
-        rows[NANOGPT] = ABSENT
-        return
-    limit = max(20.0, min(120.0, run.left() - 15))
-    time_alone(run, "shakespeare", "nanogpt", NANOGPT, limit, limit + 15)
+        run.rows["shakespeare"][NANOGPT] = ABSENT
+    time_alone(run, "shakespeare", "ours", eager, {"torch_compile": False}, 120.0)
 
 
 # The whole
@@ -306,11 +285,10 @@ def time_shakespeare(run: Run) -> None:
 
 def expected_rows(run: Run) -> dict[str, list[str]]:
     """Return the rows that every part must have."""
-    timed = ["ours, the recipe", "ours, the fastest of the grid", NANOGPT]
     rows = {
         "train_124m": list(gpu_training.CONTESTANTS),
         "gpu_tests": ["tests/test_gpu.py"],
-        "shakespeare": [f"grid: {next(iter(gpu_shakespeare.GRID))}", *timed],
+        "shakespeare": [*SHAKESPEARE, NANOGPT],
         "muon_vs_adamw": list(gpu_runs.OPTIMIZERS),
         "decoding": list(gpu_decoding.CONTESTANTS),
         **{part: [name] for part, name in ALONE.items()},
@@ -345,7 +323,8 @@ def measure(run: Run) -> None:
     # First: compile all contestants and run the tests, at the same time.
     # On a machine with slow CPUs, 9 contestants needed more than 180 seconds for that.
     longer = {"shakespeare", "muon_vs_adamw"} & set(run.parts)
-    ready_at, jobs_at = (0.42 if longer else 0.8) * run.limit, 0.7 * run.limit
+    ready_at = (0.42 if longer else 0.8) * run.limit
+    jobs_at = (0.7 if "shakespeare" in run.parts else 0.95) * run.limit
     contestants, tests = start_contestants(run), start_tests(run, ready_at - 40)
     for part, workers in contestants.items():
         make_ready(run, workers, run.rows[part], ready_at)

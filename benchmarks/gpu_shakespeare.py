@@ -13,7 +13,6 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -24,15 +23,6 @@ from gpu_workers import Turns, say, use_gpu
 ROOT = Path(__file__).parents[1]
 RECIPE = "shakespeare_char_gpu"
 TARGET = 1.4697  # of nanoGPT's README
-# Other settings of the recipe, to learn which one is fastest: these runs are not timed.
-GRID: dict[str, dict[str, Any]] = {
-    "300 steps": {"max_steps": 300},
-    "400 steps": {"max_steps": 400},
-    "400 steps, rate 0.05": {"max_steps": 400, "learning_rate": 0.05},
-    "300 steps, dropout 0.1": {"max_steps": 300, "dropout": 0.1},
-    "1000 steps": {"max_steps": 1000},
-    "600 steps, dropout 0.3": {"max_steps": 600, "dropout": 0.3},
-}
 _TOY: dict[str, Any] = {
     "n_layer": 1,
     "n_embd": 32,
@@ -41,8 +31,8 @@ _TOY: dict[str, Any] = {
     "max_steps": 4,
     "per_device_train_batch_size": 4,
     "sample_steps": 0,
+    "torch_compile": False,
 }
-_LANES = 2  # processes of the grid at a time
 
 
 def clean_environment() -> dict[str, str]:
@@ -78,28 +68,6 @@ def train_ours(text: Path, folder: Path, *, rehearse: bool, **settings: Any) -> 
         "training_seconds": metrics["train_tokens"] / metrics["tokens_per_second"],
         "settings": settings,
     }
-
-
-def search_settings(turns: Turns, *, text: str, folder: str, rehearse: bool) -> None:
-    """Report the loss of each setting of the grid; several run at a time."""
-    grid = dict(list(GRID.items())[:1]) if rehearse else GRID
-
-    def run(name: str) -> tuple[str, dict[str, Any]]:
-        place = Path(folder, name.replace(" ", "_").replace(",", ""))
-        try:
-            return name, train_ours(Path(text), place, rehearse=rehearse, **grid[name])
-        except RuntimeError as error:
-            return name, {"failed": str(error)}
-
-    with ThreadPoolExecutor(_LANES) as pool:
-        for name, row in pool.map(run, grid):
-            turns.report(name=name, row=row)
-
-
-def choose_setting(rows: dict[str, dict[str, Any]]) -> str | None:
-    """Return the row with the fewest steps of those that reach the target, if one does."""
-    reached = [name for name, row in rows.items() if row.get("loss", 9.0) <= TARGET]
-    return min(reached, key=lambda name: rows[name]["steps"], default=None)
 
 
 def time_ours(turns: Turns, *, text: str, folder: str, rehearse: bool) -> None:

@@ -67,8 +67,7 @@ def show_shakespeare(rows: dict[str, dict]) -> str:
         if problem := explain(row):
             cells.append([name, problem, "", "", "", ""])
             continue
-        timed = row.get("seconds") and not name.startswith("grid")
-        seconds = f"{row['seconds']:.1f} s" if timed else "not timed"
+        seconds = f"{row['seconds'] or 0:.1f} s"
         if name.startswith("nanoGPT") and not row["reached"]:
             seconds = f"not reached after {row['stopped_after']:.0f} s"
         reached = "yes" if row["loss"] <= gpu_shakespeare.TARGET else "no"

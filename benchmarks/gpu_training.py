@@ -62,25 +62,24 @@ TOY = Sizes(
 NANOGPT = "nanoGPT, its own loop, AdamW"
 CONTESTANTS: dict[str, dict[str, str]] = {
     "ours, nano, Muon, causal": {"model": "nano", "optim": "muon", "mask": "causal"},
-    "ours, nano, Muon, documents, sdpa": {"model": "nano", "optim": "muon", "mask": "documents"},
     "ours, nano, Muon, documents, flex_attention": {
         "model": "nano",
         "optim": "muon",
         "mask": "documents",
         "attention": "flex_attention",
     },
-    "ours, nano, Muon, document_mask off": {"model": "nano", "optim": "muon", "mask": "off"},
-    "ours, nano, Muon, causal, loss from all logits": {
-        "model": "nano",
-        "optim": "muon",
+    "LlamaForCausalLM, Trainer, AdamW": {"model": "llama"},
+    "ours, GPT-2 shape, AdamW, causal": {"model": "gpt2", "optim": "adamw", "mask": "causal"},
+    "ours, GPT-2 shape, AdamW, causal, loss from all logits": {
+        "model": "gpt2",
+        "optim": "adamw",
         "mask": "causal",
         "loss": "logits",
     },
-    "LlamaForCausalLM, Trainer, AdamW": {"model": "llama"},
-    "ours, GPT-2 shape, AdamW, causal": {"model": "gpt2", "optim": "adamw", "mask": "causal"},
     NANOGPT: {"model": "nanogpt"},
     "GPT2LMHeadModel, Trainer, AdamW": {"model": "hf-gpt2"},
 }
+PROFILED = [NANOGPT, "ours, GPT-2 shape, AdamW, causal"]  # one step of them is
 BASE = "ours, nano, Muon, causal"  # speeds are relative to it
 
 
@@ -123,7 +122,9 @@ class StepTimer:
     def end_step(self) -> None:
         self.count += 1
         self.ends.append(_mark())
-        if self.count == self.sizes.warm_up:
+        if self.count > self.total:
+            self._end_profile()
+        elif self.count == self.sizes.warm_up:
             self.turns.ready()
         elif self.count < self.sizes.warm_up or (self.count - self.sizes.warm_up) % (
             1 + self.sizes.steps
@@ -134,6 +135,19 @@ class StepTimer:
         if self.count < self.total:
             self.turns.wait()
             self._start()
+        else:
+            self.turns.wait()
+            self.profiler = torch.profiler.profile()
+            self.profiler.start()
+
+    def _end_profile(self) -> None:
+        """Print what took the time of the last step into the log."""
+        synchronize()
+        self.profiler.stop()
+        place = "cuda" if use_gpu() else "cpu"
+        averages = self.profiler.key_averages()
+        print(averages.table(sort_by=f"self_{place}_time_total", row_limit=40))
+        self.turns.report(profiled=True)
 
     def _read(self) -> dict[str, Any]:
         synchronize()
@@ -209,7 +223,7 @@ def train_contestant(turns: Turns, *, sizes: Sizes, spec: dict[str, str], peers:
     settings: dict[str, Any] = {
         "per_device_train_batch_size": sizes.rows,
         "gradient_accumulation_steps": sizes.accumulation,
-        "max_steps": sizes.warm_up + sizes.rounds * (1 + sizes.steps),
+        "max_steps": sizes.warm_up + sizes.rounds * (1 + sizes.steps) + 1,
         "bf16": use_gpu(),
         "torch_compile_backend": sizes.backend,
         "use_cpu": not use_gpu(),
@@ -282,7 +296,7 @@ def train_nanogpt(turns: Turns, *, sizes: Sizes, folder: Path) -> None:
 
     timer = StepTimer(turns, sizes, optimizer)
     batch = get_batch()
-    for _ in range(timer.total):
+    for _ in range(timer.total + 1):
         for _ in range(sizes.accumulation):
             with autocast:
                 _, loss = run(*batch)

@@ -23,7 +23,8 @@ from transformers import (
     TypicalLogitsWarper,
 )
 
-from .errors import UserError, explain_errors, settings_errors
+from .data.encoding import encoding_errors
+from .errors import UserError, settings_errors
 from .modeling_nanogpt import CACHE
 from .streaming import TextDecoder, TokenStreamer
 
@@ -93,6 +94,7 @@ def stream_text(
     compile: bool = False,
     past_key_values: Cache | None = None,
     seed: int | None = None,
+    logits_processor: Sequence[LogitsProcessor] = (),
     streamer: Any = None,
 ) -> Generator[Any, None, None]:
     """Yield the text that follows `prompt` piece by piece, while it is generated.
@@ -118,6 +120,7 @@ def stream_text(
         past_key_values: a cache that already holds the first tokens of the prompt; it grows.
         seed: makes sampling repeatable, whatever other threads do. Without a seed, torch's global
             random number generator is used.
+        logits_processor: what else changes the logits, before the temperature does.
         streamer: a `BaseStreamer` that can be iterated over, to yield something other than text.
 
     Raises:
@@ -151,7 +154,7 @@ def stream_text(
         # processor draws, and greedy search takes the token it drew.
         "do_sample": False,
         "logits_processor": LogitsProcessorList(
-            _build_processors(model, sampling, seed) if temperature > 0 else []
+            [*logits_processor, *(_build_processors(model, sampling, seed) if temperature else [])]
         ),
         **dict.fromkeys(_WARPERS),  # switched off, as they are among the processors above
         "num_beams": 1,  # beams cannot be streamed
@@ -235,11 +238,8 @@ def encode_prompt(
         UserError: the prompt is empty and there is no bos token, the tokenizer cannot encode it, or
             the tokenizer belongs to another model.
     """
-    vocab_size = model.config.vocab_size
-    mismatch = f"but the model has vocab_size={vocab_size}: use the tokenizer it was trained with."
-    if len(tokenizer) > vocab_size:
-        raise UserError(f"The tokenizer has {len(tokenizer)} tokens, {mismatch}")
-    with explain_errors("The tokenizer cannot encode the prompt"):
+    check_vocabulary(model, tokenizer)
+    with encoding_errors(tokenizer, prompt, what="prompt"):
         prompt.encode()  # a shell or a pipe may pass bytes that are not UTF-8
         ids = encode(prompt) if encode else tokenizer(prompt)["input_ids"]
     if not ids and tokenizer.bos_token_id is None:
@@ -247,9 +247,22 @@ def encode_prompt(
             "An empty prompt starts from the bos token, but this tokenizer has none: give a text."
         )
     ids = ids or [tokenizer.bos_token_id]
-    if max(ids) >= vocab_size:
-        raise UserError(f"The tokenizer turns the prompt into token id {max(ids)}, {mismatch}")
+    if max(ids) >= model.config.vocab_size:
+        raise UserError(_describe_mismatch(model, f"turns the prompt into token id {max(ids)}"))
     return torch.tensor([ids], device=model.device)
+
+
+def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise a `UserError` if the tokenizer has more tokens than the model."""
+    if len(tokenizer) > model.config.vocab_size:
+        raise UserError(_describe_mismatch(model, f"has {len(tokenizer)} tokens"))
+
+
+def _describe_mismatch(model: PreTrainedModel, what: str) -> str:
+    return (
+        f"The tokenizer {what}, but the model has vocab_size={model.config.vocab_size}: use the "
+        "tokenizer it was trained with."
+    )
 
 
 def _decode(tokens: Generator[int, None, None], decoder: TextDecoder) -> Generator[str, None, None]:

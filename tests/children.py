@@ -5,6 +5,7 @@ only where imports or the installed command are what is tested. What sends signa
 closes streams runs in one of these instead.
 """
 
+import gc
 import multiprocessing
 import os
 import runpy
@@ -96,6 +97,7 @@ def run_python(code: str, *argv: object, **settings) -> subprocess.CompletedProc
 
 def _begin(settings: tuple, function: Callable[..., object], arguments: Sequence[object]) -> None:
     environment, cwd, source, logs = settings
+    gc.freeze()  # see conftest.py
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.clear()
     os.environ.update(environment)

@@ -108,15 +108,24 @@ def check_parallel(models: dict[str, Path], trained: dict[str, Path]) -> dict:
     }
 
 
+def shard_on_cpus() -> None:
+    """Make accelerate shard on CPUs too: it looks at the name alone, and would use DDP."""
+    make = PartialState.__init__
+
+    def make_sharded(self, *args, **kwargs):
+        make(self, *args, **kwargs)
+        if self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = DistributedType.MULTI_GPU
+
+    PartialState.__init__ = make_sharded
+
+
 def train_by_fsdp(folder: Path, settings: dict) -> dict:
     """Train through Trainer and FSDP2, and once more from the checkpoint in the middle."""
     output_dir = folder / "fsdp"
     settings["output_dir"] = str(output_dir)
     if settings.get("use_cpu"):
-        # accelerate shards on accelerators only and would use DDP: it looks at the name alone.
-        settings["accelerator_config"] = {"use_configured_state": True}
-        PartialState(cpu=True)
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        shard_on_cpus()
     train(**settings)
     if dist.get_rank() == 0:
         shutil.copytree(output_dir, folder / "uninterrupted")

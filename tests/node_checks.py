@@ -1,42 +1,64 @@
-"""What test_many_nodes.py starts by torchrun: `hf-nanogpt train`, in which one worker fails once.
+"""What test_many_nodes.py starts by torchrun: `hf-nanogpt train`, in which a worker may fail.
 
-Run: node_checks.py FAULT MARKER FLAGS, where FAULT is none, die or stall.
+Run: node_checks.py FOLDER, where FOLDER/plan.json has the flags of each `run` and the `faults`.
 """
 
+import json
 import os
 import signal
 import sys
 import threading
-from datetime import timedelta
 from pathlib import Path
-
-import torch.distributed as dist
 
 from hf_nanogpt import NanoGPTTrainer
 from hf_nanogpt.cli import main
+from hf_nanogpt.data.streams import PackedStream
 
 STEP, RANK = 5, "3"  # after the first checkpoint; a worker of the second machine
 
 
-def fail_once(fault: str, marker: Path) -> None:
-    """Make worker `RANK` fail as it begins the step after `STEP`, unless `marker` exists."""
+def fail(fault: str) -> None:
+    if fault == "stalled":
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # else torchrun waits 30 seconds to kill it
+        threading.Event().wait()
+    if fault == "killed launcher":
+        os.kill(os.getppid(), signal.SIGKILL)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fail_in_turn(faults: list[str], folder: Path) -> None:
+    """Make worker `RANK` fail each time it begins the step after `STEP`, by each fault once."""
     train_step = NanoGPTTrainer.training_step
 
     def training_step(self, *args, **kwargs):
-        if self.state.global_step == STEP and os.environ["RANK"] == RANK and not marker.exists():
-            marker.touch()
-            if fault == "die":
-                os.kill(os.getpid(), signal.SIGKILL)
-            threading.Event().wait()  # stalled until somebody ends it
+        left = [fault for fault in faults if not (folder / fault).exists()]
+        if left and self.state.global_step == STEP and os.environ["RANK"] == RANK:
+            (folder / left[0]).touch()
+            fail(left[0])
         return train_step(self, *args, **kwargs)
 
     NanoGPTTrainer.training_step = training_step
 
 
+def note_readers(folder: Path) -> None:
+    """Write a byte into the file of this process for each block that it reads from a stream."""
+    cut = PackedStream._cut
+
+    def _cut(self, *args):
+        for block in cut(self, *args):
+            if self.seed is not None:  # to train on
+                with (folder / f"reader {os.environ['RANK']}").open("a") as file:
+                    file.write(".")
+            yield block
+
+    PackedStream._cut = _cut
+
+
 if __name__ == "__main__":
-    fault, marker, *flags = sys.argv[1:]
-    if fault == "stall":  # on CPUs, transformers does not pass on --ddp_timeout
-        dist.init_process_group("gloo", timeout=timedelta(seconds=40))
-    if fault != "none":
-        fail_once(fault, Path(marker))
-    sys.exit(main(["train", *flags]))
+    folder = Path(sys.argv[1])
+    plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
+    fail_in_turn(plan["faults"], folder)
+    note_readers(folder)
+    for flags in plan["runs"]:
+        if code := main(["train", *flags]):
+            sys.exit(code)

@@ -36,6 +36,14 @@ SLIDING = {
     "sliding_window": 5,
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
 }
+OPT = {
+    "init_std": 0.2,
+    "hidden_size": 32,
+    "ffn_dim": 56,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 48,
+}
 # What each type of RoPE scaling needs; a text of 24 tokens goes past the original 16.
 SCALED = {"factor": 3.0, "original_max_position_embeddings": 16}
 ROPE = {
@@ -94,6 +102,16 @@ REFERENCES = {
         "qwen3",
         "Qwen3ForCausalLM",
         LLAMA | SLIDING | {"head_dim": 16, "tie_word_embeddings": True, "attention_bias": True},
+    ),
+    "qwen2": Reference("qwen2", "Qwen2ForCausalLM", LLAMA),
+    "qwen2, sliding, tied": Reference(
+        "qwen2", "Qwen2ForCausalLM", LLAMA | SLIDING | {"tie_word_embeddings": True}
+    ),
+    "opt": Reference("opt", "OPTForCausalLM", OPT),
+    "opt, untied, GELU, no biases": Reference(
+        "opt",
+        "OPTForCausalLM",
+        OPT | {"tie_word_embeddings": False, "activation_function": "gelu", "enable_bias": False},
     ),
     "nanochat": Reference("nanochat", "NanoChatForCausalLM", LLAMA),
     "nanochat, no softcap, biases, YaRN": Reference(

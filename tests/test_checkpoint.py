@@ -19,6 +19,7 @@ from hf_nanogpt.checkpoint.writing import (
     clear_unfinished,
     staged_folder,
 )
+from hf_nanogpt.data.tokenization import load_tokenizer
 from hf_nanogpt.training.locking import lock_output_dir
 
 TOKENIZER = train_tokenizer([], kind="byte")
@@ -119,6 +120,16 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], None]]] = {
     "tokenizer cut": ("tokenizer.json", truncate),
     "tokenizer gone": ("tokenizer.json", Path.unlink),
 }
+
+
+def test_what_describes_the_loading_of_a_tokenizer_is_not_saved_with_it(folder, tmp_path):
+    for i, tokenizer in enumerate((load_checkpoint(folder)[1], load_tokenizer(folder))):
+        tokenizer.save_pretrained(tmp_path / f"{i}")
+        first, last = (
+            json.loads((place / "tokenizer_config.json").read_text(encoding="utf-8"))
+            for place in (folder, tmp_path / f"{i}")
+        )
+        assert last.keys() <= first.keys()
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

@@ -41,17 +41,17 @@ def checkpoint(tmp_path_factory) -> Path:
     done = run_command("train", *flags, cwd=folder)
     assert done.returncode == 0, done.stderr
     assert "runs/mine is ready" in done.stdout and "bits per byte" in done.stdout
-    assert "A sample:" in done.stdout
+    assert "Samples, from " in done.stdout and "-gram model" in done.stdout
     assert len(re.findall(r"hf.nanogpt (generate|eval|info) runs/mine", done.stdout)) == 3
     # Each side has a token for each byte, an end in front and an end behind.
     plan, _, _ = done.stdout.partition("validation loss")
     sides = re.search(r"^data +([\d,]+) tokens to train on, ([\d,]+) tokens held out", plan)
     learnt, held_out = (int(side.replace(",", "")) for side in sides.groups())
-    assert learnt + held_out == len(TEXT.encode()) + 4 and held_out < 0.04 * learnt
+    assert learnt + held_out == len(TEXT.encode()) + 4 and 0.1 < held_out / learnt < 0.12
     passes = 2 * 2 * 15 / (learnt - 1)  # 2 steps of 2 blocks, which predict 15 tokens each
     assert re.search(rf"^steps +2, {passes:.2f} passes over the data$", plan, re.MULTILINE)
     assert re.search(r"^tokenizer +byte, 257 tokens$", plan, re.MULTILINE)
-    assert re.search(r"^recipe +quickstart, muon, peak rate 0.03$", plan, re.MULTILINE)
+    assert re.search(r"^recipe +chosen from the corpus, muon, peak rate 0.03$", plan, re.MULTILINE)
     assert "validation loss" in done.stdout and "\r" not in done.stdout + done.stderr
     return folder / "runs" / "mine"
 
@@ -283,6 +283,7 @@ def test_recipe_file_sets_defaults_and_flags_win(tmp_path, capsys):
     assert (settings["learning_rate"], settings["max_steps"]) == (1e-2, 2)
 
 
+@pytest.mark.slow
 def test_any_preset_and_size_by_flags(tmp_path, capsys):
     (tmp_path / "my.txt").write_text(TEXT, encoding="utf-8")
     for preset in ("gpt2", "llama-7b", "nanochat-d12"):
@@ -296,11 +297,14 @@ def test_any_preset_and_size_by_flags(tmp_path, capsys):
 def test_show_prints_the_settings_without_secrets_and_trains_nothing(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     secret = ["--data=https://me:hf_marked@host/a.txt?key=hf_marked", "--hub_token=hf_marked"]
-    assert main(["train", "--show", "--preset=gpt2", *secret]) == 0
+    assert main(["train", "quickstart", "--show", "--preset=gpt2", *secret]) == 0
     text = capsys.readouterr().out
     assert re.search(r"hidden_size +768 +preset gpt2", text) and "https://host/a.txt" in text
     assert re.search(r"max_steps +700 +recipe quickstart", text)
     assert "hf_marked" not in text and not list(tmp_path.iterdir())
+    assert "hf_marked" not in refuse(
+        capsys, "train", "--show", *secret
+    )  # without a recipe, it looks
     assert "Did you mean gpt2?" in refuse(capsys, "train", "--show", "--preset=gpt-2")
 
 

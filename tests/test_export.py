@@ -1,5 +1,6 @@
 """Exports to native checkpoints: which format, what it cannot express, and who can load it."""
 
+import json
 import subprocess
 import sys
 
@@ -163,6 +164,23 @@ def test_an_export_ends_a_text_where_our_generate_ends_it(tmp_path):
     assert found.tolist() == [[7, 8, 9, TOKENIZER.eos_token_id]]
     assert generate_text(model, TOKENIZER, "x", temperature=0) == ["x"]
     assert onnx._describe(model, TOKENIZER)["eos_token_id"] == str(TOKENIZER.eos_token_id)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_gpt2_is_stored_as_openais_files_are_unless_it_has_a_head_of_its_own(tied, tmp_path):
+    model = save_checkpoint("gpt2", tmp_path / "ours", tie_word_embeddings=tied)
+    export_checkpoint(tmp_path / "ours", tmp_path / "native")
+    stored = load_file(tmp_path / "native" / "model.safetensors")
+    assert ("wte.weight" in stored, "lm_head.weight" in stored) == (tied, not tied)
+    assert tied or "transformer.wte.weight" in stored
+    fields = json.loads((tmp_path / "native" / "config.json").read_text(encoding="utf-8"))
+    assert fields["n_ctx"] == fields["n_positions"] == model.config.max_position_embeddings
+    native, report = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "native", output_loading_info=True
+    )
+    assert not any(report.values()), report
+    ids = torch.tensor([[7, 8, 9]])
+    torch.testing.assert_close(native(ids).logits, model(ids).logits, rtol=0, atol=1e-5)
 
 
 def test_another_tokenizer_gives_a_converted_model_its_special_tokens(tmp_path):

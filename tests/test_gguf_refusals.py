@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from hf_nanogpt import train_tokenizer
 from hf_nanogpt.convert.gguf import export_gguf
-from hf_nanogpt.convert.gguf_tokenizer import LLAMA3_SPLIT, describe_tokenizer
+from hf_nanogpt.convert.gguf_tokenizer import LLAMA3_SPLIT, QWEN_SPLIT, describe_tokenizer
 
 pytest.importorskip("gguf", reason="the GGUF writer is missing: pip install 'hf-nanogpt[gguf]'")
 
@@ -47,6 +47,7 @@ def test_a_tokenizer_that_llama_cpp_would_read_differently_is_refused():
     cases = {
         "not a byte-level BPE": PreTrainedTokenizerFast(tokenizer_object=words, eos_token="a"),
         "rules that are not GPT-2's": split_tokenizer(r"\w+|\W"),
+        "no token for the bytes 0x5A, 0xE1,": split_tokenizer(QWEN_SPLIT, lacks="\x04Zá"),
         "normalizer .*Lowercase": split_tokenizer(
             LLAMA3_SPLIT, ignore_merges=True, normalizer=normalizers.Lowercase()
         ),
@@ -55,8 +56,9 @@ def test_a_tokenizer_that_llama_cpp_would_read_differently_is_refused():
         with pytest.raises(ValueError, match=message):
             describe_tokenizer(tokenizer, vocab_size=999)
     ours.eos_token = None
-    with pytest.raises(ValueError, match="no eos_token"):
-        describe_tokenizer(ours, vocab_size=999)
+    for ends in (None, []):
+        with pytest.raises(ValueError, match=r"no eos_token_id .*: set it in"):
+            describe_tokenizer(ours, vocab_size=999, ends=ends)
 
 
 @pytest.mark.parametrize(

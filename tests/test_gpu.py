@@ -511,10 +511,13 @@ def test_compiled_trainer_compiles_once_and_has_the_same_losses(settings, alone,
             output_dir=str(tmp_path / "run"),
             torch_compile=True,
             torch_compile_backend=backend_of("inductor"),
+            tf32=False,  # else Trainer turns it on, to compile
             **(settings | {"dropout": 0.0}),
         )
     assert not torch._dynamo.utils.counters["graph_break"]
-    assert losses_of(tmp_path / "run") == pytest.approx(losses_of(alone), abs=1e-3)
+    # On a GPU Muon computes in bfloat16, which rounds otherwise when it is compiled.
+    rounding = 2e-2 if IS_GPU else 1e-3
+    assert losses_of(tmp_path / "run") == pytest.approx(losses_of(alone), abs=rounding)
 
 
 FSDP = {

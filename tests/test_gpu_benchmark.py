@@ -73,17 +73,6 @@ def test_nanogpt_gets_the_split_that_its_own_preparation_makes(tmp_path):
     assert "".join(alphabet[i] for i in test) == "lo"
 
 
-def test_the_setting_with_the_fewest_steps_that_reaches_the_loss_is_chosen():
-    rows = {
-        "a": {"loss": 1.46, "steps": 600},
-        "b": {"loss": 1.4697, "steps": 400},
-        "c": {"loss": 1.48, "steps": 300},
-        "d": {"failed": "it did"},
-    }
-    assert gpu_shakespeare.choose_setting(rows) == "b"
-    assert gpu_shakespeare.choose_setting({"d": rows["d"]}) is None
-
-
 def test_a_row_with_an_error_shows_its_last_line():
     assert gpu_table.explain({"error": "Traceback\nValueError: a | b"}) == "ValueError: a / b"
     assert gpu_table.explain({"loss": 1.0}) is None

@@ -1,7 +1,11 @@
-"""Two machines, rehearsed on this one: two launchers of torchrun with two workers each, by gloo."""
+"""Two machines, rehearsed on this one: two launchers of torchrun with two workers each, by gloo.
+
+To start four workers takes most of the time, so one start serves several tests.
+"""
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -14,53 +18,84 @@ from conftest import ROOT
 from safetensors.torch import load_file
 from torch.distributed import TCPStore
 
-from hf_nanogpt import train
+from hf_nanogpt import DataArguments, tokenize_corpus, train
 
 pytestmark = [forked, pytest.mark.slow, pytest.mark.timeout(900)]
 
 STEPS = 7  # into the second epoch of 5
 NODES = 2
+SOURCES = ("corpus", "tokens", "stream")
+FAULTS = ("killed worker", "stalled", "killed launcher")
+RUN = {
+    "n_layer": 2,
+    "n_embd": 32,
+    "n_head": 2,
+    "block_size": 32,
+    "max_steps": STEPS,
+    "logging_steps": 1,
+    "eval_steps": STEPS,
+    "save_steps": 4,
+    "num_threads": 1,
+    "use_cpu": True,
+    "disable_tqdm": True,
+}
 
 
 @pytest.fixture(scope="module")
-def settings(tmp_path_factory) -> dict:
-    path = tmp_path_factory.mktemp("corpus") / "text.txt"
-    path.write_text((ROOT / "LICENSE").read_text(encoding="utf-8")[:1260])
-    model = {"n_layer": 2, "n_embd": 32, "n_head": 2, "block_size": 32}
-    run = {"max_steps": STEPS, "logging_steps": 1, "eval_steps": STEPS, "save_steps": 4}
-    machine = {"num_threads": 1, "use_cpu": True, "disable_tqdm": True}
-    return {"data": str(path), "tokenizer": "char"} | model | run | machine
+def sources(tmp_path_factory) -> dict[str, dict]:
+    """The same kind of text as a file, as a folder of tokens, and as a stream of two shards."""
+    folder, text = tmp_path_factory.mktemp("data"), (ROOT / "LICENSE").read_text(encoding="utf-8")
+    (folder / "text.txt").write_text(text[:1260])
+    corpus = {"data": str(folder / "text.txt"), "tokenizer": "char"}
+    tokenize_corpus(DataArguments(**corpus), folder / "tokens")
+    (folder / "rows").mkdir()
+    for shard in range(2):
+        rows = [json.dumps({"text": line}) for line in text.splitlines()[shard::2] if line.strip()]
+        (folder / "rows" / f"{shard}.jsonl").write_text("\n".join(rows))
+    stream = {"data": str(folder / "rows"), "tokenizer": "byte", "streaming": True}
+    tokens = {"data": str(folder / "tokens")}
+    found = {"corpus": corpus, "tokens": tokens, "stream": stream | {"validation_documents": 20}}
+    return {name: RUN | data for name, data in found.items()}
 
 
-def launch(flags: dict, *, fault: str = "none", restarts: int = 0) -> list:
-    """Train by one launcher for each machine, as examples/slurm/train.sbatch starts them."""
+def launch(folder: Path, runs: list[dict], *, faults: tuple[str, ...] = ()) -> list:
+    """Train by one launcher for each machine, as examples/slurm/train.sbatch starts them.
+
+    A launcher that was killed is started again, as whatever looks after a cluster does.
+    """
+    flags = [["--resume", *(f"--{key}={value}" for key, value in run.items())] for run in runs]
+    plan = {"runs": flags, "faults": faults}
+    (folder / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
     # The launchers meet at a port that is taken already, so that nobody else can take it.
     meeting = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    folder = Path(flags["output_dir"]).parent
     command = [sys.executable, "-m", "torch.distributed.run"]
-    command += [f"--nnodes={NODES}", "--nproc_per_node=2", f"--max_restarts={restarts}"]
+    command += [f"--nnodes={NODES}", "--nproc_per_node=2", "--max_restarts=3"]
     command += ["--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{meeting.port}"]
-    command += ["--rdzv_id=rehearsal", str(ROOT / "tests/node_checks.py")]
-    command += [fault, str(folder / "failed"), "--resume"]
-    command += [f"--{name}={value}" for name, value in flags.items()]
+    command += ["--rdzv_id=rehearsal", str(ROOT / "tests/node_checks.py"), str(folder)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     # As in train.sbatch, which says why.
     environment |= {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
-    def run(node: int) -> subprocess.CompletedProcess:
-        return subprocess.run(
-            command, capture_output=True, text=True, timeout=600, cwd=folder, env=environment
-        )
+    def run(node: int) -> list[subprocess.CompletedProcess]:
+        starts = []
+        while not starts or starts[-1].returncode == -signal.SIGKILL:
+            done = subprocess.run(
+                command, capture_output=True, text=True, timeout=800, cwd=folder, env=environment
+            )
+            starts.append(done)
+        return starts
 
     with ThreadPoolExecutor(NODES) as pool:
-        return list(pool.map(run, range(NODES)))
+        return [start for starts in pool.map(run, range(NODES)) for start in starts]
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(settings, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("nodes") / "run"
-    flags = settings | {"output_dir": str(folder), "per_device_train_batch_size": 2}
-    for done in launch(flags):
+def uninterrupted(sources, tmp_path_factory) -> Path:
+    """The folder of a run of each source on two machines."""
+    folder = tmp_path_factory.mktemp("nodes")
+    shares = {"per_device_train_batch_size": 2}
+    runs = [sources[name] | shares | {"output_dir": str(folder / name)} for name in SOURCES]
+    for done in launch(folder, runs):
         assert done.returncode == 0, done.stderr[-3000:]
     return folder
 
@@ -70,40 +105,54 @@ def _losses(folder: Path) -> list[float]:
     return [row.get("loss", row.get("eval_loss")) for row in state["log_history"]]
 
 
-def test_two_machines_give_the_losses_and_weights_of_one_process(settings, uninterrupted, tmp_path):
-    train(output_dir=str(tmp_path / "one"), per_device_train_batch_size=8, **settings)
-    assert _losses(uninterrupted) == pytest.approx(_losses(tmp_path / "one"), abs=1e-5)
-    expected = load_file(tmp_path / "one" / "model.safetensors")
-    for name, weight in load_file(uninterrupted / "model.safetensors").items():
-        torch.testing.assert_close(weight, expected[name], rtol=0, atol=1e-4)
-
-
-def test_a_killed_worker_is_replaced_and_the_run_ends_like_an_uninterrupted_one(
-    settings, uninterrupted, tmp_path
+@pytest.mark.parametrize("name", SOURCES)
+def test_two_machines_give_the_losses_and_weights_of_one_process(
+    sources, uninterrupted, tmp_path, name
 ):
-    flags = settings | {"output_dir": str(tmp_path / "run"), "per_device_train_batch_size": 2}
-    done = launch(flags, fault="die", restarts=3)
-    assert (tmp_path / "failed").exists()
-    assert [d.returncode for d in done] == [0, 0], [d.stderr[-3000:] for d in done]
-    assert any("SIGKILL" in d.stderr or "exitcode: -9" in d.stderr for d in done)
-    assert _losses(tmp_path / "run") == pytest.approx(_losses(uninterrupted), abs=1e-6)
+    train(output_dir=str(tmp_path / "one"), per_device_train_batch_size=8, **sources[name])
+    assert _losses(uninterrupted / name) == pytest.approx(_losses(tmp_path / "one"), abs=1e-5)
+    expected = load_file(tmp_path / "one" / "model.safetensors")
+    for key, weight in load_file(uninterrupted / name / "model.safetensors").items():
+        torch.testing.assert_close(weight, expected[key], rtol=0, atol=1e-4)
+
+
+def test_one_process_reads_a_stream_for_all_machines(uninterrupted):
+    blocks = {path.name: path.stat().st_size for path in uninterrupted.glob("reader *")}
+    # All read eight, by which a resumed run recognises the data.
+    assert blocks.pop("reader 0") >= STEPS * 8 + 8
+    assert blocks == {"reader 1": 8, "reader 2": 8, "reader 3": 8}
+
+
+@pytest.fixture(scope="module")
+def interrupted(sources, tmp_path_factory) -> tuple[Path, str]:
+    """A run that lost a worker, then waited for one, then lost a launcher; what was printed."""
+    folder = tmp_path_factory.mktemp("deaths")
+    run = sources["corpus"] | {"per_device_train_batch_size": 2, "ddp_timeout": 30}
+    starts = launch(folder, [run | {"output_dir": str(folder / "run")}], faults=FAULTS)
+    printed = "".join(start.stdout + start.stderr for start in starts)
+    codes = sorted(start.returncode for start in starts)
+    assert codes == [-signal.SIGKILL, 0, 0], printed[-5000:]
+    assert all((folder / fault).exists() for fault in FAULTS)
+    return folder / "run", printed
+
+
+def test_three_deaths_change_nothing_in_the_result(interrupted, uninterrupted):
+    run, expected = interrupted[0], uninterrupted / "corpus"
+    assert _losses(run) == pytest.approx(_losses(expected), abs=1e-6)
     before, after = (
-        load_file(folder / "checkpoint-4" / "model.safetensors")
-        for folder in (tmp_path / "run", uninterrupted)
+        load_file(folder / "checkpoint-4" / "model.safetensors") for folder in (run, expected)
     )
     assert all(before[name].equal(weight) for name, weight in after.items())
     # Not the same bits: more than two processes may add up gradients in another order.
-    ours, theirs = (load_file(f / "model.safetensors") for f in (tmp_path / "run", uninterrupted))
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (run, expected))
     for name, weight in theirs.items():
         torch.testing.assert_close(ours[name], weight, rtol=0, atol=1e-5)
 
 
-def test_a_stalled_worker_is_named_within_the_time_limit(settings, tmp_path):
-    flags = settings | {"output_dir": str(tmp_path / "run"), "per_device_train_batch_size": 2}
-    done = launch(flags, fault="stall")
-    assert (tmp_path / "failed").exists()
-    assert all(d.returncode != 0 for d in done)
-    printed = "".join(d.stdout + d.stderr for d in done)
-    assert "Step 6 does not end, because a process is gone or stalled: " in printed
-    assert "Ranks 3 failed to pass monitoredBarrier" in printed
-    assert (tmp_path / "run" / "checkpoint-4").is_dir()  # to resume from
+def test_a_killed_worker_is_reported(interrupted):
+    assert "SIGKILL" in interrupted[1] or "exitcode: -9" in interrupted[1]
+
+
+def test_a_stalled_worker_is_named_within_the_time_limit(interrupted):
+    assert "Step 6 does not end, because a process is gone or stalled: " in interrupted[1]
+    assert "Ranks 3 failed to pass monitoredBarrier" in interrupted[1]

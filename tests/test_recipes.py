@@ -4,12 +4,20 @@ import pytest
 from conftest import ROOT
 from transformers import TrainingArguments
 
-from hf_nanogpt import NanoGPTForCausalLM, build_optimizer, list_recipes, load_preset
+from hf_nanogpt import (
+    NanoGPTForCausalLM,
+    build_optimizer,
+    list_recipes,
+    load_preset,
+    train,
+    train_tokenizer,
+)
+from hf_nanogpt.errors import UserError
 from hf_nanogpt.presets import PRESETS
 from hf_nanogpt.training.arguments import parse_settings
 from hf_nanogpt.training.optim import OPTIM_DEFAULTS
 from hf_nanogpt.training.origins import explain_settings
-from hf_nanogpt.training.preparing import make_config
+from hf_nanogpt.training.preparing import make_config, prepare_config, prepare_model
 
 RECIPES = ROOT / "hf_nanogpt" / "recipes"
 
@@ -22,6 +30,28 @@ def test_each_recipe_parses_and_says_what_it_costs(name, tmp_path):
     lines = header.splitlines()
     assert len(lines) >= 2 and all(line.startswith("# ") for line in lines)
     assert args.num_train_epochs == 1 or args.max_steps > 0
+
+
+def test_an_impossible_architecture_is_refused_before_the_data_is_read(tmp_path):
+    with pytest.raises(UserError, match=r"hidden_size .n_embd.=10 must be a multiple of"):
+        train(data="none.txt", output_dir=str(tmp_path / "run"), n_embd=10, n_head=3)
+    with pytest.raises(UserError, match=r"none\.txt"):
+        train(data="none.txt", output_dir=str(tmp_path / "run"), n_embd=12, n_head=3)
+
+
+def test_the_tokenizer_completes_the_configuration_that_was_made_before_the_data(tmp_path):
+    settings = {"preset": "gpt2", "n_layer": 1, "n_embd": 16, "n_head": 2, "block_size": 32}
+    settings |= {"output_dir": str(tmp_path), "use_cpu": True}
+    data, architecture, args = parse_settings("quickstart", **settings)
+    config, length = prepare_config(architecture, data, None)
+    assert (config.vocab_size, config.eos_token_id, length) == (data.vocab_size, None, 32)
+    tokenizer = train_tokenizer([], kind="byte")
+    model = prepare_model(config, data, args, tokenizer, None)
+    assert model.config is config
+    ids = {name: getattr(config, name) for name in ("eos_token_id", "bos_token_id", "pad_token_id")}
+    assert ids == {name: getattr(tokenizer, name) for name in ids}
+    assert model.lm_head.weight.shape == (257, 16)
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id
 
 
 def test_the_peer_is_nanogpts_configuration():

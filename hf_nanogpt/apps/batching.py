@@ -6,11 +6,10 @@ all, or a setting that transformers' batches do not know.
 """
 
 import asyncio
-import copy
 from collections.abc import AsyncGenerator, Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
-from itertools import chain, count
+from itertools import count
 from threading import Event
 from typing import Any, TypeAlias
 
@@ -21,6 +20,7 @@ from transformers.utils import logging
 from ..errors import UserError
 from ..generation import stream_text
 from ..streaming import TextDecoder, TokenStreamer
+from .scoring import CHANGES, build_processors, share_weights
 
 logger = logging.get_logger(__name__)
 
@@ -46,7 +46,8 @@ class Writer:
     """Writes the tokens that follow prompts, for the requests of one event loop.
 
     `settings` are those of `stream_text`: `max_new_tokens`, `temperature`, `top_k` and `top_p`; a
-    request with `seed`, `min_p` or `repetition_penalty` is written alone.
+    request with `seed`, `min_p`, `repetition_penalty` or those of `build_processors` is written
+    alone.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ends: list[int]):
@@ -132,10 +133,7 @@ class Writer:
         return stop
 
     def _build_manager(self) -> Any:
-        # The manager switches its model to paged attention, so it gets a model of its own, which
-        # shares the weights.
-        weights = chain(self.model.parameters(), self.model.buffers())
-        model: Any = copy.deepcopy(self.model, {id(tensor): tensor for tensor in weights})
+        model = share_weights(self.model)  # as the manager switches it to paged attention
         # transformers prepares only those processors whose settings differ from its defaults. The
         # values do not matter: each request brings its own.
         config = model.generation_config
@@ -192,8 +190,16 @@ class Writer:
 
     def _stream(self, prompt: list[int], settings: dict[str, Any]) -> Generator[int, None, None]:
         ids = torch.tensor([prompt], device=self.model.device)
-        settings = settings | {"eos_token_id": self.ends or None, "streamer": TokenStreamer()}
-        return stream_text(self.model, self.tokenizer, ids, **settings)
+        own = {name: value for name, value in settings.items() if name not in CHANGES}
+        return stream_text(
+            self.model,
+            self.tokenizer,
+            ids,
+            eos_token_id=self.ends or None,
+            logits_processor=build_processors(settings, len(prompt)),
+            streamer=TokenStreamer(),
+            **own,
+        )
 
 
 class StoppingDecoder:

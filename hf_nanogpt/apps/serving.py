@@ -1,9 +1,10 @@
 """A server of OpenAI's API for one checkpoint, safe with clients that cannot be trusted.
 
-openai_api.py checks requests and formats answers, and batching.py writes the tokens of several
-answers at once. Here are the routes and the limits: a browser must name this machine as the host
-and send JSON with its content type, so that no other web page can use the server; from other
-machines a client needs the key.
+openai_api.py checks a request, answering.py makes its answer, and openai_format.py puts it into
+JSON; batching.py writes the tokens of several answers at once, and scoring.py computes their
+probabilities. Here are the routes and the limits: a browser must name this machine as the host and
+send JSON with its content type, so that no other web page can use the server; from other machines a
+client needs the key.
 """
 
 import asyncio
@@ -13,10 +14,9 @@ import shlex
 import signal
 import socket
 import time
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing, suppress
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, cast
 
 import uvicorn
 from starlette.applications import Starlette
@@ -30,16 +30,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.chat_text import ChatTextEncoder
 from ..errors import UserError, one_line
-from ..generation import encode_prompt
-from ..streaming import TextDecoder
-from .batching import EndedError, StoppingDecoder, Writer
+from ..generation import check_vocabulary, encode_prompt
+from .answering import FAILED, Answer, Prompt
+from .batching import EndedError, Writer
 from .chat import NO_TEMPLATE, find_turn_ends, render_messages
-from .openai_api import CompletionRequest, ResponseFormat, check_request, format_event, parse_body
+from .openai_api import CompletionRequest, RequestError, check_request, parse_body
+from .openai_format import ResponseFormat, format_error, format_event
+from .scoring import Scorer
 
-_TEXT, _CHAT = "/v1/completions", "/v1/chat/completions"
+_TEXT, _CHAT, _MODELS = "/v1/completions", "/v1/chat/completions", "/v1/models"
 _MAX_BODY = 4 * 2**20  # bytes
 _GRACE = 3  # seconds for answers to finish when the server stops
-_FAILED = "The server is stopping, or has failed: try again later."
 
 
 def build_app(
@@ -66,8 +67,8 @@ def build_app(
     app = Starlette(
         routes=[
             Route("/health", server.show_health),
-            Route("/v1/models", server.list_models),
-            Route("/v1/models/{name:path}", server.show_model),
+            Route(_MODELS, server.list_models),
+            Route(_MODELS + "/{name:path}", server.show_model),
             Route("/load_model", server.load_model, methods=["POST"]),
             Route(_TEXT, server.answer, methods=["POST"]),
             Route(_CHAT, server.answer, methods=["POST"]),
@@ -76,16 +77,17 @@ def build_app(
             Middleware(TrustedHostMiddleware, allowed_hosts=hosts or ["*"], www_redirect=False)
         ],
         exception_handlers=dict.fromkeys(
-            (UserError, HTTPException, EndedError, ClientDisconnect), _explain
+            (UserError, HTTPException, EndedError, ClientDisconnect, Exception), _explain
         ),
     )
-    app.state.writer = server.writer
+    app.state.writer, app.state.scorer = server.writer, server.scorer
     return app
 
 
 def serve_app(app: Starlette, listener: socket.socket, *, on_ready: Callable[[], None]) -> None:
     """Answer requests until SIGINT or SIGTERM; call `on_ready` once the first may come."""
     writer: Writer = app.state.writer
+    scorer: Scorer = app.state.scorer
 
     class Server(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -96,6 +98,7 @@ def serve_app(app: Starlette, listener: socket.socket, *, on_ready: Callable[[],
             asyncio.get_running_loop().call_later(_GRACE, writer.abandon)
             await super().shutdown(sockets)
             await writer.close()
+            await scorer.close()
 
     # uvicorn shuts down at either signal and then raises it again, here as KeyboardInterrupt.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -118,21 +121,25 @@ def write_request(url: str, name: str, *, chat: bool, with_key: bool = False) ->
 
 async def _explain(request: Request, error: Exception) -> Response:
     """Return the response to a request that failed."""
-    if isinstance(error, HTTPException):
+    param = code = None
+    if isinstance(error, RequestError):
+        status, message, param, code = error.status, one_line(error), error.param, error.code
+    elif isinstance(error, HTTPException):
         status, message = error.status_code, error.detail
+        if status in (404, 405):
+            asked = f"{request.method} {request.url.path!r:.80}"
+            message = f"This server has no {asked}; it has POST {_TEXT} and {_CHAT}, GET {_MODELS}."
     elif isinstance(error, UserError):
         status, message = 400, one_line(error)
     elif isinstance(error, EndedError):
-        status, message = 503, _FAILED
-    else:
+        status, message = 503, FAILED
+    elif isinstance(error, ClientDisconnect):
         status, message = 499, "The client has disconnected."
+    else:  # a bug: starlette shows its traceback on the server
+        status, message = 500, FAILED
     headers = getattr(error, "headers", None)  # such as Allow
-    return JSONResponse(_format_error(message, by_client=status < 500), status, headers)
-
-
-def _format_error(message: str, *, by_client: bool) -> dict[str, Any]:
-    error_type = "invalid_request_error" if by_client else "server_error"
-    return {"error": {"message": message, "type": error_type}}
+    content = format_error(message, by_client=status < 500, param=param, code=code)
+    return JSONResponse(content, status, headers)
 
 
 class _Server:
@@ -145,10 +152,11 @@ class _Server:
         tokenizer: PreTrainedTokenizerBase,
         api_key: str | None,
     ):
-        encode_prompt(model, tokenizer, "a")  # raises if the tokenizer does not fit the model
+        check_vocabulary(model, tokenizer)
         self.name, self.model, self.tokenizer, self.api_key = name, model, tokenizer, api_key
         self.text_encoder = ChatTextEncoder(tokenizer)
         self.writer = Writer(model, tokenizer, find_turn_ends(model, tokenizer))
+        self.scorer = Scorer(model, tokenizer)
         self.description: dict[str, Any] = {"id": name, "object": "model"}
         self.description |= {"owned_by": "hf-nanogpt", "created": int(time.time())}
         # A text of more characters cannot fit the context. It is refused before it is tokenized,
@@ -199,7 +207,8 @@ class _Server:
         sent = request.headers.get("authorization", "").encode("latin-1")
         expected = f"Bearer {self.api_key}".encode()
         if self.api_key and not hmac.compare_digest(sent, expected):
-            raise HTTPException(401, "This server needs a key: send Authorization: Bearer KEY.")
+            message = "This server needs a key: send Authorization: Bearer KEY."
+            raise RequestError(message, code="invalid_api_key", status=401)
 
     async def read_body(self, request: Request) -> dict[str, Any]:
         """Return the JSON of a request for this model, by a client with the key."""
@@ -219,8 +228,8 @@ class _Server:
             raise HTTPException(413, message)
         body = await asyncio.to_thread(parse_body, b"".join(chunks))
         if not isinstance(body.get("model"), str):
-            raise UserError(
-                f"model={body.get('model')!r:.80} is invalid: it must be {self.name!r}."
+            raise RequestError(
+                f"model={body.get('model')!r:.80} is invalid: it must be {self.name!r}.", "model"
             )
         self.check_name(body["model"])
         return body
@@ -228,100 +237,60 @@ class _Server:
     def check_name(self, name: str) -> None:
         if name != self.name:
             message = f"This server has no model {name!r:.80}: it has {self.name!r} only."
-            raise HTTPException(404, message)
+            raise RequestError(message, "model", "model_not_found", 404)
 
-    def prepare(self, body: dict[str, Any], *, chat: bool) -> "_Answer":
+    def prepare(self, body: dict[str, Any], *, chat: bool) -> Answer:
         """Return the answer to a request, ready to be written."""
-        request = check_request(body, chat=chat)
-        text = request.prompt
-        if not isinstance(text, str):
-            self.check_length("".join(message["content"] for message in text))
-            text = render_messages(self.tokenizer, self.text_encoder.hide(text))
-        self.check_length(text)
-        encode = self.text_encoder.encode if chat else None
-        ids = encode_prompt(self.model, self.tokenizer, text, encode=encode)
+        request = check_request(body, chat=chat, vocab_size=self.model.config.vocab_size)
+        encode = self.encode_messages if chat else self.encode_text
+        prompts = [self.prepare_prompt(request, *encode(prompt)) for prompt in request.prompts]
+        form = ResponseFormat(self.name, chat=chat, include_usage=request.include_usage)
+        return Answer(self.writer, self.scorer, request, prompts, form)
+
+    def prepare_prompt(self, request: CompletionRequest, text: str, ids: list[int]) -> Prompt:
+        """Return a prompt with settings that fit into the context after it."""
         limit = self.model.config.max_position_embeddings
-        room = limit - ids.shape[1]
-        if room < 1:
-            raise UserError(
-                f"The prompt has {ids.shape[1]} tokens, and this model's context is {limit}."
-            )
+        room = limit - len(ids)
+        longest = request.settings.get("max_new_tokens", room)
+        if room < min(longest, 1):
+            raise self.refuse_length(f"{len(ids)} tokens, and this model's context is {limit}.")
         defaults = self.model.generation_config
         settings = {
             "temperature": defaults.temperature or 1.0,
             "top_k": defaults.top_k or 0,
             "top_p": defaults.top_p or 1.0,
             **request.settings,
-            "max_new_tokens": min(request.settings.get("max_new_tokens", room), room),
+            "max_new_tokens": min(longest, room),
         }
-        return _Answer(
-            self.writer, request, ids[0].tolist(), settings, ResponseFormat(self.name, chat=chat)
-        )
+        return Prompt(text, ids, settings)
+
+    def encode_messages(self, messages: list[dict[str, str]]) -> tuple[str, list[int]]:
+        """Return no text, as an answer is a text of its own, and the token ids of a chat."""
+        self.check_length("".join(message["content"] for message in messages))
+        text = render_messages(self.tokenizer, self.text_encoder.hide(messages))
+        self.check_length(text)
+        ids = encode_prompt(self.model, self.tokenizer, text, encode=self.text_encoder.encode)
+        return "", ids[0].tolist()
+
+    def encode_text(self, prompt: str | list[int]) -> tuple[str, list[int]]:
+        """Return the text and the token ids of a prompt that is one of them."""
+        if not isinstance(prompt, str):
+            text = self.tokenizer.decode(prompt, skip_special_tokens=True)
+            return cast(str, text), prompt
+        self.check_length(prompt)
+        return prompt, encode_prompt(self.model, self.tokenizer, prompt)[0].tolist()
 
     def check_length(self, text: str) -> None:
         if len(text) > self.max_characters:
-            raise UserError(
-                f"The prompt has {len(text):,} characters, and at most {self.max_characters:,} "
-                f"fit this model's context of {self.model.config.max_position_embeddings} tokens."
+            raise self.refuse_length(
+                f"{len(text):,} characters, and at most {self.max_characters:,} fit this model's "
+                f"context of {self.model.config.max_position_embeddings} tokens."
             )
+
+    def refuse_length(self, why: str) -> RequestError:
+        return RequestError(f"The prompt has {why} Shorten it.", code="context_length_exceeded")
 
 
 async def _wait_for_disconnect(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-@dataclass
-class _Answer:
-    """One answer: its text while it is written, why it ended, and how many tokens it took."""
-
-    writer: Writer
-    request: CompletionRequest
-    prompt: list[int]
-    settings: dict[str, Any]
-    format: ResponseFormat
-    count: int = 0
-    reason: str = "length"
-
-    @property
-    def usage(self) -> dict[str, int]:
-        return {
-            "prompt_tokens": len(self.prompt),
-            "completion_tokens": self.count,
-            "total_tokens": len(self.prompt) + self.count,
-        }
-
-    async def pieces(self) -> AsyncGenerator[str, None]:
-        context = [] if self.format.chat else self.prompt  # a message is a text of its own
-        text = StoppingDecoder(TextDecoder(self.writer.tokenizer, context), self.request.stops)
-        async with aclosing(self.writer.write(self.prompt, self.settings)) as tokens:
-            async for token in tokens:
-                self.count += 1
-                if token in self.writer.ends:
-                    self.reason = "stop"
-                yield text.add(token)
-                if text.stopped:
-                    break
-        yield text.finish()
-        if text.stopped:
-            self.reason = "stop"
-
-    async def collect(self) -> dict[str, Any]:
-        text = "".join([piece async for piece in self.pieces()])
-        return self.format.format_whole(text, self.reason, self.usage)
-
-    async def stream(self) -> AsyncGenerator[str, None]:
-        try:
-            yield self.format.format_start()
-            async with aclosing(self.pieces()) as pieces:
-                async for piece in pieces:
-                    if piece:
-                        yield self.format.format_piece(piece)
-            yield self.format.format_end(self.reason)
-            if self.request.include_usage:
-                yield self.format.format_usage(self.usage)
-            yield "data: [DONE]\n\n"
-        # The response has begun, so the error is an event.
-        except (EndedError, UserError) as error:
-            message = _FAILED if isinstance(error, EndedError) else one_line(error)
-            yield format_event(_format_error(message, by_client=False))

@@ -146,11 +146,14 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     files = [name for name in (*_TOKENIZER_JSON, "tokenizer.model") if (folder / name).is_file()]
     with explain_errors(f"The tokenizer in {folder} ({', '.join(files)}) cannot be loaded"):
         try:
-            return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
         except ValueError as error:
             if "trust_remote_code" not in str(error):  # transformers would advise to set it
                 raise
             raise UserError("it needs code from the checkpoint, which is never run") from error
+    for key in ("is_local", "local_files_only"):  # they describe this call, and would be saved
+        tokenizer.init_kwargs.pop(key, None)
+    return tokenizer
 
 
 # The model

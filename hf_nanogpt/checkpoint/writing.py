@@ -16,10 +16,12 @@ from .steps import STEPS, find_last_checkpoint, list_steps
 
 _STAGED = ".staged-"
 LOCK = ".lock"  # see training/locking.py
+RECIPE = "recipe.yaml"  # see training/choosing.py
 # All that a training writes, as patterns: these files may be overwritten.
 ARTIFACTS = (
     CONFIG,
     LOCK,
+    RECIPE,
     "README.md",
     "adapter",
     "chat_template.jinja",
@@ -50,13 +52,13 @@ def check_output_dir(
 ) -> None:
     """Raise a `UserError` unless a training can write to `output_dir`; change nothing.
 
-    A folder that is not empty needs `resume` or `overwrite`. To resume, it must have a whole
+    A folder with more than a recipe needs `resume` or `overwrite`. To resume, it must have a whole
     `checkpoint-*`, or only what a training leaves that is killed before the first one. To
     overwrite, it must have only files that a training writes.
     """
     path = Path(output_dir)
     check_writable(path, name="output_dir")
-    content = {p.name for p in path.iterdir()} - {LOCK} if path.is_dir() else set()
+    content = {p.name for p in path.iterdir()} - {LOCK, RECIPE} if path.is_dir() else set()
     unknown = content - {p.name for pattern in ARTIFACTS for p in path.glob(pattern)}
     if not content or (resume and find_last_checkpoint(path)):
         return

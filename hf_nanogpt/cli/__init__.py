@@ -18,7 +18,7 @@ VERBS: dict[str, str] = {
     "explain": "show what a model expected at each token of a text, and where its heads look",
     "playground": "a page in the browser: each token's chances, and how else the text could go",
     "eval": "measure checkpoints on a text, in bits per byte, or on tasks of lm-eval",
-    "convert": "import a GPT-1, GPT-2, GPT-Neo, Llama, Qwen3, nanochat or nanoGPT model",
+    "convert": "import a GPT-1, GPT-2, GPT-Neo, OPT, Llama, Qwen2 or 3, nanochat or nanoGPT model",
     "export": "write a checkpoint in one of those formats, for tools without hf_nanogpt",
     "push": "share a checkpoint on the Hub: model, tokenizer, code and card in one commit",
     "pull": "download a complete checkpoint from the Hub to a folder",

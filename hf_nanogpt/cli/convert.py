@@ -11,7 +11,12 @@ from .parser import Flags, load_libraries, parse_flags, sigterm_like_ctrl_c
 _CONVERT: Flags = [
     ("source", str, None, "folder or Hub id, or nanoGPT's ckpt.pt"),
     ("destination", str, None, "folder to create"),
-    ("--from FORMAT", str, None, "gpt1, gpt2, gpt_neo, llama, qwen3, nanochat or nanogpt"),
+    (
+        "--from FORMAT",
+        str,
+        None,
+        "gpt1, gpt2, gpt_neo, opt, llama, qwen2, qwen3, nanochat or nanogpt",
+    ),
     ("--tokenizer", str, None, "folder or Hub id, or nanoGPT's meta.pkl (default: the source's)"),
 ]
 _EXPORT: Flags = [
@@ -21,8 +26,8 @@ _EXPORT: Flags = [
         "--to FORMAT",
         str,
         None,
-        "qwen3, llama, gpt2, gpt_neo, gpt1, nanochat, gguf or onnx (default: gguf or onnx if the "
-        "destination ends so, else the first that can express the model)",
+        "qwen3, llama, qwen2, gpt2, gpt_neo, gpt1, opt, nanochat, gguf or onnx (default: gguf or "
+        "onnx if the destination ends so, else the first that can express the model)",
     ),
     ("--dtype", ["f32", "f16", "q8_0"], None, "dtype of the weights, for --to gguf (default f32)"),
 ]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from ..errors import UserError, did_you_mean
 
-# The defaults are those of `hf-nanogpt train` without a recipe; a test compares them with the code.
+# The defaults are those of the quickstart; a test compares them with the code.
 _SETTINGS: dict[str, list[tuple[str, str, str]]] = {
     "the data": [
         ("data", "python-stdlib", "file, folder, glob, URL, table or Hub dataset of text"),
@@ -85,7 +85,11 @@ def _keep(parser: argparse.ArgumentParser, pattern: str) -> None:
 
 
 def _one_screen(usage: str, recipes: Sequence[str]) -> str:
-    lines = [f"usage: {usage}", f"recipes: {', '.join(recipes)}, or a YAML file"]
+    lines = [
+        f"usage: {usage}",
+        f"recipes: {', '.join(recipes)}, or a YAML file",
+        "without one, the settings are chosen from --data; shown here are those of quickstart",
+    ]
     for title, rows in _SETTINGS.items():
         lines += [f"{title}:"]
         for name, default, text in rows:

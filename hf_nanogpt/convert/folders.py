@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any, cast
 
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import (
     GenerationConfig,
+    GPT2LMHeadModel,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -30,10 +32,7 @@ def load_tokenizer(place: str | Path) -> PreTrainedTokenizerBase | None:
     folder = Path(name) if Path(name).is_dir() else download(name, revision, TOKENIZER_FILES)
     if not any((folder / file).is_file() for file in (*TOKENIZERS, "tokenizer_config.json")):
         return None
-    tokenizer = read_tokenizer(folder)
-    for key in ("is_local", "local_files_only"):  # they describe this call, not the tokenizer
-        tokenizer.init_kwargs.pop(key, None)
-    return tokenizer
+    return read_tokenizer(folder)
 
 
 def check_tokenizer(
@@ -104,7 +103,7 @@ def write_folder(
     Texts end where our `stream_text` ends them: at the tokenizer's eos if the settings have none.
     """
     with written_folder(destination) as staged:
-        model.save_pretrained(staged)
+        model.save_pretrained(staged, state_dict=_published_weights(model))
         if tokenizer is not None:
             tokenizer.save_pretrained(staged)
         file = staged / _GENERATION
@@ -114,6 +113,16 @@ def write_folder(
         _write_json(file, settings)
         if not isinstance(model, NanoGPTForCausalLM):
             _add_older_names(staged, model)
+
+
+def _published_weights(model: PreTrainedModel) -> dict[str, Tensor] | None:
+    """Return the weights of a GPT-2 by the names in OpenAI's files, which MLX expects, else None.
+
+    They lack the prefix `transformer.`, which transformers adds; with a head it would not.
+    """
+    if not isinstance(model, GPT2LMHeadModel) or not model.config.tie_word_embeddings:
+        return None
+    return dict(model.base_model.state_dict())
 
 
 def _add_older_names(folder: Path, model: PreTrainedModel) -> None:

@@ -1,25 +1,32 @@
-"""The tokenizer in a GGUF file: byte-level BPE as ours, GPT-2's, Qwen's and Llama 3's."""
+"""The tokenizer in a GGUF file: byte-level BPE as ours, GPT-2's, Llama 3's, Qwen's and SmolLM's."""
 
 import json
 from typing import Any
 
-from tokenizers import pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.utils import logging
 
-from ..data.tokenization import UNUSED_SYMBOL
 from ..errors import UserError
 
 logger = logging.get_logger(__name__)
 
-# llama.cpp's names for how text is split before the merges, by regular expression and
-# `ignore_merges`. ByteLevel has GPT-2's expression built in; the others stand in a Split before it.
 LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 QWEN_SPLIT = LLAMA3_SPLIT.replace("{1,3}", "")
-_SPLITS = {(None, False): "gpt-2", (QWEN_SPLIT, False): "qwen2", (LLAMA3_SPLIT, True): "llama-bpe"}
+_ISOLATED = {"type": "Split", "behavior": "Isolated", "invert": False}
+# llama.cpp's names for how text is split before the merges. The columns are the steps before
+# ByteLevel, whether ByteLevel then splits by GPT-2's expression, and the model's `ignore_merges`.
+_SPLITS: tuple[tuple[list, bool, bool, str], ...] = (
+    ([], True, False, "gpt-2"),
+    ([{"type": "Digits", "individual_digits": True}], True, False, "smollm"),
+    ([_ISOLATED | {"pattern": {"Regex": QWEN_SPLIT}}], False, False, "qwen2"),
+    ([_ISOLATED | {"pattern": {"Regex": LLAMA3_SPLIT}}], False, True, "llama-bpe"),
+)
+# Bytes that only control characters and unassigned ones have, or no text in UTF-8 at all.
+RARE_BYTES = {*range(32), 0x7F, 0xC0, 0xC1, 0xF1, 0xF2, *range(0xF5, 0x100)} - {*b"\t\n\r"}
 _NO_MERGES = ["ÿ ÿ"]  # llama.cpp wants at least one; byte 255, twice, is in no UTF-8 text
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
 
@@ -31,7 +38,9 @@ def describe_tokenizer(
 
     Ids from the tokenizer's end to the model's `vocab_size` are marked as unused. llama.cpp cannot
     normalise text to composed characters (NFC) as Qwen's tokenizer does: there the prompt must be
-    composed already. A text ends at `ends`, by default at the tokenizer's eos.
+    composed already. Both leave out a control character that the vocabulary lacks (SmolLM2's lacks
+    six), but may merge what stands around it differently. A text ends at `ends`, by default at the
+    tokenizer's eos.
 
     Raises:
         UserError: the tokenizer is not a byte-level BPE, or llama.cpp would encode differently.
@@ -69,27 +78,29 @@ def _name_split(parts: dict[str, Any]) -> str:
     model, splitter = parts["model"], parts["pre_tokenizer"] or {}
     *before, last = splitter.get("pretokenizers", [splitter])
     options = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
-    bytes_needed = set(pre_tokenizers.ByteLevel.alphabet()) - {UNUSED_SYMBOL}
     if (
         model["type"] != "BPE"
         or last.get("type") != "ByteLevel"
         or any(model.get(option) for option in options)
-        or not bytes_needed <= set(model["vocab"])
     ):
         raise UserError(
             f"GGUF: the tokenizer ({model['type']}, {last.get('type')}) is not a byte-level BPE, "
             "and only those can be written."
         )
-
-    # At most one Split before ByteLevel, with an expression that llama.cpp knows.
-    expressions = [step.get("pattern", {}).get("Regex") for step in before] or [None]
-    name = _SPLITS.get((expressions[0], bool(model.get("ignore_merges"))))
-    isolated = all(s.get("behavior") == "Isolated" and not s["invert"] for s in before)
-    known = len(before) < 2 and isolated and last["use_regex"] == (not before)
-    if name is None or not known or last["add_prefix_space"]:
+    symbols = bytes_to_unicode()
+    missing = [f"0x{i:02X}" for i in {*range(256)} - RARE_BYTES if symbols[i] not in model["vocab"]]
+    if missing:
         raise UserError(
-            "GGUF: the tokenizer splits text by rules that are not GPT-2's, Qwen's or Llama 3's, "
-            f"and llama.cpp could not repeat them: {json.dumps(splitter)}."
+            f"GGUF: the tokenizer has no token for the bytes {', '.join(missing[:5])}, and "
+            "llama.cpp would encode text with them differently."
+        )
+
+    rules = before, last["use_regex"], bool(model.get("ignore_merges"))
+    name = next((name for *known, name in _SPLITS if tuple(known) == rules), None)
+    if name is None or last["add_prefix_space"]:
+        raise UserError(
+            "GGUF: the tokenizer splits text by rules that are not GPT-2's, Llama 3's, Qwen's or "
+            f"SmolLM's, and llama.cpp could not repeat them: {json.dumps(splitter)}."
         )
     if (normalizer := parts["normalizer"]) and normalizer != {"type": "NFC"}:
         raise UserError(f"GGUF: llama.cpp cannot repeat the tokenizer's normalizer {normalizer}.")
@@ -103,9 +114,12 @@ def _special_tokens(
     tokenizer: PreTrainedTokenizerBase, ends: int | list[int] | None
 ) -> dict[str, Any]:
     """Return the ids of special tokens, and whether a prompt begins with one."""
+    if ends is None or ends == []:
+        raise UserError(
+            f"GGUF: there is no eos_token_id ({ends}) to end a text, and llama.cpp would use token "
+            "11: set it in generation_config.json."
+        )
     first, *others = ends if isinstance(ends, list) else [ends]
-    if first is None:
-        raise UserError("GGUF: the tokenizer has no eos_token, and llama.cpp would use token 11.")
     bare = tokenizer("a", add_special_tokens=False).input_ids
     whole, bos = tokenizer("a").input_ids, tokenizer.bos_token_id
     if whole not in (bare, [bos, *bare]):

@@ -69,7 +69,8 @@ def import_config(native: dict[str, Any]) -> dict[str, Any]:
 
 def export_config(config: NanoGPTConfig) -> dict[str, Any]:
     """Return the fields of `GPT2Config`."""
-    return export_fields(config, FIELDS) | dict.fromkeys(DROPOUTS, config.dropout)
+    fields = export_fields(config, FIELDS) | dict.fromkeys(DROPOUTS, config.dropout)
+    return fields | {"n_ctx": config.max_position_embeddings}  # as in published files; MLX reads it
 
 
 FORMAT = Format(

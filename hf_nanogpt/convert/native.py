@@ -5,7 +5,7 @@ from transformers.utils import logging
 
 from ..configuration_nanogpt import NanoGPTConfig
 from ..errors import UserError, settings_errors
-from . import gpt1, gpt2, gpt_neo, llama, nanochat, qwen3
+from . import gpt1, gpt2, gpt_neo, llama, nanochat, opt, qwen2, qwen3
 from .rules import Format
 
 logger = logging.get_logger(__name__)
@@ -14,9 +14,11 @@ logger = logging.get_logger(__name__)
 FORMATS: dict[str, Format] = {
     "qwen3": qwen3.FORMAT,
     "llama": llama.FORMAT,
+    "qwen2": qwen2.FORMAT,
     "gpt2": gpt2.FORMAT,
     "gpt_neo": gpt_neo.FORMAT,
     "gpt1": gpt1.FORMAT,
+    "opt": opt.FORMAT,
     "nanochat": nanochat.FORMAT,
 }
 _TRAINING_ONLY = {"dropout", "initializer_range", "use_cache"}
@@ -26,8 +28,8 @@ _BIASES = {"attention_bias", "mlp_bias"}  # where we have none, the export fills
 def find_native_format(config: NanoGPTConfig) -> str | None:
     """Return the first of `FORMATS` that expresses this configuration, or `None`.
 
-    GPT-Neo has no biases on queries, keys and values. It is returned for a model that has them;
-    `export_checkpoint` then checks that they stayed zero.
+    GPT-Neo has no biases on queries, keys and values, and Qwen2 none after the heads. They are
+    returned for a model that has them; `export_checkpoint` then checks that they stayed zero.
     """
     return next((name for name in FORMATS if not find_obstacles(config, name)), None)
 

@@ -59,6 +59,11 @@ SCALE = Operation(
 )
 # RoPE that rotates in the other direction: the halves of each head change places.
 SWAP_HALVES = Operation(_each(_swap_halves), _each(_swap_halves))
+# A table of positions with two rows in front that no token uses.
+SKIP_TWO = Operation(
+    _each(lambda x, head_dim: x[2:]),
+    _each(lambda x, head_dim: torch.cat([torch.zeros_like(x[:1]).expand(2, -1), x])),
+)
 
 Rows = Sequence[tuple[Any, ...]]  # (module of the other format, our module, *operations)
 

@@ -98,7 +98,7 @@ def load_documents(args: DataArguments) -> tuple[Documents, Documents]:
         if _are_texts(files):
             train, validation = _split_texts(args.data, files, args.validation_fraction)
         else:
-            train, validation = _split_table(_open_table(args.data, files, args), args)
+            train, validation = _split_table(open_table(args.data, files, args), args)
         if any(next(iter(side), None) is None for side in (train, validation)):
             raise UserError(f"data={name} {_explain_empty_side(train, validation, args)}")
     return train, validation
@@ -114,7 +114,7 @@ def _load_whole(data: str, args: DataArguments) -> Documents:
     with explain_cache_errors():
         if _are_texts(files):
             return _write_texts(data, files, hash_files(files))
-        return _open_table(data, files, args)
+        return open_table(data, files, args)
 
 
 def _are_texts(files: list[Path]) -> bool:
@@ -252,7 +252,8 @@ def _generate_tails(texts: tuple, size: int, fraction: float, held_out: bool) ->
 # Tables
 
 
-def _open_table(data: str, files: list[Path], args: DataArguments) -> Documents:
+def open_table(data: str, files: list[Path], args: DataArguments) -> Documents:
+    """Return the rows of files, or of a dataset of the Hub, with `text` or `messages`."""
     column, streaming = args.text_column, args.streaming
     if files:
         return read_tables(data, files, text_column=column, streaming=streaming)

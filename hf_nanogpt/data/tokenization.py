@@ -198,25 +198,35 @@ def token_byte_counts(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
     (Qwen's), or put a space in front of it (Llama 2's). For tokenizers that are not byte-level, a
     token counts as the bytes that it adds when decoded.
     """
-    special = set(tokenizer.all_special_ids)
-    tokens = {i: token for token, i in tokenizer.get_vocab().items() if i not in special}
-    if _is_byte_level(tokenizer):
-        counts = {i: len(token) for i, token in tokens.items()}  # one symbol a byte
-    else:
-        # Decode each behind another token, as decoders drop the space at the start of a text.
-        anchor = min(tokens, default=0)
-        decode: Callable[[list[int]], Any] = tokenizer.decode  # a text, or of batches a list
-        start = len(decode([anchor]).encode())
-        counts = {
-            # <0x0A> stands for a byte, which alone may not decode
-            i: 1 if token.startswith("<0x") else len(decode([anchor, i]).encode()) - start
-            for i, token in tokens.items()
-        }
-    for i, token in tokenizer.added_tokens_decoder.items():  # these stand for what they spell
-        counts[i] = len(token.content.encode())
-    return torch.tensor(
-        [0 if i in special else counts.get(i, 0) for i in range(count_ids(tokenizer))]
-    )
+    special, spell = set(tokenizer.all_special_ids), token_speller(tokenizer)
+    ids = range(count_ids(tokenizer))
+    return torch.tensor([0 if i in special else len(spell(i)) for i in ids])
+
+
+def token_speller(tokenizer: PreTrainedTokenizerBase) -> Callable[[int], bytes]:
+    """Return a function from a token id to what the token spells, in UTF-8 or a part of it.
+
+    An id without a token spells nothing.
+    """
+    added = {i: token.content.encode() for i, token in tokenizer.added_tokens_decoder.items()}
+    tokens = {i: token for token, i in tokenizer.get_vocab().items()}
+    byte_of = {symbol: bytes([byte]) for byte, symbol in bytes_to_unicode().items()}
+    is_byte_level = _is_byte_level(tokenizer)
+    # Others are decoded behind another token, as decoders drop the space at the start of a text.
+    anchor = min(tokens.keys() - added.keys(), default=0)
+    decode: Callable[[list[int]], Any] = tokenizer.decode  # a text, or of batches a list
+    start = 0 if is_byte_level or not tokens else len(decode([anchor]).encode())
+
+    def spell(i: int) -> bytes:
+        if i in added or i not in tokens:  # an added token stands for what it spells
+            return added.get(i, b"")
+        if is_byte_level:  # one symbol a byte
+            return b"".join(byte_of.get(symbol, symbol.encode()) for symbol in tokens[i])
+        if re.fullmatch("<0x[0-9A-F]{2}>", tokens[i]):  # a byte, which alone may not decode
+            return bytes.fromhex(tokens[i][3:5])
+        return decode([anchor, i]).encode()[start:]
+
+    return spell
 
 
 def _is_byte_level(tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -3,10 +3,12 @@
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, field, make_dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.trainer_utils import HubStrategy
@@ -27,7 +29,7 @@ from .checks import (
     explain_arguments,
 )
 from .optim import OPTIM_DEFAULTS, OptimRecipe
-from .recipes import as_flags, read_recipe
+from .recipes import Choice, as_flags, read_recipe
 from .recipes import list_recipes as list_recipes  # also found here
 
 logger = logging.get_logger(__name__)
@@ -84,6 +86,19 @@ class NanoGPTTrainingArguments(TrainingArguments):
     eval_steps: float | None = setting(
         None, "Steps between evaluations, or a share of all steps. Default: 0.1."
     )
+    eval_tokens: int | None = setting(
+        None,
+        "Held-out tokens of each evaluation while training. Default: so many that evaluations and "
+        "samples together cost at most a tenth of the steps. The end measures all.",
+    )
+    keep_best: bool = setting(
+        True,
+        "Keep the weights with the lowest validation loss, and stop early if it turns up. (Not "
+        "with FSDP or DeepSpeed; load_best_model_at_end takes its place.)",
+    )
+    patience: float = setting(
+        0.3, "Share of all steps without a better validation loss before training stops early."
+    )
     save_steps: float = setting(0.2, "Steps between checkpoints, or a share of all steps.")
     save_total_limit: int | None = 2
     logging_nan_inf_filter: bool = False  # it would hide that training has failed
@@ -108,12 +123,14 @@ class NanoGPTTrainingArguments(TrainingArguments):
         metric = self.metric_for_best_model or ""
         if self.greater_is_better is None and metric.endswith(METRICS):
             self.greater_is_better = False
-        if not torch.accelerator.is_available():
-            self.dataloader_pin_memory = False
+        self.dataloader_pin_memory &= torch.accelerator.is_available()
+        if self.accelerator_config is None:  # let no CPU wait for copies to a GPU
+            self.accelerator_config = {"non_blocking": self.dataloader_pin_memory}
         check_values(self)
         # The base class must have an `optim`; none of its own means ours.
         chosen, self.optim = self.optim, self.optim or TrainingArguments.optim
         with explain_arguments(self):
+            self._limit_waiting()
             super().__post_init__()
         self.optim = self.optim if chosen else None
         check_needs(self)
@@ -122,6 +139,12 @@ class NanoGPTTrainingArguments(TrainingArguments):
             self.hub_strategy = HubStrategy.END  # until then there is no whole model to push
         for name in self.report_to or []:
             check_tracker(name)
+
+    def _limit_waiting(self) -> None:
+        """Give processes on CPUs the time limit `ddp_timeout`: transformers does so on GPUs."""
+        if self.use_cpu:
+            limit = timedelta(seconds=self.ddp_timeout)
+            PartialState(cpu=True, backend=self.ddp_backend, timeout=limit)
 
     @property
     def is_sharded(self) -> bool:
@@ -174,13 +197,6 @@ _SEVERAL = {
 _LONGEST = 1024  # tokens in the context of a preset, unless the user wants more
 
 
-class _OneOrMore(argparse.Action):
-    """Stores one value as it is, and several as a list."""
-
-    def __call__(self, parser, namespace, values, option_string=None):  # type: ignore[no-untyped-def]
-        setattr(namespace, self.dest, values if len(values) > 1 else values[0])
-
-
 class _Parser(HfArgumentParser):
     """A parser that raises each mistake as a `UserError`."""
 
@@ -212,7 +228,7 @@ def make_parser() -> _Parser:
     parser = _Parser(parts, prog="hf-nanogpt train", allow_abbrev=False)
     for action in parser._actions:
         if action.dest in _SEVERAL and action.nargs is None:
-            action.nargs, action.__class__ = "+", _OneOrMore
+            action.nargs = "+"
     return parser
 
 
@@ -230,12 +246,12 @@ def parse_data(flags: Sequence[str]) -> DataArguments:
 
 
 def parse_settings(
-    recipe: str | Path, flags: Sequence[str] = (), **settings: Any
+    recipe: str | Path | Choice, flags: Sequence[str] = (), **settings: Any
 ) -> tuple[DataArguments, dict[str, Any], NanoGPTTrainingArguments]:
     """Return the settings for data, architecture and training.
 
     Args:
-        recipe: the name of a recipe of the package, or the path of a YAML file.
+        recipe: the name of a recipe of the package, the path of a YAML file, or a choice.
         flags: as on the command line, `["--max_steps", "100"]`; they win over all others.
         settings: the same as keywords, `max_steps=100`; they win over the recipe. A `preset` given
             in either way also wins over the sizes in the recipe.
@@ -269,7 +285,7 @@ def _limit_context(architecture: dict[str, Any], data: DataArguments) -> None:
         )
 
 
-def choose_defaults(recipe: str | Path, chosen: Sequence[str]) -> list[str]:
+def choose_defaults(recipe: str | Path | Choice, chosen: Sequence[str]) -> list[str]:
     """Return the settings of a recipe as flags, without those that the `chosen` flags replace."""
     defaults, lora_defaults = read_recipe(recipe)
     check_text(*as_flags(defaults | lora_defaults))

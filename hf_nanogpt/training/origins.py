@@ -1,4 +1,4 @@
-"""Where each setting of a training comes from: a flag, the recipe, a preset or a default."""
+"""Where each setting of a training comes from: a flag, recipe, preset, the corpus or a default."""
 
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
@@ -15,12 +15,14 @@ from .arguments import (
     make_parser,
     parse_settings,
 )
+from .choosing import settle_recipe
 from .preparing import make_config
+from .recipes import CHOSEN, Choice
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A setting, its value, and whether that is of a flag, a recipe, a preset or a default."""
+    """A setting, its value, and what it comes from: a flag, a recipe, a preset, the corpus."""
 
     group: str
     name: str
@@ -29,7 +31,7 @@ class Setting:
 
 
 def explain_settings(
-    recipe: str | Path, flags: Sequence[str] = (), *, start_from: str | Path | None = None
+    recipe: str | Path | None, flags: Sequence[str] = (), *, start_from: str | Path | None = None
 ) -> list[Setting]:
     """Return the settings that `train` would use with the same arguments, and train nothing.
 
@@ -37,8 +39,9 @@ def explain_settings(
     the training arguments that differ from the defaults of `TrainingArguments`, or are given.
 
     Raises:
-        UserError: as `parse_settings`, or there is no such architecture.
+        UserError: as `settle_recipe`, or there is no such architecture.
     """
+    recipe = settle_recipe(recipe, flags, start_from=start_from)
     data, architecture, args = parse_settings(recipe, flags)
     typed = make_parser().read(flags)
     in_recipe = make_parser().read(choose_defaults(recipe, flags))
@@ -61,7 +64,7 @@ def explain_settings(
         if name in typed:
             return "flag"
         if name in in_recipe:
-            return f"recipe {Path(recipe).stem}"
+            return CHOSEN if isinstance(recipe, Choice) else f"recipe {Path(recipe).stem}"
         return f"preset {preset}" if name in in_preset else "default"
 
     return [

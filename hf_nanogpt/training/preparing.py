@@ -50,20 +50,19 @@ def load_start(checkpoint: str | Path, architecture: dict[str, Any]) -> Start:
     return Start(model.float().train(), tokenizer, len(tokenizer))
 
 
-def check_architecture(
+def prepare_config(
     architecture: dict[str, Any], data_args: DataArguments, start: Start | None
-) -> tuple[int, int]:
-    """Return the context of the model to train and the length of its blocks, in tokens.
+) -> tuple[NanoGPTConfig, int]:
+    """Return the configuration of the model to train, and the length of its blocks in tokens.
 
-    An impossible architecture is refused here, not after minutes of preparing data for it. Only the
-    vocabulary is not known yet.
+    An impossible architecture is refused here, not after minutes of preparing data for it.
+    `prepare_model` completes a new configuration by what only the tokenizer knows.
     """
     if start:
         config = start.model.config
     else:
         config = make_config(architecture, vocab_size=data_args.vocab_size)
-    length = check_context_length(config, data_args.context_length)
-    return config.max_position_embeddings, length
+    return config, check_context_length(config, data_args.context_length)
 
 
 def make_config(architecture: dict[str, Any], **fields: Any) -> NanoGPTConfig:
@@ -73,7 +72,7 @@ def make_config(architecture: dict[str, Any], **fields: Any) -> NanoGPTConfig:
 
 
 def prepare_model(
-    architecture: dict[str, Any],
+    config: NanoGPTConfig,
     data_args: DataArguments,
     args: NanoGPTTrainingArguments,
     tokenizer: PreTrainedTokenizerBase,
@@ -89,7 +88,7 @@ def prepare_model(
     else:
         names = ("bos_token_id", "eos_token_id", "pad_token_id")
         special = {name: getattr(tokenizer, name) for name in names}
-        config = make_config(architecture, vocab_size=count_ids(tokenizer), **special)
+        config.update({"vocab_size": count_ids(tokenizer)} | special)
         set_seed(args.seed)
         model, known = NanoGPTForCausalLM(config), len(tokenizer)
     # The chat template may have added tokens to the tokenizer of a checkpoint.

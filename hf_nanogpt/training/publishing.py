@@ -147,8 +147,8 @@ class HubTrainer(InterruptibleTrainer):
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         args, strategy = self.args, self.args.hub_strategy
-        if not self.is_world_process_zero() or strategy == HubStrategy.END:
-            return
+        if not self.is_world_process_zero() or strategy == HubStrategy.END or self.saves_shards:
+            return  # nobody can load shards as a model
         self.callback_handler.on_push_begin(args, self.state, self.control)
         branches = [args.hub_revision or "main"]
         if strategy == HubStrategy.CHECKPOINT:

@@ -6,6 +6,7 @@ flags win.
 
 import json
 import shlex
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,19 @@ from ..errors import UserError, did_you_mean
 from ..untrusted import parse_yaml
 
 RECIPES = Path(__file__).parent.parent / "recipes"
+CHOSEN = "chosen from the corpus"
 _SECTIONS = ("data", "model", "training", "lora")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A recipe that was made for a text: its sections, and why (see choosing.py)."""
+
+    sections: dict[str, dict[str, Any]]
+    reasons: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return CHOSEN
 
 
 def list_recipes() -> list[str]:
@@ -21,8 +34,19 @@ def list_recipes() -> list[str]:
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
-def read_recipe(recipe: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def read_recipe(recipe: str | Path | Choice) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the settings of a recipe, and those that replace some of them with `--lora`."""
+    parts = dict(recipe.sections if isinstance(recipe, Choice) else read_sections(recipe))
+    lora_defaults = parts.pop("lora", {})
+    return {name: value for part in parts.values() for name, value in part.items()}, lora_defaults
+
+
+def read_sections(recipe: str | Path) -> dict[str, dict[str, Any]]:
+    """Return the sections of a recipe's file, which is named or one of the package.
+
+    Raises:
+        UserError: there is no such file, or it is not a recipe.
+    """
     path = Path(recipe)
     if path.suffix not in (".yaml", ".yml"):
         path = RECIPES / f"{recipe}.yaml"
@@ -47,9 +71,7 @@ def read_recipe(recipe: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
             f"recipe={recipe} must have the sections {', '.join(_SECTIONS)}, each with settings, "
             "and no others."
         )
-    lora_defaults = sections.pop("lora", None) or {}
-    defaults = {name: value for part in sections.values() for name, value in (part or {}).items()}
-    return defaults, lora_defaults
+    return {name: section or {} for name, section in sections.items()}
 
 
 def _suggest(path: Path, known: list[str]) -> str:

@@ -29,7 +29,9 @@ from ..checkpoint.writing import explain_write_errors
 from ..data.streams import PackedStream
 from ..errors import UserError, explain_errors
 from .arguments import NanoGPTTrainingArguments
+from .best import BestCallback
 from .restoring import RestoreCallback, check_shapes, set_rates
+from .shards import check_shards
 
 logger = logging.get_logger(__name__)
 
@@ -37,12 +39,13 @@ logger = logging.get_logger(__name__)
 class ResumableTrainer(Trainer):
     """A Trainer that resumes exactly and never saves weights or a loss that is not finite.
 
-    `settings` (see run_settings.py) are kept in its checkpoints.
+    `settings` (see run_settings.py) are kept in its checkpoints, and the weights of `best`.
     """
 
     args: NanoGPTTrainingArguments
     model: PreTrainedModel  # or a PeftModel, which passes on its attributes
     processing_class: PreTrainedTokenizerBase | Any
+    best: BestCallback | None = None
 
     def __init__(self, *args, settings: dict[str, Any] | None = None, **kwargs):
         super().__init__(*args, **kwargs)
@@ -54,6 +57,11 @@ class ResumableTrainer(Trainer):
         self._checkpoint: str | None = None  # that is resumed from, until its random numbers are
         self._random_state: str | None = None  # the same, of a stream that resumes in place
         self.add_callback(RestoreCallback(self))
+
+    def keep_best(self, best: BestCallback) -> None:
+        """Let a callback keep the best weights, also when the training is resumed."""
+        self.best = best
+        self.add_callback(best)
 
     def train(self, *args, **kwargs):
         """Train as `Trainer` does, with the callback that restores a run as the last one.
@@ -138,6 +146,18 @@ class ResumableTrainer(Trainer):
 
     # Saving
 
+    @property
+    def saves_shards(self) -> bool:
+        """Say whether each process writes its shards into a checkpoint, not one whole weights."""
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        return plugin is not None and "SHARDED" in str(plugin.state_dict_type)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save as `Trainer` does; next to shards of the weights, it leaves out the tokenizer."""
+        super().save_model(output_dir, _internal_call)
+        if self.saves_shards and self.args.should_save and self.processing_class is not None:
+            self.processing_class.save_pretrained(output_dir or self.args.output_dir)
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Save model and tokenizer as `Trainer` does, but no training_args.bin.
 
@@ -183,6 +203,8 @@ class ResumableTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if not self.args.should_save:
             return
+        if self.best:
+            self.best.save(output_dir, self.state.global_step)
         paths = sorted(p for p in Path(output_dir).rglob("*") if p.is_file())
         files = {p.relative_to(output_dir).as_posix(): p for p in paths}
         callbacks: Any = self.state.stateful_callbacks  # a dict; the annotation says list
@@ -194,6 +216,7 @@ class ResumableTrainer(Trainer):
             "step_figures": [v if v is None else float(v) for v in self._step_figures],
             "epoch_ended": self._ended_step == self.state.global_step,
             "stream": self._locate_stream(),
+            "best": self.best and self.best.describe(),
             "sizes": {name: p.stat().st_size for name, p in files.items()},
             "checksums": {name: sum_file(p) for name, p in files.items()},
         }
@@ -201,6 +224,7 @@ class ResumableTrainer(Trainer):
     # Loading
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
+        check_shards(resume_from_checkpoint)
         with _explain_loading(resume_from_checkpoint, "the weights"):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
@@ -230,6 +254,7 @@ class ResumableTrainer(Trainer):
                 f"{best}/{damaged} is damaged, and that is the best "
                 "model: run again with --resume --load_best_model_at_end False to keep the last."
             )
+        check_shards(best)
         super()._load_best_model()
 
 

@@ -78,8 +78,12 @@ class _StopCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         if args.world_size > 1:
-            self.trainer.group = torch.distributed.new_group(backend="gloo")
-            self.trainer.roll_call = torch.distributed.new_group(backend="gloo")
+            # NCCL ends a process that waits longer than `ddp_timeout`: name who is missing before.
+            limit = timedelta(seconds=args.ddp_timeout)
+            limit = max(limit - 2 * _ANSWER, limit / 2)
+            self.trainer.group, self.trainer.roll_call = (
+                torch.distributed.new_group(backend="gloo", timeout=limit) for _ in range(2)
+            )
 
     def on_prediction_step(self, args, state, control, **kwargs):
         # Several processes finish the evaluation, as they have not agreed to stop. So does what
@@ -131,7 +135,8 @@ def name_missing_ranks(trainer: InterruptibleTrainer) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if trainer.roll_call is None or "gloo" not in str(error):
+        by_network = isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
+        if trainer.roll_call is None or not by_network:
             raise
         try:
             torch.distributed.monitored_barrier(trainer.roll_call, _ANSWER, wait_all_ranks=True)

@@ -1,0 +1,283 @@
+"""Which settings suit a text: the tokenizer, the size, dropout and the steps, from one table.
+
+No row of the table takes longer than the quickstart does. benchmarks/own_text.py measures what
+comes of it, compared with counting and with a compressor.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from ..checkpoint.steps import list_steps
+from ..checkpoint.writing import RECIPE, explain_write_errors
+from ..configuration_nanogpt import NanoGPTConfig
+from ..data.documents import DataArguments, open_table
+from ..data.reading import find_format, read_pieces
+from ..data.sources import STDLIB, find_files, name_file
+from ..data.stored import holds_tokens
+from ..errors import without_secrets
+from .arguments import choose_defaults, make_parser, parse_settings
+from .recipes import Choice, read_sections
+
+QUICKSTART = "quickstart"
+_LOOK = 4_000_000  # characters that are read to see what a text is like
+_HELD_OUT = 500_000  # bytes; with more, the exact evaluation at the end would take long
+
+
+class _Row(NamedTuple):
+    """The settings for texts of up to `num_bytes` to train on.
+
+    A text with few different characters gets the `tokenizer`. Another script, such as Chinese, gets
+    a BPE of `vocab_size`.
+    """
+
+    num_bytes: float
+    tokenizer: str
+    vocab_size: int
+    width: int
+    heads: int
+    context: int
+    batch: int
+    steps: int
+
+
+_TABLE = (
+    _Row(30_000, "char", 512, 128, 4, 128, 16, 300),
+    _Row(120_000, "char", 512, 128, 4, 128, 16, 600),
+    _Row(500_000, "char", 1024, 128, 4, 128, 16, 800),
+    _Row(2_000_000, "char", 2048, 192, 3, 256, 8, 800),
+    _Row(math.inf, "bpe", 2048, 192, 3, 256, 8, 700),  # as the quickstart
+)
+_LAYERS = 4
+_FEW_CHARACTERS = 400  # at most so many different ones make a good vocabulary
+# Dropout grows with the passes over the text. The best of 0, 0.1, 0.2, 0.3 and 0.4 was 0 after 2
+# passes, 0.1 after 9, 0.2 after 18 and 0.3 after 27 and more.
+_FEW_PASSES, _PASSES, _MOST_DROPOUT = 4, 90, 0.3
+_BPE_BYTES = {512: 2.0, 1024: 2.5, 2048: 3.0}  # that a token of a vocabulary stands for, about
+
+
+@dataclass(frozen=True)
+class Text:
+    """The size of a text, which is a guess if it is long, and how many units it is made of."""
+
+    num_bytes: int
+    bytes_per_character: float
+    num_characters: int  # different ones
+    num_words: int  # different ones, between blanks
+
+
+def settle_recipe(
+    recipe: str | Path | None,
+    flags: Sequence[str],
+    *,
+    start_from: str | Path | None = None,
+    resume: bool = False,
+) -> str | Path | Choice:
+    """Return the recipe that is named; or the one of the run to resume; or one that suits the text.
+
+    The quickstart's recipe stays for its own data, and where there is no text to look at: streams,
+    tokens, conversations. A model to start from needs a recipe of its own.
+
+    Raises:
+        UserError: as `parse_settings`, or the data cannot be read.
+    """
+    if recipe is not None or start_from is not None:
+        return QUICKSTART if recipe is None else recipe
+    data, _, _ = parse_settings(QUICKSTART, flags)
+    if data.data == STDLIB:
+        return QUICKSTART
+    folder = Path(make_parser().read(flags).get("output_dir") or _name_folder(data.data))
+    if resume and (folder / RECIPE).is_file():
+        return _add_folder(read_sections(folder / RECIPE), folder)
+    if resume and list_steps(folder):  # of version 0.1.0, which chose nothing
+        return QUICKSTART
+    text = look_at(data)
+    if text is None:
+        return QUICKSTART
+    choice = choose_recipe(text, flags)
+    return _add_folder(choice.sections, folder, choice.reasons)
+
+
+def look_at(data: DataArguments) -> Text | None:
+    """Return what the text of `data` is like, by its beginning; None if there is none to look at.
+
+    Raises:
+        UserError: the source cannot be read.
+    """
+    if data.streaming or holds_tokens(Path(data.data)):
+        return None
+    files = find_files(data.data)
+    size = sum(file.stat().st_size for file in files)
+    texts: Iterable[str]
+    if files and not find_format(files[0]):
+        named = ((file, name_file(data.data, file)) for file in files)
+        texts = (piece for file, name in named for piece in read_pieces(file, name, 100_000))
+    else:
+        table = open_table(data.data, files, data)
+        if "text" not in (table.column_names or []):  # conversations
+            return None
+        texts = (row["text"] for row in table)
+    return _measure(texts, size)
+
+
+def _measure(texts: Iterable[str], size: int) -> Text | None:
+    """Count what texts are made of. If they are long, take `size` for their bytes."""
+    characters, words = set[str](), set[str]()
+    num_bytes = length = 0
+    for text in texts:
+        characters.update(text)
+        words.update(text.split())
+        num_bytes, length = num_bytes + len(text.encode()), length + len(text)
+        if length > _LOOK:
+            num_bytes = max(num_bytes, size)
+            break
+    return Text(num_bytes, num_bytes / length, len(characters), len(words)) if length else None
+
+
+def choose_recipe(text: Text, flags: Sequence[str] = ()) -> Choice:
+    """Return the settings that suit a text, and why, given the settings that `flags` already set.
+
+    Those set the others too: how often the steps go over the text, for example.
+    """
+    typed = make_parser().read(flags)
+    held_out = 0.0 if typed.get("validation_data") else _choose_fraction(text.num_bytes)
+    held_out = typed.get("validation_fraction", held_out)
+    num_bytes = text.num_bytes * (1 - held_out)
+    row = next(row for row in _TABLE if num_bytes <= row.num_bytes)
+
+    # Data and model.
+    tokenizer = "bpe" if text.num_characters > _FEW_CHARACTERS else row.tokenizer
+    if text.num_words < row.vocab_size and text.num_characters <= _FEW_CHARACTERS:
+        tokenizer = "char"  # so few words may not give a BPE its vocabulary
+    data: dict[str, Any] = {"tokenizer": tokenizer, "vocab_size": row.vocab_size}
+    if held_out:
+        data["validation_fraction"] = held_out
+    model = {"n_layer": _LAYERS, **_fit_width(row, typed), "block_size": row.context}
+    training = {
+        "max_steps": row.steps,
+        "per_device_train_batch_size": row.batch,
+        "per_device_eval_batch_size": row.batch,
+    }
+    sections = {"data": data, "model": model, "training": training}
+
+    # Dropout, by what the run comes to with the settings that are typed.
+    values = make_parser().read([*choose_defaults(Choice(sections), flags), *flags])
+    passes = _count_passes(values, num_bytes, text)
+    model["dropout"] = _choose_dropout(passes)
+    return Choice(sections, _explain(sections, flags, text, num_bytes, passes))
+
+
+def _choose_fraction(num_bytes: int) -> float:
+    """Return a tenth, or the share with one digit that makes `_HELD_OUT` bytes."""
+    return min(0.1, float(f"{_HELD_OUT / num_bytes:.0e}"))
+
+
+def _fit_width(row: _Row, typed: Mapping[str, Any]) -> dict[str, int]:
+    """Return a row's width and heads; where one is typed, the other such that they go together."""
+    heads, width = typed.get("num_attention_heads"), typed.get("hidden_size")
+    if width and not heads:
+        fitting = [n for n in range(1, width // 32 + 1) if width % (2 * n) == 0]
+        return {"n_embd": width, "n_head": max(fitting, default=1)}
+    if heads and heads > 0 and not width:
+        return {"n_embd": max(1, row.width // (8 * heads)) * 8 * heads, "n_head": heads}
+    return {"n_embd": row.width, "n_head": row.heads}
+
+
+def _count_passes(values: Mapping[str, Any], num_bytes: float, text: Text) -> float:
+    """Return how often the steps of a run go over the text."""
+    if "max_steps" not in values:
+        return values.get("num_train_epochs", 1)
+    tokenizer, per_token = values["tokenizer"], 1.0
+    if tokenizer == "char":
+        per_token = text.bytes_per_character
+    elif tokenizer != "byte":
+        per_token = _BPE_BYTES.get(values["vocab_size"], 3.0)
+    blocks = values["per_device_train_batch_size"] * values.get("gradient_accumulation_steps", 1)
+    tokens = values["max_steps"] * blocks * values.get("max_position_embeddings", 1024)
+    return tokens * per_token / num_bytes
+
+
+def _choose_dropout(passes: float) -> float:
+    """Return the dropout for so many passes over the text, in steps of 0.05."""
+    if passes < _FEW_PASSES:
+        return 0.0
+    return round(min(_MOST_DROPOUT, round(20 * passes / _PASSES) / 20), 2)
+
+
+def _explain(
+    sections: dict[str, dict[str, Any]],
+    flags: Sequence[str],
+    text: Text,
+    num_bytes: float,
+    passes: float,
+) -> tuple[str, ...]:
+    """Return a line for each group of settings: those that were chosen, and why."""
+    typed = make_parser().read(flags)
+    kept = make_parser().read(choose_defaults(Choice(sections), flags)).keys() - typed.keys()
+    values = {name: value for part in sections.values() for name, value in part.items()}
+    if values["tokenizer"] != "bpe":
+        del values["vocab_size"]
+    is_short = num_bytes <= _TABLE[-2].num_bytes
+    lines = {
+        ("tokenizer", "vocab_size"): f"{_say_size(num_bytes)} to train on, with "
+        f"{text.num_characters:,} different characters",
+        ("n_embd", "block_size", "max_steps"): "a larger model would learn so short a text by heart"
+        if is_short
+        else "as much as a few minutes on 2 CPU cores allow",
+        ("dropout",): f"the steps go over the text {passes:.2g} times"
+        if passes >= 1
+        else f"the steps see {passes:.1%} of the text; more of them learn more",
+    }
+    shown = {
+        reason: [n for n in names if NanoGPTConfig.attribute_map.get(n, n) in kept and n in values]
+        for names, reason in lines.items()
+    }
+    return tuple(
+        f"{', '.join(f'{name} {values[name]}' for name in names)}: {reason}"
+        for reason, names in shown.items()
+        if names
+    )
+
+
+def _say_size(num_bytes: float) -> str:
+    """Return a number of bytes in words.
+
+    >>> _say_size(45_012), _say_size(9_500_000)
+    ('45 kB', '9.5 MB')
+    """
+    return f"{num_bytes / 1e6:.3g} MB" if num_bytes >= 1e6 else f"{num_bytes / 1e3:.3g} kB"
+
+
+def _name_folder(data: str) -> str:
+    """Return the folder of a run on `data`, by the name of the file, folder, address or dataset.
+
+    >>> _name_folder("texts/my book.txt"), _name_folder("https://host/a.jsonl.gz?key=1")
+    ('runs/my-book', 'runs/a')
+    """
+    name = without_secrets(data).rstrip("/").split("/")[-1].partition(".")[0]
+    return f"runs/{re.sub('[^a-zA-Z0-9_]+', '-', name).strip('-') or 'text'}"
+
+
+def _add_folder(
+    sections: dict[str, dict[str, Any]], folder: Path, reasons: tuple[str, ...] = ()
+) -> Choice:
+    training = {"output_dir": str(folder)} | sections["training"]
+    return Choice(sections | {"training": training}, reasons)
+
+
+def store_recipe(recipe: str | Path | Choice, output_dir: str | Path) -> None:
+    """Write the recipe of a new run into its folder, if it was chosen: resuming reads it."""
+    path = Path(output_dir) / RECIPE
+    if not isinstance(recipe, Choice):
+        path.unlink(missing_ok=True)  # of an earlier run
+    elif recipe.reasons or not path.is_file():  # else it was read from there
+        sections = {name: dict(part) for name, part in recipe.sections.items()}
+        sections["training"].pop("output_dir", None)  # folders are moved
+        header = "".join(f"# {line}\n" for line in ("Chosen from the corpus:", *recipe.reasons))
+        with explain_write_errors(path, run=output_dir):
+            path.write_text(header + yaml.safe_dump(sections, sort_keys=False), encoding="utf-8")

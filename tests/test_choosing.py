@@ -1,0 +1,185 @@
+"""What `train` chooses for a text when no recipe is named: from its size, its script, the flags."""
+
+import json
+import random
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import CORPUS
+
+from hf_nanogpt import train, train_tokenizer
+from hf_nanogpt.data.documents import DataArguments
+from hf_nanogpt.training.arguments import make_parser, parse_settings
+from hf_nanogpt.training.choosing import Text, choose_recipe, look_at, settle_recipe
+from hf_nanogpt.training.origins import explain_settings
+from hf_nanogpt.training.preparing import make_config
+from hf_nanogpt.training.recipes import as_flags
+
+TINY = {
+    "n_layer": 1,
+    "n_embd": 16,
+    "n_head": 2,
+    "block_size": 16,
+    "max_steps": 2,
+    "per_device_train_batch_size": 2,
+    "sample_steps": 0,
+    "disable_tqdm": True,
+    "num_threads": 1,
+    "use_cpu": True,
+}
+RNG = random.Random(0)
+# About 1,300 different characters, each of three bytes.
+CHINESE = "".join(chr(0x4E00 + int(RNG.expovariate(1 / 300))) for _ in range(20_000))
+
+
+def english(num_bytes: int) -> Text:
+    return Text(num_bytes, bytes_per_character=1.0, num_characters=65, num_words=num_bytes // 50)
+
+
+def settings_of(text: Text, **typed) -> dict:
+    """Return the settings of a training on such a text, with those that are typed."""
+    flags = as_flags(typed | {"use_cpu": True})
+    data, architecture, args = parse_settings(choose_recipe(text, flags), flags)
+    config = make_config(architecture, vocab_size=data.vocab_size)
+    return vars(data) | vars(args) | config.to_dict()
+
+
+def passes_of(chosen: dict, text: Text) -> float:
+    tokens = chosen["max_steps"] * chosen["per_device_train_batch_size"]
+    return tokens * chosen["max_position_embeddings"] / (0.9 * text.num_bytes)
+
+
+@pytest.mark.parametrize("size", [20_000, 50_000, 200_000, 1_000_000])
+def test_a_short_text_gets_characters_and_dropout_that_grows_with_the_passes(size):
+    chosen = settings_of(english(size))
+    assert chosen["tokenizer"] == "char" and chosen["validation_fraction"] == 0.1
+    passes = passes_of(chosen, english(size))
+    lowest, highest = {20_000: (30, 40), 50_000: (18, 36), 200_000: (6, 12)}.get(size, (0, 4))
+    assert lowest < passes < highest
+    # Measured on texts of these sizes: the best dropout was 0.3, 0.2 to 0.3, 0.05 to 0.1, and none.
+    best = {20_000: (0.3, 0.3), 50_000: (0.2, 0.3), 200_000: (0.05, 0.1)}.get(size, (0.0, 0.0))
+    assert best[0] <= chosen["dropout"] <= best[1]
+
+
+def test_a_long_text_gets_the_quickstarts_settings_and_holds_out_half_a_megabyte():
+    data, architecture, args = parse_settings("quickstart", use_cpu=True)
+    quickstart = vars(data) | vars(args) | make_config(architecture, vocab_size=2048).to_dict()
+    for size, fraction in ((3_000_000, 0.1), (10_000_000, 0.05), (1_000_000_000, 0.0005)):
+        chosen = settings_of(english(size))
+        names = ("tokenizer", "vocab_size", "hidden_size", "num_attention_heads", "max_steps")
+        names += ("max_position_embeddings", "per_device_train_batch_size", "dropout")
+        assert {n: chosen[n] for n in names} == {n: quickstart[n] for n in names}
+        assert chosen["validation_fraction"] == fraction
+
+
+def test_a_script_of_many_characters_gets_a_bpe_that_the_text_can_give(tmp_path):
+    path = tmp_path / "chinese.txt"
+    path.write_text(CHINESE, encoding="utf-8")
+    text = look_at(DataArguments(data=str(path)))
+    assert text == Text(60_000, 3.0, len(set(CHINESE)), 1)
+    assert text.num_characters > 1000
+    chosen = settings_of(text)
+    assert chosen["tokenizer"] == "bpe"
+    made = train_tokenizer([CHINESE], kind="bpe", vocab_size=chosen["vocab_size"])
+    assert len(made) == chosen["vocab_size"]
+
+
+@pytest.mark.parametrize("text", ["yes no\n", "ACGTTGCA"])
+def test_a_long_text_of_too_few_words_for_a_bpe_gets_characters(tmp_path, text):
+    path = tmp_path / "text.txt"
+    path.write_text(text * (5_000_000 // len(text)), encoding="utf-8")
+    found = look_at(DataArguments(data=str(path)))
+    assert found and found.num_bytes >= 4_999_990
+    assert settings_of(found)["tokenizer"] == "char"
+
+
+def test_typed_settings_stay_and_the_others_follow_them():
+    text = english(50_000)
+    assert settings_of(text, max_steps=10)["dropout"] == 0
+    assert settings_of(text, num_train_epochs=30)["max_steps"] == -1  # Trainer prefers it
+    assert settings_of(text, num_train_epochs=30)["dropout"] == 0.3
+    assert settings_of(text, dropout=0.5, tokenizer="byte")["dropout"] == 0.5
+    for typed in ({"n_embd": 96}, {"n_embd": 50}, {"n_head": 3}, {"n_head": 6}, {"n_embd": 8}):
+        chosen = settings_of(text, **typed)
+        assert chosen["hidden_size"] % (2 * chosen["num_attention_heads"]) == 0
+        assert typed.get("n_embd", chosen["hidden_size"]) == chosen["hidden_size"]
+        assert typed.get("n_head", chosen["num_attention_heads"]) == chosen["num_attention_heads"]
+    gpt2 = settings_of(text, preset="gpt2", tokenizer="char")
+    assert (gpt2["num_hidden_layers"], gpt2["hidden_size"], gpt2["dropout"]) == (12, 768, 0.1)
+    assert (
+        "validation_fraction" not in choose_recipe(text, ["--validation_data=x"]).sections["data"]
+    )
+
+
+def test_three_lines_say_what_was_chosen_and_why():
+    lines = choose_recipe(english(50_000)).reasons
+    assert len(lines) == 3
+    assert re.fullmatch("tokenizer char: 45 kB to train on, with 65 different characters", lines[0])
+    assert "max_steps" in lines[1] and re.search(r"dropout 0\.\d+: .* \d+ times", lines[2])
+    for setting in ("tokenizer=byte", "dropout=0.1", "preset=gpt2"):  # what is typed is not chosen
+        name = setting.partition("=")[0]
+        assert not any(
+            name in line for line in choose_recipe(english(50_000), [f"--{setting}"]).reasons
+        )
+
+
+def test_a_run_stores_what_was_chosen_and_resumes_with_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("my text.txt").write_text(CORPUS, encoding="utf-8")
+    quiet = {name: TINY[name] for name in TINY if name not in ("n_layer", "disable_tqdm")}
+    result = train(data="my text.txt", n_layer=1, **quiet)
+    assert result.output_dir == Path("runs/my-text")
+    assert re.search(r"^chosen +tokenizer char: 10\.\d kB", capsys.readouterr().out, re.MULTILINE)
+    assert result.metrics["recipe"] == "chosen from the corpus"
+    assert result.metrics["command"][:3] == ["hf-nanogpt", "train", "--data=my text.txt"]
+    stored = yaml.safe_load(Path("runs/my-text/recipe.yaml").read_text())
+    assert stored["data"] == {"tokenizer": "char", "vocab_size": 512, "validation_fraction": 0.1}
+    # The folder's recipe is one, and resuming does not choose again.
+    assert parse_settings("runs/my-text/recipe.yaml", use_cpu=True)[0].tokenizer == "char"
+    stored["model"]["dropout"] = 0.15
+    Path("runs/my-text/recipe.yaml").write_text(yaml.safe_dump(stored))
+    flags = as_flags({"data": "my text.txt"})
+    again = settle_recipe(None, flags, resume=True)
+    assert again.sections["model"]["dropout"] == 0.15
+    assert again.sections["training"]["output_dir"] == "runs/my-text"
+    assert settle_recipe(None, flags).sections["model"]["dropout"] == 0.3
+    # A named recipe takes the place of the stored one.
+    train(
+        "quickstart",
+        data="my text.txt",
+        output_dir="runs/my-text",
+        overwrite=True,
+        tokenizer="byte",
+        n_layer=1,
+        **quiet,
+    )
+    assert not Path("runs/my-text/recipe.yaml").exists()
+
+
+def test_nothing_is_chosen_for_other_sources_and_named_recipes(tmp_path):
+    chat = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    (tmp_path / "chat.jsonl").write_text(f"{json.dumps(chat)}\n" * 30)
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n' * 30)
+    rows = f"--data={tmp_path / 'rows.jsonl'}"
+    assert settle_recipe(None, []) == settle_recipe(None, ["--data=python-stdlib"]) == "quickstart"
+    assert settle_recipe(None, [f"--data={tmp_path / 'chat.jsonl'}"]) == "quickstart"
+    assert settle_recipe(None, [rows, "--streaming=True", "--max_steps=1"]) == "quickstart"
+    assert settle_recipe("finetune", [rows]) == "finetune"
+    assert settle_recipe(None, [rows]).sections["data"]["tokenizer"] == "char"
+
+
+def test_the_corpus_is_an_origin_of_settings(tmp_path):
+    path = tmp_path / "my.txt"
+    path.write_text(CORPUS, encoding="utf-8")
+    flags = [f"--data={path}", "--n_layer=2", "--use_cpu"]
+    shown = {s.name: (s.value, s.origin) for s in explain_settings(None, flags)}
+    assert shown["tokenizer"] == ("char", "chosen from the corpus")
+    assert shown["hidden_size"] == (128, "chosen from the corpus")
+    assert shown["output_dir"] == ("runs/my", "chosen from the corpus")
+    assert shown["num_hidden_layers"] == (2, "flag")
+    assert shown["streaming"] == (False, "default")
+    assert {"use_cpu", "dropout"} <= shown.keys() and make_parser().read(
+        flags
+    ).keys() <= shown.keys()
