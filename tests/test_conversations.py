@@ -223,6 +223,14 @@ BAD = {
         [{"role": "user", "content": "hi", "weight": 0.5}],
         "row 2 has a message with weight=0.5: give 0",
     ),
+    "tool_calls": (
+        [{"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f"}}]}],
+        "row 2 has a message with tool_calls=.* which is not read",
+    ),
+    "reasoning": (
+        [{"role": "assistant", "content": "4.", "reasoning_content": "2 + 2"}],
+        "row 2 has a message with reasoning_content='2 . 2', which is not read",
+    ),
     "empty": ([], "row 2 has messages=\\[\\]: give a list of messages"),
 }
 
@@ -233,6 +241,14 @@ def test_bad_conversations_are_refused_by_row(case, tmp_path):
     path = write_table(tmp_path / "bad.jsonl", [CHATS[0], messages])
     with pytest.raises(ValueError, match=reason):
         load_tokens(DataArguments(data=path, tokenizer="byte", chat_template="chatml"))
+
+
+def test_tools_that_are_not_read_are_named(tmp_path, caplog):
+    rows = [{"messages": chat, "tools": [{"name": "f"}]} for chat in CHATS]
+    path = tmp_path / "tools.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    load_text(str(path))
+    assert "The column tools is not read" in caplog.text
 
 
 def test_a_template_that_refuses_is_named(base):

@@ -109,6 +109,37 @@ def test_streamed_text_is_what_the_tokens_add_to_the_text_of_the_prompt(prompt, 
     assert start + streamed == whole
 
 
+@pytest.mark.parametrize(
+    ("prompt", "pieces", "expected"),
+    [
+        ("▁the <0xE2> <0x82>", "<0xAC> ▁mat", "€ mat"),  # the rest of a character
+        ("▁the <0xE2>", "<0x82> <0xAC>", "€"),
+        ("<0xE2> <0x82>", "<0xAC> ▁mat", "€ mat"),
+        ("▁the <0xE2>", "▁mat", " mat"),  # its rest does not come
+        (
+            "▁the <0xE2> <0x82> <0xAC>",
+            "<0x82> ▁mat",
+            "\ufffd mat",
+        ),  # an invalid byte after a whole one
+        ("▁the <0xE2> <0x82> <0xAC>", "<0xC3> <0xA9> <0xFF>", "\ufffd" * 3),
+        ("▁the <0xE2> <0x82> <0xAC>", "<0xC3> <0xA9> ▁mat", "é mat"),
+        ("▁the <0xE2> <0x82> <0xAC>", "▁mat", " mat"),
+        ("<s> <0xE2> <0x82> <0xAC>", "▁mat", " mat"),
+    ],
+)
+def test_bytes_after_a_prompt_of_bytes_spoil_no_character_and_complete_one(
+    prompt, pieces, expected
+):
+    tokenizer = make_sentencepiece()
+    before, after = ([PIECES.index(p) for p in text.split(" ")] for text in (prompt, pieces))
+    decoder = TextDecoder(tokenizer, before)
+    streamed = "".join(map(decoder.add, after)) + decoder.finish()
+    assert streamed == expected
+    whole = tokenizer.decode(before + after, skip_special_tokens=True)
+    # One byte that is invalid makes the decoder of the tokenizer spoil all that stand beside it.
+    assert whole.endswith(streamed)
+
+
 def test_text_goes_on_after_the_prompt_with_the_space_of_its_first_word():
     tokenizer = make_sentencepiece()
     model = tiny_model("nano", vocab_size=len(PIECES))

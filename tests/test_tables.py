@@ -148,6 +148,8 @@ def test_a_table_without_the_column_is_named_whichever_it_is(tmp_path):
 BROKEN = {
     "fields.csv": ("n,text\n1,one\n2,two, and a half\n", "row 2 has more fields than the header"),
     "lines.csv": ("text,n\none\nand more,1\n", "row 1 has fewer fields than the header"),
+    "twice.csv": ("text,n,text\none,1,two\n", "has several columns of the name 'text': rename"),
+    "twice.tsv": ("n\ttext\tn\n1\tone\t2\n", "has several columns of the name 'n'"),
     "quote.csv": ('n,text\n1,"one\n', "is not CSV: unexpected end of data"),
     "scalar.jsonl": ('{"text": "a"}\n5\n', "row 2 is 5, not an object"),
     "both.jsonl": ('{"text": "a"}\n{"messages": []}\n', "row 2 has messages, but no text"),

@@ -103,6 +103,21 @@ def test_tokens_are_chosen_as_generate_chooses_them(trained, way):
         assert text == tokenizer.decode(output[0], skip_special_tokens=True)
 
 
+def test_the_loop_stops_at_each_end_that_generate_knows(trained):
+    model, tokenizer = load_checkpoint(trained)
+    likeliest = load_part("part4_generate")["choose_likeliest"]
+    [end] = tokenizer("the", return_tensors="pt")["input_ids"][0, -1:].tolist()
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, *range(end, len(tokenizer))]
+    text = load_part("part4_generate")["continue_text"](
+        model, tokenizer, "the", choose=likeliest, limit=40
+    )
+    output = model.generate(
+        **tokenizer("the", return_tensors="pt"), do_sample=False, max_new_tokens=40
+    )
+    assert text == tokenizer.decode(output[0], skip_special_tokens=True)
+    assert output.shape[1] < 40
+
+
 def test_part_4_without_part_3_is_one_sentence():
     with pytest.raises(SystemExit, match="run part 3 first"):
         load_part("part4_generate")["main"]("runs/none-here")

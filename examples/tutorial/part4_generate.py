@@ -46,6 +46,8 @@ def continue_text(
 ):
     """Predict, choose and append until the model ends the document or `limit` is reached."""
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]  # (1, T)
+    end = model.generation_config.eos_token_id  # one id, or several: a chat ends its messages too
+    ends = end if isinstance(end, list) else [end]
     for _ in range(limit):
         logits = model(ids).logits[:, -1]  # of the last position (1, V)
         token = choose(logits)
@@ -56,7 +58,7 @@ def continue_text(
                 f"{tokenizer.decode(i)!r} {p:.0%}" for p, i in zip(*best, strict=True) if p > 0.005
             ]
             print(f"  {tokenizer.decode(token[0])!r:<16} of {', '.join(odds)}")
-        if token.item() == tokenizer.eos_token_id:
+        if token.item() in ends:
             break
     return tokenizer.decode(ids[0], skip_special_tokens=True)
 

@@ -25,6 +25,8 @@ logger = logging.get_logger(__name__)
 
 MESSAGES = "messages"  # the column of a table that holds conversations
 ROLES = ("system", "user", "assistant")
+# Parts of what is said that templates write in ways of their own, and that are not read here.
+_NOT_READ = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
 _MESSAGE = {"role": Value("string"), "content": Value("string"), "weight": Value("int8")}
 _FEATURES = Features({MESSAGES: List(_MESSAGE)})
 _CHATML = Path(__file__).parent.parent / "templates" / "chatml.jinja"
@@ -133,6 +135,12 @@ def _check_row(row: dict[str, Any], index: int, *, data: str) -> dict[str, Any]:
         if role not in ROLES:
             raise UserError(
                 f"{place} has a message with role={role!r}: it must be one of {', '.join(ROLES)}."
+            )
+        if unread := next((key for key in _NOT_READ if message.get(key)), None):
+            raise UserError(
+                f"{place} has a message with {unread}={message[unread]!r:.80}, which is not read "
+                "and would be missing from what is learnt: write it into the content, as the "
+                "model is to write it, or leave such conversations out."
             )
         if not isinstance(content, str):
             raise UserError(f"{place} has a message with content={content!r:.80}: give a text.")

@@ -173,6 +173,11 @@ def _read_csv(file: TextIO, name: object, delimiter: str) -> Iterator[dict[str, 
     csv.field_size_limit(_LONGEST_FIELD)
     rows = csv.DictReader(file, delimiter=delimiter, strict=True)
     try:
+        columns = rows.fieldnames or []
+        if twice := [column for column in columns if column and columns.count(column) > 1]:
+            raise UserError(
+                f"data={name} has several columns of the name {twice[0]!r}: rename all but one."
+            )
         for number, row in enumerate(rows, 1):
             if None in row or None in row.values():
                 what = "more" if None in row else "fewer"

@@ -10,12 +10,15 @@ from datasets.exceptions import DatasetsError
 from datasets.fingerprint import Hasher
 from huggingface_hub.errors import HTTPError
 from pyarrow import ArrowException
+from transformers.utils import logging
 
 from ..checkpoint.loading import unreachable
 from ..errors import UserError, one_line, without_secrets
 from .conversations import MESSAGES, Documents, are_conversations, get_text, read_conversations
 from .reading import VERSION, hash_files, read_rows
 from .sources import name_file
+
+logger = logging.get_logger(__name__)
 
 # A dataset that is a script raises RuntimeError, and one that needs another package ImportError.
 _LIBRARY_ERRORS = (ArrowException, DatasetsError, HTTPError)
@@ -62,7 +65,13 @@ def load_table(
 def holds_conversations(columns: list[str], text_column: str) -> bool:
     """Say whether a table with these columns is read as conversations."""
     asked = MESSAGES in columns and text_column == MESSAGES
-    return asked or (text_column == "text" and are_conversations(columns))
+    found = asked or (text_column == "text" and are_conversations(columns))
+    if found and "tools" in columns:
+        logger.warning(
+            "The column tools is not read: the model learns the conversations without the "
+            "descriptions of the tools."
+        )
+    return found
 
 
 def _keep_conversations(table: Documents, columns: list[str], data: str) -> Documents:
