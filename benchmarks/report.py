@@ -3,6 +3,7 @@
 from pathlib import Path
 from statistics import median
 
+import scaling
 from generation import RUNS as GENERATION
 from results_file import FOLDER, read_results
 
@@ -273,6 +274,88 @@ some training text: none, as much as the model trained on, and all of it.
 {header(report, "python benchmarks/xz.py")}"""
 
 
+def document_mask() -> str:
+    report = read_results("document_mask")
+    masked, plain = report["runs"].values()
+    rows = [
+        [
+            name,
+            f"{middle(runs, 'eval_loss'):.4f}",
+            " / ".join(f"{run['eval_loss']:.4f}" for run in runs),
+            f"{middle(runs, 'bits_per_byte'):.4f}",
+        ]
+        for name, runs in report["runs"].items()
+    ]
+    apart = [b["eval_loss"] - a["eval_loss"] for a, b in zip(masked, plain, strict=True)]
+    losses = [run["eval_loss"] for run in masked]
+    noise = f"; two seeds of one row differ by {max(losses) - min(losses):.4f}" * (len(losses) > 1)
+    return f"""## What `document_mask=false` costs
+
+The recipe `quickstart` with {report["steps"]} steps; each model is measured as it was trained, on
+the same documents. Without the mask the loss is higher by {" and ".join(f"{x:.4f}" for x in apart)}
+(nats per token, the same seed){noise}. Most files here are longer than a block of 256 tokens, so
+few blocks hold several: with short documents the cost may be larger.
+
+{table(["", "median loss", "each seed", "bits per byte"], rows)}
+{header(report, f"python benchmarks/document_mask.py {report['steps']} {len(masked)}")}"""
+
+
+def loss_memory() -> str:
+    report = read_results("loss_memory")
+    rows = []
+    for way, peak in report["peak_megabytes"].items():
+        lowest, seconds, highest = report["seconds"][way]
+        rows.append([way, f"{peak:,} MB", f"{seconds:.2f} s ({lowest:.2f} to {highest:.2f})"])
+    return f"""## Memory of the loss
+
+A step of GPT-2 with one layer on {report["rows"]} x {report["tokens"]} tokens, in float32: the loss
+from all logits at once, and in chunks (`linear_cross_entropy`, what training uses for large
+vocabularies). Memory is what the step adds to the process at its peak.
+
+{table(["", "memory", "median time"], rows)}
+{header(report, "python benchmarks/loss_memory.py")}"""
+
+
+def checkpoint_memory() -> str:
+    report = read_results("checkpoint_memory")
+    rows = [
+        [row["name"], f"{row['before'] / 1e6:,.0f} MB", f"{row['added'] / 1e6:,.0f} MB"]
+        for row in report["rows"]
+    ]
+    millions = report["rows"][0]["parameters"] / 1e6
+    return f"""## Memory of a checkpoint under FSDP2
+
+The first of {report["processes"]} processes on CPUs (gloo) while a model of {millions:.0f} M
+weights and AdamW's two averages, all in float32, are saved by the functions that `Trainer` calls:
+what it holds before, and what saving adds at its peak.
+
+{table(["", "before", "added"], rows)}
+{header(report, "python benchmarks/checkpoint_memory.py")}"""
+
+
+def many_gpus() -> str:
+    measured = read_results("gpu_h200")["calls"][1]["parts"]["train_124m"]
+    mfu = round(measured["ours, GPT-2 shape, AdamW, causal"]["mfu"], 3)
+    rows = scaling.rows(mfu)
+    waiting = [
+        f"{model} on {gpus} GPUs by {way} ({waits} ms)"
+        for model, gpus, way, *_, waits, _, _ in rows
+        if waits not in ("", "0.0")
+    ]
+    return f"""## Expected on many GPUs: arithmetic, not measured
+
+A step of 0.5, 1 and 2 M tokens (gpt2, gpt2-xl, qwen3-8b) on H100s of 80 GB. One figure is measured:
+ours with GPT-2's shape reached {mfu:.1%} of the peak on one H200 (below), and the table takes this
+share for all models. The others are assumptions: {scaling.INSIDE / 1e9:.0f} GB/s for each GPU one
+way inside a machine of {scaling.NODE}, and {scaling.BETWEEN / 1e9:.0f} GB/s between machines.
+Delays before a transfer, slow GPUs and reading the data are left out, so real figures will be
+lower. For the network wait: {"; ".join(waiting)}. All others compute longer than they send.
+
+{table(scaling.COLUMNS, rows)}
+`python benchmarks/scaling.py --mfu {mfu}`
+"""
+
+
 def gpu() -> str:
     return (FOLDER / "gpu_by_hand.md").read_text(encoding="utf-8")
 
@@ -290,6 +373,10 @@ SECTIONS = (
     generation,
     llama_cpp,
     compression,
+    document_mask,
+    loss_memory,
+    checkpoint_memory,
+    many_gpus,
     gpu,
     by_hand,
 )

@@ -27,6 +27,16 @@ NODE = 8  # GPUs of a machine
 INSIDE, BETWEEN = 450e9, 50e9  # bytes/s of each GPU, one way: NVLink; between machines
 MICRO_BATCH = 16_384  # tokens of a GPU at once, at most
 STATE = 16  # bytes of each weight: itself, its gradient and two averages, in float32
+COLUMNS = [
+    "model",
+    "GPUs",
+    "way",
+    "compute, ms",
+    "traffic, ms",
+    "waits, ms",
+    "Muon, ms",
+    "tokens/s",
+]
 # Presets, and the tokens of a step that GPT-3's authors chose for models of that size.
 MODELS = {"gpt2": 524_288, "gpt2-xl": 1_048_576, "qwen3-8b": 2_097_152}
 
@@ -113,7 +123,6 @@ def rows(mfu: float) -> list[list[str]]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--mfu", type=float, default=0.4, help="share of the peak; an assumption")
-    head = "model | GPUs | way | compute, ms | traffic, ms | waits, ms | Muon, ms | tokens/s"
-    print(f"| {head} |\n{'|---' * 8}|")
-    for cells in rows(parser.parse_args().mfu):
+    dashes = ["---"] * len(COLUMNS)
+    for cells in [COLUMNS, dashes, *rows(parser.parse_args().mfu)]:
         print(f"| {' | '.join(cells)} |")

@@ -85,7 +85,9 @@ def sum_losses(
             )  # 0 where ignored
     known = labels != -100
     sizes = byte_counts.to(labels.device)[labels.clamp(min=0)] * known
-    return torch.stack([x.double().sum(dim=1) for x in (nats, known, sizes)], dim=1)
+    # Apple's mps has no float64.
+    parts = [x.cpu() if x.device.type == "mps" else x for x in (nats, known, sizes)]
+    return torch.stack([x.double().sum(dim=1) for x in parts], dim=1)
 
 
 def _find_trunk(model: nn.Module) -> tuple[nn.Module | None, int]:

@@ -1,6 +1,7 @@
 """What test_distributed.py runs in two processes; the first of them writes the figures as JSON."""
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -121,17 +122,22 @@ def shard_on_cpus() -> None:
 
 
 def train_by_fsdp(folder: Path, settings: dict) -> dict:
-    """Train through Trainer and FSDP2, and once more from the checkpoint in the middle."""
-    output_dir = folder / "fsdp"
-    settings["output_dir"] = str(output_dir)
+    """Train through Trainer and FSDP2, and again from the checkpoint in the middle.
+
+    First with checkpoints as examples/accelerate/fsdp2.yaml has them, then with whole weights.
+    """
     if settings.get("use_cpu"):
         shard_on_cpus()
-    train(**settings)
-    if dist.get_rank() == 0:
-        shutil.copytree(output_dir, folder / "uninterrupted")
-        shutil.rmtree(output_dir / f"checkpoint-{settings['max_steps']}")
-    dist.barrier()
-    train(resume=True, **settings)
+    for name in ("shards", "whole"):
+        if name == "whole":
+            os.environ["FSDP_STATE_DICT_TYPE"] = "FULL_STATE_DICT"
+        output_dir = folder / name
+        train(output_dir=str(output_dir), **settings)
+        if dist.get_rank() == 0:
+            shutil.copytree(output_dir, folder / f"uninterrupted {name}")
+            shutil.rmtree(output_dir / f"checkpoint-{settings['max_steps']}")
+        dist.barrier()
+        train(output_dir=str(output_dir), resume=True, **settings)
     return {"processes": dist.get_world_size()}
 
 

@@ -29,6 +29,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from hf_nanogpt import NanoGPTForCausalLM, NanoGPTTrainingArguments, train
+from hf_nanogpt.checkpoint.steps import find_damage
 from hf_nanogpt.cli import main
 from hf_nanogpt.training import trainer as trainer_module
 
@@ -213,21 +214,59 @@ def test_sharded_model_trains_like_the_whole_one(checked, kind, recipe):
         assert losses[recipe] == pytest.approx(expected, abs=1e-5), family
 
 
-@pytest.mark.slow
-def test_fsdp_through_the_trainer_saves_and_resumes_whole_checkpoints(settings, alone, tmp_path):
+@pytest.fixture(scope="module")
+def sharded(settings, tmp_path_factory) -> Path:
+    """Runs by FSDP2 that write shards, and that write whole weights, into their checkpoints."""
+    folder = tmp_path_factory.mktemp("fsdp")
     halves = settings | {"per_device_train_batch_size": 4}
-    (tmp_path / "train_by_fsdp.json").write_text(json.dumps(halves))
+    (folder / "train_by_fsdp.json").write_text(json.dumps(halves))
     flags = "--num_processes 2 --mixed_precision no --main_process_port 0"
-    script = f"tests/distributed_checks.py train_by_fsdp {shlex.quote(str(tmp_path))}"
+    script = f"tests/distributed_checks.py train_by_fsdp {shlex.quote(str(folder))}"
     _run(f"accelerate launch --config_file examples/accelerate/fsdp2.yaml {flags} {script}")
-    assert json.loads((tmp_path / "figures.json").read_text())["processes"] == 2
-    _assert_same_run(tmp_path / "uninterrupted", alone["muon"])
-    _assert_same_run(tmp_path / "fsdp", alone["muon"])
-    for folder in (tmp_path / "fsdp", tmp_path / "fsdp" / f"checkpoint-{STEPS}"):
-        assert (folder / "modeling_nanogpt.py").exists()
-        assert not list(folder.glob("_fsdp*"))
+    assert json.loads((folder / "figures.json").read_text())["processes"] == 2
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["shards", "whole"])
+def test_fsdp_through_the_trainer_gives_the_run_of_one_process(sharded, alone, name):
+    for folder in (sharded / name, sharded / f"uninterrupted {name}"):
+        _assert_same_run(folder, alone["muon"])
+        assert not list(folder.glob("*_fsdp*"))
         model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
         assert model.config.auto_map["AutoModelForCausalLM"].endswith(".NanoGPTForCausalLM")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["shards", "whole"])
+def test_fsdp_resumes_from_its_checkpoints_to_the_bit(sharded, name):
+    weights = [
+        (sharded / folder / "model.safetensors").read_bytes()
+        for folder in (name, f"uninterrupted {name}", "uninterrupted whole")
+    ]
+    assert weights[0] == weights[1] == weights[2]
+
+
+@pytest.mark.slow
+def test_each_process_writes_its_shards_into_a_checkpoint(sharded):
+    for name in ("shards", "uninterrupted shards"):
+        step = sharded / name / f"checkpoint-{STEPS}"
+        for part in ("pytorch_model_fsdp_0", "optimizer_0"):
+            written = {path.name for path in (step / part).iterdir()}
+            assert written == {".metadata", "__0_0.distcp", "__1_0.distcp"}
+        assert (step / "tokenizer.json").exists()  # to resume
+        # Without a config.json nobody takes it for a model.
+        assert not list(step.glob("*.safetensors")) and not (step / "config.json").exists()
+        assert find_damage(step) is None
+        (step / "optimizer_0" / "__1_0.distcp").write_bytes(b"")
+        assert find_damage(step) == "optimizer_0/__1_0.distcp"
+
+
+@pytest.mark.slow
+def test_a_whole_checkpoint_of_a_sharded_model_is_a_model(sharded):
+    step = sharded / "whole" / f"checkpoint-{STEPS}"
+    assert (step / "pytorch_model_fsdp.bin").exists()  # from which it resumes
+    AutoModelForCausalLM.from_pretrained(step, trust_remote_code=True)
 
 
 @pytest.mark.slow
