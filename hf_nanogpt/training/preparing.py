@@ -111,7 +111,7 @@ def prepare_blocks(
         UserError: nothing can be learnt from the blocks, or they never end.
     """
     train, validation = tokenize_sides(data_args, corpus, tokenizer)
-    # The seed shuffles a stream; blocks on disk are shuffled by Trainer.
+    # The seed shuffles a stream; blocks on disk are shuffled by Trainer, and cut by the seed.
     seed = args.seed if args.data_seed is None else args.data_seed
     cut: dict[str, Any] = {"context_length": length, "eos_token_id": tokenizer.eos_token_id}
     blocks = cut_blocks(train, seed=seed, **cut)
