@@ -20,6 +20,7 @@ SIZES = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim"),
     *("num_attention_heads", "num_key_value_heads", "max_position_embeddings", "sliding_window"),
 )
+_OLDER_ROPE = ("rope_theta", "rope_scaling")  # older names of what is in rope_parameters
 _BIASES = ("attention_bias", "mlp_bias")  # what nanoGPT's `bias` sets
 
 # `Derived[int]` is an int that `__post_init__` derives if it is left at None. At run time `@strict`
@@ -124,6 +125,29 @@ class NanoGPTConfig(PreTrainedConfig):
                         "leave one of them out."
                     )
         return {field: given[name] for field, name in found.items()}
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        """Put overrides of a saved configuration in its place, under any name, and check them.
+
+        The base class would assign them afterwards, unchecked, and ignore names without a field.
+        """
+        inherited = {field.name for field in fields(PreTrainedConfig)}
+        own = {field.name for field in fields(cls)} - inherited
+        names = own | {*cls.attribute_map, "bias", *_OLDER_ROPE}
+        given = cls.resolve_names({name: kwargs.pop(name) for name in names & kwargs.keys()})
+        if given:
+            saved = cls.resolve_names(config_dict)
+            if len(set(saved.get("layer_types") or [])) == 1:
+                del saved["layer_types"]  # derived again, for another number of layers or window
+            if "rope_parameters" in given:
+                saved = {name: value for name, value in saved.items() if name not in _OLDER_ROPE}
+            elif not given.keys().isdisjoint(_OLDER_ROPE):
+                rope = saved.pop("rope_parameters", None) or {}
+                scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
+                saved = {"rope_theta": rope.get("rope_theta"), "rope_scaling": scaling} | saved
+            config_dict = saved | given
+        return super().from_dict(config_dict, **kwargs)
 
     def __post_init__(self, **kwargs):
         # The base class would resolve short names only after we have derived the other fields.

@@ -23,7 +23,8 @@ from transformers import (
     TypicalLogitsWarper,
 )
 
-from .errors import UserError, explain_errors, settings_errors
+from .data.encoding import encoding_errors
+from .errors import UserError, settings_errors
 from .modeling_nanogpt import CACHE
 from .streaming import TextDecoder, TokenStreamer
 
@@ -238,7 +239,7 @@ def encode_prompt(
             the tokenizer belongs to another model.
     """
     check_vocabulary(model, tokenizer)
-    with explain_errors("The tokenizer cannot encode the prompt"):
+    with encoding_errors(tokenizer, prompt, what="prompt"):
         prompt.encode()  # a shell or a pipe may pass bytes that are not UTF-8
         ids = encode(prompt) if encode else tokenizer(prompt)["input_ids"]
     if not ids and tokenizer.bos_token_id is None:

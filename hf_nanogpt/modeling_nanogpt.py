@@ -122,9 +122,7 @@ class NanoGPTRotaryEmbedding(nn.Module):
         self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
 
     @staticmethod
-    def compute_default_rope_parameters(
-        config: NanoGPTConfig, **kwargs
-    ) -> tuple[torch.Tensor, float]:
+    def compute_default_rope_parameters(config: NanoGPTConfig) -> tuple[torch.Tensor, float]:
         """Return base^(-2i/D) for each pair i, shape (D/2,), and the factor for cos and sin (1)."""
         base, dim = config.rope_parameters["rope_theta"], config.head_dim
         return 1.0 / (base ** (torch.arange(0, dim, 2, dtype=torch.float) / dim)), 1.0
@@ -208,11 +206,7 @@ class NanoGPTAttention(nn.Module):
         past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the attended states (B, T, C), and the weights if the kernel computes them.
-
-        `kwargs` are the caller's arguments for the attention function: `position_ids`, flash
-        attention's `cu_seq_lens_q`, the page tables of continuous batching. This file reads none.
-        """
+        """Return the attended states (B, T, C), and the weights if the kernel computes them."""
         input_shape = hidden_states.shape[:-1]
         hidden_shape = (*input_shape, -1, self.head_dim)  # (B, T, H or G, D)
         query_states = self.q_proj(hidden_states).view(hidden_shape)
@@ -226,7 +220,8 @@ class NanoGPTAttention(nn.Module):
             cos, sin = position_embeddings
             query_states, key_states = self.apply_rotary_pos_emb(query_states, key_states, cos, sin)
         if past_key_values is not None:
-            # From here on the keys are those of all S positions. A paged cache adds to `kwargs`.
+            # From here on the keys are those of all S positions. A paged cache adds to `kwargs`,
+            # which only the attention function reads.
             key_states, value_states = past_key_values.update(
                 key_states, value_states, self.layer_idx, kwargs=kwargs
             )
@@ -303,10 +298,7 @@ def is_empty(cache: Cache | None) -> bool:
 
 
 def count_past(cache: Cache | None) -> int | None:
-    """Return how many positions a cache has seen, None if only its device knows, or several texts.
-
-    A static cache counts in a tensor, and a paged one is shared.
-    """
+    """Return how many positions a cache has seen, None for a tensor or the paged cache of many."""
     if not isinstance(cache, Cache):
         return 0 if cache is None else None
     seen = cache.get_seq_length()
@@ -365,10 +357,8 @@ class NanoGPTPreTrainedModel(PreTrainedModel):
         }
         # FSDP2 puts a class of torch's in front of ours: its name and file would be saved.
         cls = next(c for c in type(self).__mro__ if not c.__module__.startswith("torch."))
-        model = self
-        if cls is not type(self):
-            model = object.__new__(cls)
-            model.__dict__.update(self.__dict__)  # the same modules and weights
+        model = object.__new__(cls)
+        model.__dict__.update(self.__dict__)  # the same modules and weights
         super(NanoGPTPreTrainedModel, model).save_pretrained(save_directory, *args, **kwargs)
 
 

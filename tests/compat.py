@@ -14,12 +14,13 @@ import os
 import subprocess
 import sys
 import tempfile
-from importlib.metadata import Distribution, version
+from importlib.metadata import distributions, version
 from pathlib import Path
 
 import compat_checks
 import torch
 from compat_checks import LENGTH, TEXT, generate
+from packaging.requirements import Requirement
 from safetensors.torch import save_file
 
 from hf_nanogpt import NanoGPTForCausalLM, load_preset, train_tokenizer
@@ -72,13 +73,29 @@ def find_environment(release: str) -> dict[str, str]:
         return variables
     folder = OVERLAYS / release
     if not (folder / ".ready").is_file():
-        _install(folder, f"transformers=={release}")
-        (found,) = Distribution.discover(name="transformers", path=[str(folder)])
-        needed = [spec for spec in found.requires or [] if ";" not in spec]
-        names = ("huggingface-hub", "tokenizers", "safetensors")
-        _install(folder, *(spec for spec in needed if spec.startswith(names)))
+        unmet = [f"transformers=={release}"]
+        while unmet:
+            _install(folder, *unmet)
+            unmet = find_unmet(folder)
         (folder / ".ready").touch()
     return variables | {"PYTHONPATH": str(folder)}
+
+
+def find_unmet(folder: Path) -> list[str]:
+    """Return what the packages in a folder require and neither it nor this environment has.
+
+    Those of an older release are other ones: huggingface-hub 1 needs httpx, and 2 needs httpx2.
+    """
+    unmet = []
+    for package in distributions(path=[str(folder)]):
+        for needed in map(Requirement, package.requires or []):
+            if needed.marker and not needed.marker.evaluate({"extra": ""}):
+                continue
+            paths = [str(folder)], sys.path  # the folder wins
+            found = [d for path in paths for d in distributions(name=needed.name, path=path)]
+            if not found or not needed.specifier.contains(found[0].version, prereleases=True):
+                unmet.append(f"{needed.name}{needed.specifier}")
+    return unmet
 
 
 def _install(folder: Path, *requirements: str) -> None:

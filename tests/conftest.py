@@ -13,6 +13,8 @@ from minihub import Hub
 _HUB = Hub()
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # as after `nohup`
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 _CACHE = tempfile.TemporaryDirectory(prefix="hf_nanogpt-tests-")
 os.environ |= {
     "HF_HOME": _CACHE.name,
@@ -58,11 +60,14 @@ FAMILIES = {
     "qwen3": {"preset": "qwen3-0.6b", "num_key_value_heads": 2, "head_dim": 16},
     "nanochat": {"preset": "nanochat-d12"},
 }
-# For what takes long: two families in the short suite, all in the whole one.
-TWO_SOON = [
-    pytest.param(name, marks=[] if name in ("nano", "gpt2") else pytest.mark.slow)
-    for name in FAMILIES
-]
+
+
+def soon(*names, of=FAMILIES):
+    """Return parameters for what takes long: those named in the short suite, all in the whole."""
+    return [pytest.param(name, marks=[] if name in names else pytest.mark.slow) for name in of]
+
+
+TWO_SOON = soon("nano", "gpt2")
 
 
 def cache_of(output):

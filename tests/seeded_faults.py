@@ -156,7 +156,7 @@ FAULTS = [
     ),
     Fault(
         "the validation loss leaves out the last batch",
-        "training/trainer.py",
+        "training/evaluating.py",
         "kept, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False",
         "kept, self.args.dataloader_drop_last = self.args.dataloader_drop_last, True",
         "test_training",

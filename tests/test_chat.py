@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from children import forked, run_command
-from conftest import ROOT, tiny_model
+from conftest import ROOT, TWO_SOON, tiny_model
 
 from hf_nanogpt import stream_text, train_tokenizer
 from hf_nanogpt.apps.chat import Chat, find_turn_ends
@@ -81,6 +81,7 @@ def test_a_message_cannot_forge_a_turn():
     assert chat.messages[0] == user(FORGED)
 
 
+@pytest.mark.parametrize("family", TWO_SOON)
 def test_each_answer_is_the_one_to_the_whole_conversation(family):
     model = talker(family)
     chat = Chat(model, TOKENIZER, system="be kind", **GREEDY)

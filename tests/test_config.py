@@ -181,10 +181,46 @@ def test_extra_keys_of_a_saved_config_are_kept(load, tmp_path):
         assert load(tmp_path).from_the_future == 5
 
 
-def test_saved_field_can_be_replaced_while_loading(tmp_path):
-    tiny_config("nano").save_pretrained(tmp_path)
-    loaded = AutoConfig.from_pretrained(tmp_path, dropout=0.25)
-    assert loaded.dropout == 0.25
+LINEAR = {"rope_type": "linear", "factor": 2.0}
+REPLACED = [
+    {"dropout": 0.25},
+    {"bias": True},
+    {"n_layer": 3},
+    {"block_size": 8, "n_head": 2, "num_key_value_heads": 1, "head_dim": 8},
+    {"rope_theta": 500.0},
+    {"rope_scaling": LINEAR},
+    {"rope_scaling": LINEAR, "rope_theta": 500.0},
+    {"rope_parameters": LINEAR | {"rope_theta": 500.0}},
+    {"sliding_window": 8},
+    {"sliding_window": 8, "layer_types": ["full_attention", "sliding_attention"]},
+]
+
+
+@pytest.mark.parametrize("replaced", REPLACED)
+def test_a_field_replaced_while_loading_means_what_it_means_in_a_new_config(replaced, tmp_path):
+    sizes = {"n_layer": 2, "n_embd": 32, "n_head": 4, "vocab_size": 64}
+    NanoGPTConfig(**sizes).save_pretrained(tmp_path)
+    expected = NanoGPTConfig(**sizes | replaced).to_dict()
+    for load in (NanoGPTConfig.from_pretrained, AutoConfig.from_pretrained):
+        found = load(tmp_path, **copy.deepcopy(replaced))
+        found._name_or_path = ""
+        assert expected.items() <= found.to_dict().items()
+
+
+@pytest.mark.parametrize(
+    ("replaced", "message"),
+    [
+        ({"n_layer": 3, "num_hidden_layers": 4}, "contradict each other"),
+        ({"position_embedding_type": "learned"}, "is for rotary positions"),
+        ({"rope_theta": -1.0}, "must be a number above 0"),
+        ({"dropout": 1.5}, "dropout=1.5 must be"),
+        ({"num_key_value_heads": 3}, "must divide"),
+    ],
+)
+def test_a_field_replaced_while_loading_is_checked(replaced, message, tmp_path):
+    NanoGPTConfig(n_layer=2, n_embd=32, n_head=4).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        NanoGPTConfig.from_pretrained(tmp_path, **replaced)
 
 
 # Presets.

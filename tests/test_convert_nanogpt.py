@@ -1,19 +1,32 @@
 """nanoGPT's ckpt.pt becomes ours with the logits of its layout, and no pickle ever runs."""
 
+import json
 import logging
 import os
 import pickle
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from nanogpt_layout import ARGS, evaluate_layout, make_state, write_checkpoint
 from safetensors.torch import load_file
+from test_tasks import CHOICE
 from transformers import AutoModelForCausalLM
 
-from hf_nanogpt import NanoGPTForCausalLM, generate_text, load_checkpoint, train_tokenizer
+from hf_nanogpt import (
+    NanoGPTForCausalLM,
+    evaluate_tasks,
+    generate_text,
+    load_checkpoint,
+    train_tokenizer,
+)
+from hf_nanogpt.cli import main
 from hf_nanogpt.convert import convert_checkpoint, export_checkpoint
+from hf_nanogpt.data.chat_text import ChatTextEncoder
+from hf_nanogpt.data.encoding import DocumentEncoder
 from hf_nanogpt.errors import UserError
+from hf_nanogpt.training.samples import draw_sample
 
 CHARACTERS = sorted(set("\n To be, or nöt to be: thät is 日本 the question"))
 STOI = {character: i for i, character in enumerate(CHARACTERS)}
@@ -107,12 +120,56 @@ def test_characters_are_encoded_by_their_numbers_and_come_back(place, ckpt, tmp_
     assert len(generated[0]) == 15 and generated[0].startswith("To be")
 
 
-def test_a_character_that_was_not_trained_on_is_an_error_and_never_dropped(ckpt, tmp_path):
+@pytest.fixture
+def characters(ckpt, tmp_path):
+    """A checkpoint whose tokenizer knows only the characters of a `meta.pkl`."""
     write_meta(ckpt.parent)
     convert_checkpoint(ckpt, tmp_path / "ours")
-    _, tokenizer = load_checkpoint(tmp_path / "ours")
+    return tmp_path / "ours"
+
+
+LACKS = r"no token for 'Ω' \(U\+03A9\) after 'To be '"
+
+
+def test_a_character_that_was_not_trained_on_is_an_error_and_never_dropped(characters):
+    model, tokenizer = load_checkpoint(characters)
     with pytest.raises(Exception, match="UNK"):
         tokenizer("To be Ω")
+    with pytest.raises(UserError, match=LACKS):
+        generate_text(model, tokenizer, "To be Ω")
+    with pytest.raises(UserError, match=LACKS):
+        DocumentEncoder(tokenizer)({"text": ["To be", "To be Ω or"]})
+    with pytest.raises(UserError, match=LACKS):
+        ChatTextEncoder(tokenizer).encode("To be Ω")
+    with pytest.raises(UserError, match=r"no token for '\\x00' \(U\+0000\) at the start"):
+        generate_text(model, tokenizer, "\0")
+    assert draw_sample(model, tokenizer, "To be Ω", max_new_tokens=3, seed=1) == ""
+
+
+def test_the_command_and_the_server_name_a_character_that_the_tokenizer_lacks(
+    characters, tmp_path, capsys
+):
+    text = tmp_path / "text.txt"
+    text.write_text("To be Ω or not", encoding="utf-8")
+    assert main(["eval", str(characters), "--data", str(text)]) == 2
+    assert re.search(LACKS, capsys.readouterr().err)
+    serving = pytest.importorskip("hf_nanogpt.apps.serving", exc_type=ImportError)
+    client = pytest.importorskip("starlette.testclient", exc_type=ImportError).TestClient(
+        serving.build_app("it", *load_checkpoint(characters))
+    )
+    answer = client.post("/v1/completions", json={"model": "it", "prompt": "To be Ω"})
+    assert answer.status_code == 400 and re.search(LACKS, answer.json()["error"]["message"])
+
+
+@pytest.mark.slow
+def test_a_task_names_a_character_that_the_tokenizer_lacks(characters, tmp_path, monkeypatch):
+    pytest.importorskip("lm_eval", reason="needs pip install 'hf-nanogpt[eval]'")
+    monkeypatch.chdir(tmp_path)
+    row = {"q": "To be Ω", "choices": ["to", "be"], "answer": 0}
+    Path("questions.jsonl").write_text(json.dumps(row), encoding="utf-8")
+    Path("sums.yaml").write_text(CHOICE, encoding="utf-8")
+    with pytest.raises(UserError, match=LACKS):
+        evaluate_tasks(characters, ["sums.yaml"])
 
 
 def test_gpt2s_padded_vocabulary_is_kept_and_its_tokenizer_asked_for(tmp_path, caplog):

@@ -29,6 +29,7 @@ def model():
     return tiny_model("nano", initializer_range=0.3)
 
 
+@pytest.mark.slow  # nano, gpt2 and gpt3 are what the next test checks
 def test_all_checks_pass_for_every_family(family):
     findings = list(check_model(family, tiny_model(family, initializer_range=0.3)))
     assert len(findings) == 6

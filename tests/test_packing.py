@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import TWO_SOON, tiny_model
 from datasets import Dataset
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import ByT5Tokenizer
@@ -149,6 +149,7 @@ def test_the_collator_pads_the_last_block_and_restarts_positions():
 
 
 @pytest.mark.parametrize("settings", [{}, {"use_cache": True}, {"use_cache": False}], ids=str)
+@pytest.mark.parametrize("family", TWO_SOON)
 def test_packed_documents_do_not_see_each_other(family, settings):
     model = tiny_model(family, vocab_size=len(TOKENIZER))
     blocks = pack_documents(Dataset.from_dict({"text": DOCUMENTS}), TOKENIZER, context_length=30)

@@ -2,6 +2,7 @@
 
 import pytest
 from conftest import ROOT
+from transformers import TrainingArguments
 
 from hf_nanogpt import (
     NanoGPTForCausalLM,
@@ -12,7 +13,9 @@ from hf_nanogpt import (
     train_tokenizer,
 )
 from hf_nanogpt.errors import UserError
+from hf_nanogpt.presets import PRESETS
 from hf_nanogpt.training.arguments import parse_settings
+from hf_nanogpt.training.optim import OPTIM_DEFAULTS
 from hf_nanogpt.training.origins import explain_settings
 from hf_nanogpt.training.preparing import make_config, prepare_config, prepare_model
 
@@ -93,7 +96,10 @@ def test_a_typed_preset_wins_over_the_recipes_sizes_and_typed_sizes_stay(recipe,
         parse_settings(recipe, ["--num-hidden-layers=2"], preset=preset, use_cpu=True),
     ):
         made = make_config(architecture, vocab_size=65).to_dict()
-        assert made == load_preset(preset, n_layer=2, vocab_size=65).to_dict()
+        # Its context is limited, see below.
+        length = min(1024, load_preset(preset).max_position_embeddings)
+        expected = load_preset(preset, n_layer=2, vocab_size=65, block_size=length)
+        assert made == expected.to_dict()
 
 
 def test_a_typed_setting_drops_those_of_the_recipe_that_would_hide_it(tmp_path):
@@ -128,3 +134,71 @@ def test_settings_of_an_adapter_are_shown_without_an_architecture():
     assert {s.group for s in tuned} == {"data", "training"}  # the checkpoint has the architecture
     [rate] = [s for s in tuned if s.name == "learning_rate"]
     assert (rate.value, rate.origin) == (2e-3, "recipe finetune")
+
+
+def test_a_typed_optimizer_gets_its_own_rates_and_not_those_of_the_recipe(tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(
+        "training: {learning_rate: 0.05, weight_decay: 0.3, momentum_warmup_steps: 9}"
+    )
+
+    def rates(*flags: str) -> tuple:
+        args = parse_settings(recipe, flags, use_cpu=True)[2]
+        return args.learning_rate, args.weight_decay, args.momentum_warmup_steps
+
+    assert rates() == rates("--optim_recipe=muon") == (0.05, 0.3, 9)
+    adamw = OPTIM_DEFAULTS["adamw"]
+    assert rates("--optim_recipe", "adamw") == (adamw.learning_rate, adamw.weight_decay, 0)
+    assert rates("--optim=sgd") == (TrainingArguments.learning_rate, 0.0, 0)
+    assert rates("--optim_recipe=adamw", "--learning_rate=0.002")[0] == 0.002
+    recipe.write_text("training: {learning_rate: 0.05, optim_recipe: adamw}")
+    assert rates("--optim_recipe=adamw")[0] == 0.05
+    assert rates("--optim_recipe=muon")[0] == OPTIM_DEFAULTS["muon"].learning_rate
+
+
+def test_typed_steps_win_over_a_recipe_that_counts_otherwise(tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    names = ("eval", "save", "logging")
+    recipe.write_text(
+        "training: {eval_strategy: epoch, save_strategy: 'no', logging_strategy: epoch}"
+    )
+    for name in names:
+        args = parse_settings(recipe, [f"--{name}_steps", "7"], use_cpu=True)[2]
+        assert getattr(args, f"{name}_strategy") == "steps" and getattr(args, f"{name}_steps") == 7
+        others = [getattr(args, f"{other}_strategy") for other in names if other != name]
+        assert "steps" not in others
+    args = parse_settings(recipe, ["--eval_steps=7", "--eval_strategy=no"], use_cpu=True)[2]
+    assert args.eval_strategy == "no"
+
+
+def test_settings_that_take_several_values_take_one_or_a_list(tmp_path):
+    for name in (both := ["tensorboard", "trackio"]):
+        pytest.importorskip(name, reason="pip install 'hf-nanogpt[track]'")
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(
+        "training: {report_to: [tensorboard, trackio], optim: galore_adamw, "
+        "optim_target_modules: [a, b], include_for_metrics: [inputs], debug: [underflow_overflow]}"
+    )
+    args = parse_settings(recipe, use_cpu=True)[2]
+    assert args.report_to == both and args.optim_target_modules == ["a", "b"]
+    assert (args.include_for_metrics, args.debug) == (["inputs"], ["underflow_overflow"])
+    assert parse_settings("quickstart", ["--report_to", *both])[2].report_to == both
+    assert parse_settings("quickstart", report_to=both)[2].report_to == both
+    assert parse_settings(recipe, ["--report_to=tensorboard"])[2].report_to == ["tensorboard"]
+    args = parse_settings(recipe, ["--report_to=none", "--optim_target_modules=all-linear"])[2]
+    assert args.report_to == [] and args.optim_target_modules == "all-linear"
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_context_of_a_preset_can_be_trained_unless_more_is_asked_for(preset, tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("training: {max_steps: 1}")
+
+    def context(*flags: str) -> int:
+        _, architecture, _ = parse_settings(recipe, ["--preset", preset, *flags], use_cpu=True)
+        return make_config(architecture).max_position_embeddings
+
+    whole = load_preset(preset).max_position_embeddings
+    assert context() == min(whole, 1024)
+    assert context("--block_size=1500") == 1500
+    assert context("--context_length=1500") == (1500 if whole > 1024 else whole)

@@ -8,6 +8,7 @@ import warnings
 
 import pytest
 import transformers
+from compat import find_unmet
 from conftest import ROOT
 from packaging.version import parse
 
@@ -110,6 +111,16 @@ def find_used():
 def test_private_names_that_we_override_are_listed_and_exist():
     assert find_overridden() == set(OVERRIDDEN)
     assert set((OVERRIDDEN | USED).values()) <= set(TESTED_TRANSFORMERS)
+
+
+def test_compat_installs_what_another_release_needs_and_this_environment_lacks(tmp_path):
+    info = tmp_path / "old-1.0.dist-info"
+    info.mkdir()
+    needs = ["nothing-of-this-name>=1", "torch<1", "numpy>=1", "other; extra == 'x'"]
+    lines = ["Metadata-Version: 2.1", "Name: old", "Version: 1.0"]
+    lines += [f"Requires-Dist: {need}" for need in needs]
+    (info / "METADATA").write_text("\n".join(lines))
+    assert find_unmet(tmp_path) == needs[:2]
 
 
 def test_private_names_that_we_use_are_listed_and_exist():

@@ -14,6 +14,8 @@ from test_serve import ENDLESS, batched, client, openai, post, printed  # noqa: 
 from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from hf_nanogpt import generate_text
+
 types = pytest.importorskip("openai.types")
 
 pytestmark = forked
@@ -139,6 +141,14 @@ def test_tokens_after_a_stop_text_have_no_probabilities(client):
         assert "".join(choice.logprobs.tokens) == whole
 
 
+def test_a_stop_text_at_once_leaves_no_text_and_no_probabilities(client):
+    for stream in (False, True):
+        given = GREEDY | {"stop": follow("the cat")[0], "logprobs": 2, "stream": stream}
+        [choice] = ask(client, **given)
+        assert (choice.text, choice.finish_reason) == ("", "stop")
+        assert stream or choice.logprobs.tokens == choice.logprobs.token_logprobs == []
+
+
 def test_an_impossible_token_has_a_number_in_json(printed):
     body = {"model": "talker", "prompt": "a", "max_tokens": 2, "logprobs": 5, "temperature": 0}
     status, text = post(printed, "/v1/completions", body)
@@ -221,6 +231,18 @@ def test_stream_and_whole_are_the_same_text(settings, client):
         assert probabilities[0] == pytest.approx(probabilities[1], abs=1e-5)
 
 
+def test_without_a_prompt_a_document_begins(printed):
+    for body in ({}, {"prompt": None}, {"prompt": ""}):
+        _, text = post(printed, "/v1/completions", GREEDY | body)
+        [expected] = generate_text(batched(), TOKENIZER, "", max_new_tokens=12, temperature=0)
+        assert json.loads(text)["choices"][0]["text"] == expected
+
+
+def test_an_unknown_address_is_told_those_that_exist(printed):
+    status, text = post(printed, "/v1/embeddings", {"model": "talker", "input": "a"})
+    assert status == 404 and "/v1/chat/completions" in json.loads(text)["error"]["message"]
+
+
 def test_top_p_of_zero_and_seeds_of_64_bits_are_allowed(client):
     [choice] = ask(client, model="talker", max_tokens=12, top_p=0, seed=-(2**63))
     assert choice.text == follow("the cat")
@@ -233,17 +255,15 @@ def test_a_completion_has_16_tokens_by_default(client):
     assert (done.usage.completion_tokens, done.choices[0].text) == (16, follow("the", 16))
 
 
-def test_no_stop_text_is_returned_nor_what_follows_it(client):
+@both
+def test_no_stop_text_is_returned_nor_what_follows_it(stream, client):
     text = follow("the cat", 30)
     for stop in [text[9], text[3:5], [text[20:], text[8:10]], ["~"], []]:
         stops = [stop] if isinstance(stop, str) else stop
         ends = [text.index(one) for one in stops if one in text]
-        for seed in (None, 1):
-            given = GREEDY | {"max_tokens": 30, "seed": seed, "stop": stop}
-            for stream in (False, True):
-                [choice] = ask(client, **given, stream=stream)
-                assert choice.text == text[: min(ends, default=30)]
-                assert choice.finish_reason == ("stop" if ends else "length")
+        [choice] = ask(client, **GREEDY | {"max_tokens": 30, "stop": stop}, stream=stream)
+        assert choice.text == text[: min(ends, default=30)]
+        assert choice.finish_reason == ("stop" if ends else "length")
 
 
 @pytest.mark.parametrize("echo", [False, True])

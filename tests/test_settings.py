@@ -143,17 +143,25 @@ REFUSED = {
 # Tested elsewhere: a folder, an object of accelerate, the Hub.
 ELSEWHERE = {"output_dir", "parallelism_config", "push_to_hub"}
 FIELDS = [field.name for field in fields(TrainingArguments) if field.name not in ELSEWHERE]
+# The others share a training by tens, as one takes a second.
+ALONE = REFUSED | TOGETHER.keys() | {"max_steps", "num_train_epochs", "torch_compile_backend"}
+ALONE |= {"fp16", "fp16_full_eval", "activation_checkpointing"}  # they exclude others
+SHARED = [name for name in FIELDS if name not in ALONE]
+GROUPS = [[name] for name in FIELDS if name in ALONE]
+GROUPS += [SHARED[start : start + 10] for start in range(0, len(SHARED), 10)]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", FIELDS)
-def test_each_field_of_training_arguments_trains_or_is_refused_by_name(text, tmp_path, name):
-    default = next(f.default for f in fields(NanoGPTTrainingArguments) if f.name == name)
-    assert name in VALUES or isinstance(default, bool | None), f"{name} is new: add it to VALUES"
+@pytest.mark.parametrize("names", GROUPS, ids=" ".join)
+def test_each_field_of_training_arguments_trains_or_is_refused_by_name(text, tmp_path, names):
+    defaults = {field.name: field.default for field in fields(NanoGPTTrainingArguments)}
     settings = {"data": text, "output_dir": str(tmp_path / "run")} | SMALL
-    settings |= TOGETHER.get(name, {}) | {name: VALUES.get(name, not default)}
-    if name in REFUSED:
-        with pytest.raises(UserError, match=name):
+    for name in names:
+        is_flag = isinstance(defaults[name], bool | None)
+        assert name in VALUES or is_flag, f"{name} is new: add it to VALUES"
+        settings |= TOGETHER.get(name, {}) | {name: VALUES.get(name, not defaults[name])}
+    if names[0] in REFUSED:
+        with pytest.raises(UserError, match=names[0]):
             train(**settings)
         assert not (tmp_path / "run").exists()
     else:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import CORPUS, tiny_config, tiny_model
+from datasets import Dataset
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -65,11 +66,11 @@ def _history(folder: Path) -> list[float]:
     return [row["loss"] for row in state["log_history"] if "loss" in row]
 
 
-def test_plain_loop_gives_the_same_losses_as_the_trainer(text_file, tmp_path):
+def test_plain_loop_gives_the_same_losses_as_the_trainer(tmp_path):
     spec = importlib.util.spec_from_file_location("plain_loop", ROOT / "examples/plain_loop.py")
     plain_loop = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(plain_loop)
-    documents = load_text(str(text_file))
+    documents = Dataset.from_dict({"text": [CORPUS[:3000]]})
     tokenizer = train_tokenizer((row["text"] for row in documents), kind="char")
     blocks = pack_documents(documents, tokenizer, context_length=32)
     config = tiny_config("nano", vocab_size=len(tokenizer), initializer_range=None)
@@ -210,6 +211,7 @@ def test_best_model_is_loaded_and_measured_at_the_end(text_file, tmp_path):
         max_steps=8,
         eval_steps=2,
         save_steps=2,
+        eval_tokens=10_000,  # all of the held-out text
         load_best_model_at_end=True,
         metric_for_best_model="bits_per_byte",
         greater_is_better=True,  # then it is an early one, as losses fall
@@ -232,9 +234,11 @@ def test_loss_falls_for_both_optimizers(text_file, tmp_path):
         assert sum(losses[-5:]) / 5 < losses[0] - 0.3
 
 
-def test_evaluation_in_the_trainer_is_independent_of_batch_size(checkpoint, text_file, tmp_path):
+def test_evaluation_in_the_trainer_is_independent_of_batch_size(checkpoint, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    blocks = pack_documents(load_text(str(text_file)), tokenizer, context_length=32)
+    blocks = pack_documents(
+        Dataset.from_dict({"text": [CORPUS[:2500]]}), tokenizer, context_length=32
+    )
     losses = []
     for size in (1, 7, 64):
         args = NanoGPTTrainingArguments(

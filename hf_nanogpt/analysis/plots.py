@@ -14,8 +14,18 @@ BLUE, ORANGE, GREY = "#2563eb", "#ea580c", "#6b7280"
 _FORMATS = (".png", ".svg", ".pdf")
 
 
-def plot_losses(log_history: list[dict], path: str | Path, *, title: str = "") -> None:
-    """Draw training and validation loss against tokens seen, from `TrainerState.log_history`."""
+def plot_losses(
+    log_history: list[dict],
+    path: str | Path,
+    *,
+    title: str = "",
+    final: tuple[int, float, float] | None = None,
+) -> None:
+    """Draw training and validation loss against tokens seen, from `TrainerState.log_history`.
+
+    `final` is what the whole held-out text gave, drawn as one filled point: tokens seen, loss and
+    bits per byte. All others are then marked as estimates.
+    """
     from matplotlib.ticker import EngFormatter
 
     def series(key: str) -> tuple[list[float], list[float]]:
@@ -25,14 +35,17 @@ def plot_losses(log_history: list[dict], path: str | Path, *, title: str = "") -
 
     figure = _new_figure(4.2)
     axes = figure.subplots()
-    train, validation, bits = map(series, ("loss", "eval_loss", "eval_bits_per_byte"))
+    train, validation = map(series, ("loss", "eval_loss"))
     axes.plot(*train, color=BLUE, alpha=0.55, linewidth=1.3, label="training")
-    label = f"validation ({bits[1][-1]:.3f} bits per byte at the end)" if bits[1] else "validation"
-    axes.plot(*validation, color=ORANGE, linewidth=2, marker="o", markersize=4, label=label)
-    if validation[1]:
-        last = validation[0][-1], validation[1][-1]
+    label = "validation, estimated" if final else "validation"
+    open_circles = {"marker": "o", "markersize": 4, "markerfacecolor": "white"}
+    axes.plot(*validation, color=ORANGE, linewidth=2, label=label, **open_circles)
+    if final:
+        tokens, loss, bits = final
+        label = f"validation, all of it: {bits:.3f} bits per byte"
+        axes.plot([tokens], [loss], color=ORANGE, marker="D", linestyle="none", label=label)
         above = {"xytext": (0, 9), "textcoords": "offset points", "ha": "center"}
-        axes.annotate(f"{last[1]:.3f}", last, color=ORANGE, weight="bold", **above)
+        axes.annotate(f"{loss:.3f}", (tokens, loss), color=ORANGE, weight="bold", **above)
     axes.set(xlabel="tokens seen", ylabel="loss (nats per token)", title=title)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.margins(x=0.04)

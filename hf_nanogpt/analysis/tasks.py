@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checkpoint.loading import load_checkpoint
+from ..data.encoding import encoding_errors
 from ..errors import UserError, did_you_mean, explain_errors
 
 
@@ -62,7 +63,17 @@ def evaluate_tasks(
     from lm_eval import evaluate
     from lm_eval.models.huggingface import HFLM
 
-    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, trust_remote_code=False)
+    class Model(HFLM):
+        def tok_encode(self, string, *args, **settings):
+            with encoding_errors(self.tokenizer, string):
+                return super().tok_encode(string, *args, **settings)
+
+        def tok_batch_encode(self, strings, *args, **settings):
+            with encoding_errors(self.tokenizer, *strings):
+                return super().tok_batch_encode(strings, *args, **settings)
+
+    settings = {"batch_size": batch_size, "trust_remote_code": False}
+    lm = Model(pretrained=model, tokenizer=tokenizer, **settings)
     # Not `simple_evaluate`, which spends ten seconds describing the machine each time.
     with _lm_eval_seeds():
         loaded = _load_tasks(index, tasks, num_fewshot)

@@ -7,12 +7,16 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from transformers.utils import logging
+
 from ..errors import UserError, one_line
 from ..streaming import TextDecoder
 from .batching import EndedError, StoppingDecoder, Writer
 from .openai_api import CompletionRequest
 from .openai_format import ResponseFormat, format_error, format_event
 from .scoring import Reading, Scorer
+
+logger = logging.get_logger(__name__)
 
 FAILED = "The server is stopping, or has failed: try again later."
 
@@ -92,7 +96,7 @@ class Answer:
             async with aclosing(_merge([choice.pieces() for choice in self.choices])) as pieces:
                 async for choice, text, tokens, offsets, reason in pieces:
                     logprobs = await choice.score(tokens, offsets)
-                    if text or logprobs:
+                    if text or tokens:
                         yield self.format.format_piece(choice.index, text, logprobs)
                     if reason:
                         yield self.format.format_end(choice.index, reason)
@@ -100,8 +104,10 @@ class Answer:
                 yield self.format.format_usage(self.usage)
             yield "data: [DONE]\n\n"
         # The response has begun, so the error is an event.
-        except (EndedError, UserError) as error:
-            message = FAILED if isinstance(error, EndedError) else one_line(error)
+        except Exception as error:
+            if not isinstance(error, EndedError | UserError):
+                logger.exception("A request failed.")
+            message = one_line(error) if isinstance(error, UserError) else FAILED
             yield format_event(format_error(message, by_client=False))
 
 
@@ -128,7 +134,9 @@ class _Choice:
     async def pieces(self) -> AsyncGenerator[_Piece, None]:
         request, writer, prompt = self.answer.request, self.answer.writer, self.prompt
         if request.echo:
-            starts = _find_starts(writer, prompt.ids) if request.top_logprobs is not None else []
+            starts = []
+            if request.top_logprobs is not None:
+                starts = await asyncio.to_thread(_find_starts, writer, prompt.ids)
             yield _Piece(self, prompt.text, prompt.ids, starts)
         chat = self.answer.format.chat
         # A message is a text of its own.
@@ -169,7 +177,7 @@ class _Choice:
             if not request.echo:
                 await scorer.score(self.reading, self.prompt.ids)
         scores = await scorer.score(self.reading, tokens)
-        return self.answer.format.format_logprobs(scores, offsets) if scores else None
+        return self.answer.format.format_logprobs(scores, offsets)
 
 
 def _find_starts(writer: Writer, ids: Sequence[int]) -> list[int]:

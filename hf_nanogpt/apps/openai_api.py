@@ -120,7 +120,7 @@ def check_request(body: dict[str, Any], *, chat: bool, vocab_size: int) -> Compl
     prompts: list[Any] = (
         [_check_messages(fields.get("messages"))]
         if chat
-        else _check_prompts(fields.get("prompt"), vocab_size)
+        else _check_prompts(fields.get("prompt", ""), vocab_size)  # none begins a document
     )
     if n * len(prompts) > _MAX_CHOICES:
         raise _invalid("n", n, f"at most {_MAX_CHOICES // len(prompts)} for {len(prompts)} prompts")
@@ -222,8 +222,8 @@ def _check_prompts(value: Any, vocab_size: int) -> list[str | list[int]]:
         _is_ids(one, vocab_size) for one in prompts
     )
     if not 1 <= len(prompts) <= _MAX_CHOICES or not alike:
-        rule = f"a string, a list of token ids from 0 to {vocab_size - 1}, or a list of at most "
-        raise _invalid("prompt", value, f"{rule}{_MAX_CHOICES} of one of them")
+        rule = f"a string or a list of token ids from 0 to {vocab_size - 1}; or 1 to {_MAX_CHOICES}"
+        raise _invalid("prompt", value, f"{rule} strings, or as many such lists, in a list")
     return prompts
 
 

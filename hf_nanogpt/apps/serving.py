@@ -38,7 +38,7 @@ from .openai_api import CompletionRequest, RequestError, check_request, parse_bo
 from .openai_format import ResponseFormat, format_error, format_event
 from .scoring import Scorer
 
-_TEXT, _CHAT = "/v1/completions", "/v1/chat/completions"
+_TEXT, _CHAT, _MODELS = "/v1/completions", "/v1/chat/completions", "/v1/models"
 _MAX_BODY = 4 * 2**20  # bytes
 _GRACE = 3  # seconds for answers to finish when the server stops
 
@@ -67,8 +67,8 @@ def build_app(
     app = Starlette(
         routes=[
             Route("/health", server.show_health),
-            Route("/v1/models", server.list_models),
-            Route("/v1/models/{name:path}", server.show_model),
+            Route(_MODELS, server.list_models),
+            Route(_MODELS + "/{name:path}", server.show_model),
             Route("/load_model", server.load_model, methods=["POST"]),
             Route(_TEXT, server.answer, methods=["POST"]),
             Route(_CHAT, server.answer, methods=["POST"]),
@@ -77,7 +77,7 @@ def build_app(
             Middleware(TrustedHostMiddleware, allowed_hosts=hosts or ["*"], www_redirect=False)
         ],
         exception_handlers=dict.fromkeys(
-            (UserError, HTTPException, EndedError, ClientDisconnect), _explain
+            (UserError, HTTPException, EndedError, ClientDisconnect, Exception), _explain
         ),
     )
     app.state.writer, app.state.scorer = server.writer, server.scorer
@@ -126,12 +126,17 @@ async def _explain(request: Request, error: Exception) -> Response:
         status, message, param, code = error.status, one_line(error), error.param, error.code
     elif isinstance(error, HTTPException):
         status, message = error.status_code, error.detail
+        if status in (404, 405):
+            asked = f"{request.method} {request.url.path!r:.80}"
+            message = f"This server has no {asked}; it has POST {_TEXT} and {_CHAT}, GET {_MODELS}."
     elif isinstance(error, UserError):
         status, message = 400, one_line(error)
     elif isinstance(error, EndedError):
         status, message = 503, FAILED
-    else:
+    elif isinstance(error, ClientDisconnect):
         status, message = 499, "The client has disconnected."
+    else:  # a bug: starlette shows its traceback on the server
+        status, message = 500, FAILED
     headers = getattr(error, "headers", None)  # such as Allow
     content = format_error(message, by_client=status < 500, param=param, code=code)
     return JSONResponse(content, status, headers)

@@ -6,10 +6,10 @@ import shlex
 import shutil
 import sys
 import textwrap
-from typing import Any
 
 from ..errors import UserError, printable, without_secrets
 from ..training.recipes import list_recipes
+from .last_screen import render_last_screen
 from .parser import Flags, Parser, add_flags, load_libraries
 from .train_help import print_help
 
@@ -63,7 +63,7 @@ def run_train(argv: list[str]) -> None:
             print(f"\nInterrupted. To resume from {where}:\n  {how}", file=sys.stderr)
         sys.exit(128 + interruption.signum)
     if is_first:
-        print(printable(_summary(result)))
+        print(printable(render_last_screen(result, _program_name())))
 
 
 def _show_settings(recipe: str | None, flags: list[str], start_from: str | None) -> str:
@@ -108,67 +108,6 @@ def _hide_secrets(command: list[str]) -> list[str]:
         is_flag = word.startswith("--") and equals
         kept.append(f"{flag}={without_secrets(value)}" if is_flag else without_secrets(word))
     return kept
-
-
-_FIGURES = [
-    ("validation loss", "eval_loss", ".4f", "nats per token"),
-    ("perplexity", "perplexity", ".2f", ""),
-    ("bits per byte", "bits_per_byte", ".4f", ""),
-]
-
-
-def _summary(result: Any) -> str:
-    """Return the figures of a finished training, a sample of its text, and what to do next."""
-    folder, is_chat = result.output_dir, result.metrics["is_chat"]
-    program = _program_name()
-    start = f"chat {folder}" if is_chat else f"generate {folder} {shlex.quote(result.prompt)}"
-    return f"""
-{folder} is ready:
-{_table(result.metrics)}
-
-{_sample(result)}Next:
-  {program} {start}
-  {program} eval {folder} --data YOUR_TEXT
-  {program} info {folder}"""
-
-
-def _table(metrics: dict[str, Any]) -> str:
-    rows = {
-        "parameters": f"{metrics['num_parameters']:,}",
-        "tokens": f"{metrics['train_tokens']:,}",
-        "time": f"{metrics['train_seconds']:,.0f} s",
-    }
-    if "tokens_per_second" in metrics:
-        mfu = f" (MFU {metrics['mfu']:.0%})" if "mfu" in metrics else ""
-        rows["tokens/s"] = f"{metrics['tokens_per_second']:,.0f}{mfu}"
-    before = metrics.get("before")  # when training started from a checkpoint
-    if before:
-        rows["held-out text"] = f"{'before':>12} {'after':>12}"
-    for name, key, form, unit in _FIGURES:
-        value = metrics[key]
-        figure = f"{before[key]:>12{form}} {value:>12{form}}" if before else f"{value:{form}}"
-        rows[name] = f"{figure} {unit}".rstrip()
-    return "\n".join(f"  {name:<16} {value}" for name, value in rows.items())
-
-
-def _sample(result: Any) -> str:
-    if not result.sample:
-        return ""
-    if before := result.metrics.get("before"):
-        columns = _lay_side_by_side(before["sample"], result.sample)
-        return f"From {result.prompt!r}, before and after:\n{columns}\n\n"
-    lines = "\n".join(f"  | {line}" for line in result.sample.splitlines())
-    return f"A sample:\n{lines}\n\n"
-
-
-def _lay_side_by_side(left: str, right: str) -> str:
-    width = (min(shutil.get_terminal_size().columns, 120) - 7) // 2
-    columns = [
-        [row for line in text.splitlines() for row in textwrap.wrap(line, width)]
-        for text in (left, right)
-    ]
-    rows = itertools.zip_longest(*columns, fillvalue="")
-    return "\n".join(f"  | {a:<{width}} | {b}" for a, b in rows)
 
 
 def run_tokenize(argv: list[str]) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from ..errors import explain_errors
+from .encoding import encoding_errors
 
 # The first character of a special token is moved to the last plane of Unicode, which is for private
 # use, and back. So texts keep their length, and positions in them stay right. Other characters of
@@ -65,7 +65,7 @@ class ChatTextEncoder:
     def _encode_parts(self, text: str) -> Iterator[tuple[Any, Any]]:
         """Yield the ids and spans of each special token, and of each text between them."""
         end = 0
-        with explain_errors("The tokenizer cannot encode the text"):
+        with encoding_errors(self.tokenizer, self._hidden.sub(_show_first, text)):
             for found in self._tokens.finditer(text):
                 if found.start() > end:
                     yield self._encode_plain(text[end : found.start()], end)

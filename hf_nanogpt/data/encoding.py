@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from ..errors import explain_errors
+from ..errors import UserError, explain_errors
 
 _CODE_POINTS = 0x110000  # of Unicode
 _MOST_BYTES = 4  # of one character in UTF-8
@@ -92,7 +93,7 @@ class DocumentEncoder:
     def _encode(self, texts: list[str]) -> list[list[int]]:
         # "<|endoftext|>" inside a text is text, not the end of a document.
         settings = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
-        with explain_errors("The tokenizer cannot encode the text"):
+        with encoding_errors(self.tokenizer, *texts):
             if not self.tokenizer.is_fast:
                 return self.tokenizer(texts, **settings)["input_ids"]
             backend = self.tokenizer.backend_tokenizer  # every call of the tokenizer resets these
@@ -119,6 +120,36 @@ class DocumentEncoder:
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_table"}
+
+
+@contextmanager
+def encoding_errors(
+    tokenizer: PreTrainedTokenizerBase, *texts: str, what: str = "text"
+) -> Iterator[None]:
+    """Raise what a tokenizer raises for texts as a `UserError`.
+
+    If every token is a character, as in nanoGPT's `meta.pkl`, it names the first one that is not.
+    """
+    with explain_errors(f"The tokenizer cannot encode the {what}"):
+        try:
+            yield
+        except Exception as error:  # tokenizers has no narrower type
+            if unknown := _describe_unknown(tokenizer, texts):
+                raise UserError(unknown) from error
+            raise
+
+
+def _describe_unknown(tokenizer: PreTrainedTokenizerBase, texts: tuple[str, ...]) -> str:
+    added = {token.content for token in tokenizer.added_tokens_decoder.values()}
+    known = tokenizer.get_vocab().keys() - added
+    if any(len(token) != 1 for token in known):
+        return ""
+    for text in texts:
+        for place, character in enumerate(text):
+            if character not in known:
+                where = f"after {text[max(0, place - 20) : place]!r}" if place else "at the start"
+                return f"it has no token for {character!r} (U+{ord(character):04X}) {where}"
+    return ""
 
 
 def count_ids(tokenizer: PreTrainedTokenizerBase) -> int:

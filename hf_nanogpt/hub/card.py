@@ -156,12 +156,21 @@ def _describe_training(metrics: dict[str, Any]) -> dict[str, Any]:
 def _describe_evaluation(metrics: dict[str, Any]) -> dict[str, str]:
     if "eval_loss" not in metrics:
         return {}
-    before = metrics.get("before")
+    before, rows = metrics.get("before"), {}
+    if fresh := metrics.get("fresh_half"):
+        rows["Bits per byte on the half that did not choose the weights"] = (
+            f"{fresh['bits_per_byte']:.4f}"
+        )
+    if ngram := metrics.get("ngram"):
+        rows["Bits per byte of an n-gram model"] = (
+            f"{ngram['bits_per_byte']:.4f} ({ngram['order']}-gram, on "
+            f"{ngram['counted_characters']:,} characters of the text)"
+        )
     return {
         label.capitalize(): f"{metrics[key]:{form}}"
         + (f" (before this training {before[key]:{form}})" if before else "")
         for key, _, label, form in _MEASURES
-    }
+    } | rows
 
 
 def _fence(text: str, language: str = "text") -> str:

@@ -19,7 +19,7 @@ _PUBLISHED = {
     *("max_steps", "num_train_epochs", "per_device_train_batch_size"),
     *("gradient_accumulation_steps", "auto_find_batch_size", "train_sampling_strategy"),
     *("dataloader_drop_last", "seed", "data_seed"),
-    *("optim", "load_best_model_at_end"),
+    *("optim", "load_best_model_at_end", "keep_best", "patience", "eval_tokens"),
     *("metric_for_best_model", "greater_is_better", "eval_strategy", "eval_steps", "save_strategy"),
     "save_steps",
     *("optim_recipe", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),

@@ -5,17 +5,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, make_dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.trainer_utils import HubStrategy
+from transformers.utils import logging
 
 from ..configuration_nanogpt import NanoGPTConfig
 from ..data.documents import DataArguments, setting
 from ..errors import UserError, did_you_mean, settings_errors
+from ..presets import PRESETS
 from ..untrusted import parse_json
 from .checks import (
     METRICS,
@@ -29,6 +31,8 @@ from .checks import (
 from .optim import OPTIM_DEFAULTS, OptimRecipe
 from .recipes import Choice, as_flags, read_recipe
 from .recipes import list_recipes as list_recipes  # also found here
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -81,6 +85,19 @@ class NanoGPTTrainingArguments(TrainingArguments):
     eval_strategy: str = "steps"
     eval_steps: float | None = setting(
         None, "Steps between evaluations, or a share of all steps. Default: 0.1."
+    )
+    eval_tokens: int | None = setting(
+        None,
+        "Held-out tokens of each evaluation while training. Default: so many that evaluations and "
+        "samples together cost at most a tenth of the steps. The end measures all.",
+    )
+    keep_best: bool = setting(
+        True,
+        "Keep the weights with the lowest validation loss, and stop early if it turns up. (Not "
+        "with FSDP or DeepSpeed; load_best_model_at_end takes its place.)",
+    )
+    patience: float = setting(
+        0.3, "Share of all steps without a better validation loss before training stops early."
     )
     save_steps: float = setting(0.2, "Steps between checkpoints, or a share of all steps.")
     save_total_limit: int | None = 2
@@ -165,7 +182,19 @@ _REPLACED = {
     "preset": {*ModelArguments.__annotations__},
     "bias": {"attention_bias", "mlp_bias"},
     "num_train_epochs": {"max_steps"},
+    # The rates of another optimizer.
+    "optim": {*vars(OPTIM_DEFAULTS["muon"]), "momentum_warmup_steps"},
+    "optim_recipe": {*vars(OPTIM_DEFAULTS["muon"]), "momentum_warmup_steps"},
+    # Steps between evaluations say something only if it is steps that are counted.
+    "eval_steps": {"eval_strategy"},
+    "save_steps": {"save_strategy"},
+    "logging_steps": {"logging_strategy"},
 }
+# Settings of transformers that take one value or several; its parser knows only the first.
+_SEVERAL = {
+    name for name, kind in TrainingArguments.__annotations__.items() if list[str] in get_args(kind)
+}
+_LONGEST = 1024  # tokens in the context of a preset, unless the user wants more
 
 
 class _Parser(HfArgumentParser):
@@ -196,7 +225,11 @@ class _Parser(HfArgumentParser):
 def make_parser() -> _Parser:
     """Return the parser of all settings of `train`."""
     parts: list[Any] = [DataArguments, ModelArguments, NanoGPTTrainingArguments]
-    return _Parser(parts, prog="hf-nanogpt train", allow_abbrev=False)
+    parser = _Parser(parts, prog="hf-nanogpt train", allow_abbrev=False)
+    for action in parser._actions:
+        if action.dest in _SEVERAL and action.nargs is None:
+            action.nargs = "+"
+    return parser
 
 
 def make_data_parser() -> _Parser:
@@ -231,11 +264,25 @@ def parse_settings(
     data, model, training = make_parser().parse([*choose_defaults(recipe, chosen), *chosen])
     check_run(training)
     architecture = {name: value for name, value in vars(model).items() if value is not None}
+    _limit_context(architecture, data)
     if "rope_parameters" in architecture:
         architecture["rope_parameters"] = parse_json(
             model.rope_parameters, where=f"rope_parameters={model.rope_parameters:.80}"
         )
     return data, architecture, training
+
+
+def _limit_context(architecture: dict[str, Any], data: DataArguments) -> None:
+    """Give a preset a context that can be trained, unless the user chose one."""
+    preset = PRESETS.get(architecture.get("preset", ""), {})
+    longest = max(_LONGEST, data.context_length or 0)
+    whole = preset.get("max_position_embeddings", 0)
+    if whole > longest and "max_position_embeddings" not in architecture:
+        architecture["max_position_embeddings"] = longest
+        logger.warning_once(
+            f"preset={architecture['preset']} gets a context of {longest:,} tokens instead of "
+            f"{whole:,}, which few machines can train: --block_size sets it."
+        )
 
 
 def choose_defaults(recipe: str | Path | Choice, chosen: Sequence[str]) -> list[str]:
@@ -245,7 +292,10 @@ def choose_defaults(recipe: str | Path | Choice, chosen: Sequence[str]) -> list[
     parser = make_parser()
     if parser.read([*as_flags(defaults), *chosen]).get("lora"):
         defaults |= lora_defaults
-    replaced = set().union(*(_REPLACED.get(name, ()) for name in parser.read(chosen)))
+    typed, known = parser.read(chosen), parser.read(as_flags(defaults))
+    if typed.get("optim_recipe") == known.get("optim_recipe", "muon"):
+        typed.pop("optim_recipe", None)  # the recipe's rates are for it
+    replaced = set().union(*(_REPLACED.get(name, ()) for name in typed))
     kept = []
     for name, value in defaults.items():
         flags = as_flags({name: value})

@@ -29,6 +29,7 @@ _WHOLE = {
     "per_device_eval_batch_size": 1,
     "gradient_accumulation_steps": 1,
     "eval_accumulation_steps": 1,
+    "eval_tokens": 1,
     "num_threads": 1,
     "lora_rank": 1,
     "lora_alpha": 1,
@@ -108,15 +109,21 @@ def check_values(args: Any) -> None:
                 f"{name}={value} must be a whole number of steps, or a share of all steps below 1; "
                 f"{none}."
             )
-    if args.max_steps != -1 and args.max_steps < 1:
-        raise UserError(f"max_steps={args.max_steps} must be a whole number, at least 1.")
-    if args.max_steps == -1 and not 0 < args.num_train_epochs < math.inf:
-        raise UserError(f"num_train_epochs={args.num_train_epochs} must be a number above 0.")
+    _check_length(args)
     if args.ddp_backend and "WORLD_SIZE" not in os.environ:
         raise UserError(
             f"ddp_backend={args.ddp_backend} has no effect in one process: leave it out."
         )
     _check_choices(args)
+
+
+def _check_length(args: Any) -> None:
+    if not 0 < args.patience <= 1:
+        raise UserError(f"patience={args.patience} must be above 0, and at most 1 (never stop).")
+    if args.max_steps != -1 and args.max_steps < 1:
+        raise UserError(f"max_steps={args.max_steps} must be a whole number, at least 1.")
+    if args.max_steps == -1 and not 0 < args.num_train_epochs < math.inf:
+        raise UserError(f"num_train_epochs={args.num_train_epochs} must be a number above 0.")
 
 
 def _check_choices(args: Any) -> None:

@@ -275,7 +275,7 @@ def store_recipe(recipe: str | Path | Choice, output_dir: str | Path) -> None:
     path = Path(output_dir) / RECIPE
     if not isinstance(recipe, Choice):
         path.unlink(missing_ok=True)  # of an earlier run
-    elif recipe.reasons:  # else it was read from there
+    elif recipe.reasons or not path.is_file():  # else it was read from there
         sections = {name: dict(part) for name, part in recipe.sections.items()}
         sections["training"].pop("output_dir", None)  # folders are moved
         header = "".join(f"# {line}\n" for line in ("Chosen from the corpus:", *recipe.reasons))

@@ -17,6 +17,7 @@ from ..data.packing import PackedBlocks
 from ..data.stored import holds_tokens
 from ..hub.publishable import publish_command, publish_place
 from .arguments import NanoGPTTrainingArguments
+from .held_out import count_tokens
 from .recipes import CHOSEN
 from .trainer import NanoGPTTrainer
 
@@ -41,14 +42,19 @@ def describe_plan(
     model = trainer.model
     count, trained = model.num_parameters(), model.num_parameters(only_trainable=True)
     part = f", {trained:,} of them trained" if trained < count else ""
+    estimate, evaluation = trainer.estimate, None
+    if estimate and args.eval_strategy != "no":
+        halves = ", in one half of the held-out text" if estimate.has_halves else ""
+        evaluation = f"on {count_tokens(estimate):,} tokens{halves}; at the end on all"
     facts = {
         "data": f"{learnt} to train on, {measured} held out",
         "tokenizer": _describe_tokenizer(trainer, start_from, data_args),
         "model": f"{count:,} parameters{part}",
+        "evaluation": evaluation,
         "steps": f"{steps:,}{passes if isinstance(blocks, PackedBlocks) else ''}",
         "recipe": f"{Path(recipe).name}, {_name_optimizer(args)}, peak rate {args.learning_rate:g}",
     }
-    return "\n".join(f"{name:<10} {fact}" for name, fact in facts.items())
+    return "\n".join(f"{name:<10} {fact}" for name, fact in facts.items() if fact)
 
 
 def collect_metrics(
@@ -58,32 +64,41 @@ def collect_metrics(
 
     With `sample_before`, what the model to start from wrote, its own figures are under `before`.
     """
-    state, args = trainer.state, trainer.args
-    # Measure again only if the model is not the one that was evaluated last.
-    history = [row for row in state.log_history if "eval_loss" in row]
-    is_last = history and history[-1]["step"] == state.global_step
-    last = history[-1] if is_last and not args.load_best_model_at_end else trainer.evaluate()
+    state = trainer.state
+    history = list(state.log_history)
+    kept_step = find_kept_step(trainer)
+    evaluated = (row for row in history if "eval_loss" in row and row["step"] == kept_step)
+    kept_tokens = next(evaluated, {}).get("num_input_tokens_seen", state.num_input_tokens_seen)
+    final = trainer.evaluate()  # on all of the held-out text
+    state.log_history = history  # the log of the training has only estimates
     metrics: dict[str, Any] = {
-        **_pick_figures(last),
-        "eval_tokens": last["eval_tokens"],
-        "eval_bytes": last["eval_bytes"],
+        **_pick_figures(final),
+        "eval_tokens": final["eval_tokens"],
+        "eval_bytes": final["eval_bytes"],
         "num_parameters": trainer.model.num_parameters(),
         "train_steps": state.global_step,
+        "kept_step": kept_step,
+        "kept_tokens": kept_tokens,
+        "planned_steps": state.max_steps,
         "train_tokens": state.num_input_tokens_seen,
         "train_seconds": round(seconds, 2),
         **trainer.speed.summarize(state),
     }
-    history = [row for row in state.log_history if "eval_loss" in row]  # with the one just made
-    if sample_before is not None and history[0]["step"] == 0:
-        metrics["before"] = _pick_figures(history[0]) | {"sample": sample_before}
+    if final.get("eval_fresh_tokens"):
+        metrics["fresh_half"] = _pick_figures(final, "eval_fresh") | {
+            "eval_tokens": final["eval_fresh_tokens"]
+        }
+    before = next((row for row in history if "before_loss" in row), None)
+    if sample_before is not None and before:
+        metrics["before"] = _pick_figures(before, "before") | {"sample": sample_before}
     return metrics
 
 
-def _pick_figures(row: dict[str, float]) -> dict[str, float]:
+def _pick_figures(row: dict[str, float], prefix: str = "eval") -> dict[str, float]:
     return {
-        "eval_loss": row["eval_loss"],
-        "perplexity": row["eval_perplexity"],
-        "bits_per_byte": row["eval_bits_per_byte"],
+        "eval_loss": row[f"{prefix}_loss"],
+        "perplexity": row[f"{prefix}_perplexity"],
+        "bits_per_byte": row[f"{prefix}_bits_per_byte"],
     }
 
 
@@ -146,9 +161,21 @@ def _describe_tokenizer(
 
 def _describe_weights(trainer: NanoGPTTrainer) -> str | None:
     state, args = trainer.state, trainer.args
-    if not (args.load_best_model_at_end and state.best_model_checkpoint):
+    step, metric = find_kept_step(trainer), "validation loss"
+    if args.load_best_model_at_end and state.best_model_checkpoint:
+        metric = args.metric_for_best_model or metric
+    elif step == state.global_step:
         return None
-    return f"of step {state.best_global_step}, the best by {args.metric_for_best_model}"
+    return f"of step {step:,}, the best by {metric}"
+
+
+def find_kept_step(trainer: NanoGPTTrainer) -> int:
+    """Return the step after which the weights were as they are kept."""
+    state = trainer.state
+    if trainer.args.load_best_model_at_end and state.best_model_checkpoint:
+        return state.best_global_step or 0
+    known = trainer.best is not None and trainer.best.step is not None
+    return trainer.best.step if known else state.global_step
 
 
 def _name_optimizer(args: NanoGPTTrainingArguments) -> str:

@@ -79,6 +79,7 @@ class ProgressCallback(TrainerCallback):
                 )
 
     def on_train_end(self, args, state, control, **kwargs):
+        self.active = False  # what comes now is not progress
         if self.bar is not None:
             with warn_if_unwritable("The progress"):
                 self.bar.close()

@@ -41,6 +41,10 @@ class RestoreCallback(TrainerCallback):
             state.best_model_checkpoint = str(best) if best.is_dir() else None
         if not record:
             return
+        if trainer.best:
+            trainer.best.load(
+                trainer._checkpoint, record.get("best"), trainer.model, state, control
+            )
         # Trainer starts the loss since the last log, and that of all steps, from 0.
         losses = record["running_losses"]
         if len(losses) == args.world_size:
@@ -98,6 +102,8 @@ class RestoreCallback(TrainerCallback):
         self.trainer.note_best()
         if args.should_save:  # in the checkpoint too, or resuming again would evaluate again
             state.stateful_callbacks["TrainerControl"] = control.state()
+            if self.trainer.best:
+                state.stateful_callbacks[RECORD]["best"] = self.trainer.best.describe()
             path = Path(args.output_dir) / f"checkpoint-{state.global_step}/trainer_state.json"
             save_state(state, f"{path}.new")
             os.replace(f"{path}.new", path)

@@ -29,6 +29,7 @@ from ..checkpoint.writing import explain_write_errors
 from ..data.streams import PackedStream
 from ..errors import UserError, explain_errors
 from .arguments import NanoGPTTrainingArguments
+from .best import BestCallback
 from .restoring import RestoreCallback, check_shapes, set_rates
 from .shards import check_shards
 
@@ -38,12 +39,13 @@ logger = logging.get_logger(__name__)
 class ResumableTrainer(Trainer):
     """A Trainer that resumes exactly and never saves weights or a loss that is not finite.
 
-    `settings` (see run_settings.py) are kept in its checkpoints.
+    `settings` (see run_settings.py) are kept in its checkpoints, and the weights of `best`.
     """
 
     args: NanoGPTTrainingArguments
     model: PreTrainedModel  # or a PeftModel, which passes on its attributes
     processing_class: PreTrainedTokenizerBase | Any
+    best: BestCallback | None = None
 
     def __init__(self, *args, settings: dict[str, Any] | None = None, **kwargs):
         super().__init__(*args, **kwargs)
@@ -55,6 +57,11 @@ class ResumableTrainer(Trainer):
         self._checkpoint: str | None = None  # that is resumed from, until its random numbers are
         self._random_state: str | None = None  # the same, of a stream that resumes in place
         self.add_callback(RestoreCallback(self))
+
+    def keep_best(self, best: BestCallback) -> None:
+        """Let a callback keep the best weights, also when the training is resumed."""
+        self.best = best
+        self.add_callback(best)
 
     def train(self, *args, **kwargs):
         """Train as `Trainer` does, with the callback that restores a run as the last one.
@@ -196,6 +203,8 @@ class ResumableTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if not self.args.should_save:
             return
+        if self.best:
+            self.best.save(output_dir, self.state.global_step)
         paths = sorted(p for p in Path(output_dir).rglob("*") if p.is_file())
         files = {p.relative_to(output_dir).as_posix(): p for p in paths}
         callbacks: Any = self.state.stateful_callbacks  # a dict; the annotation says list
@@ -207,6 +216,7 @@ class ResumableTrainer(Trainer):
             "step_figures": [v if v is None else float(v) for v in self._step_figures],
             "epoch_ended": self._ended_step == self.state.global_step,
             "stream": self._locate_stream(),
+            "best": self.best and self.best.describe(),
             "sizes": {name: p.stat().st_size for name, p in files.items()},
             "checksums": {name: sum_file(p) for name, p in files.items()},
         }

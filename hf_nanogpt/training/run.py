@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from ..checkpoint.foreign import read_tokenizer
 from ..checkpoint.loading import split_revision
-from ..checkpoint.steps import find_intact_checkpoint
+from ..checkpoint.steps import find_intact_checkpoint, read_record
 from ..checkpoint.writing import (
     check_output_dir,
     clear_output_dir,
@@ -22,32 +22,39 @@ from ..checkpoint.writing import (
     explain_write_errors,
     staged_folder,
 )
-from ..data.corpus import prepare_tokenizer
+from ..data.corpus import Corpus, prepare_tokenizer
 from ..data.documents import DataArguments
 from ..data.encoding import is_learnt
 from ..data.stored import prepare_data
 from ..errors import UserError, is_out_of_memory, printable, settings_errors
 from ..hub import render_model_card, write_card
 from .arguments import NanoGPTTrainingArguments, check_text, parse_settings
+from .baseline import measure_ngram
+from .best import BestCallback
 from .callbacks import PlotCallback, SpeedCallback, plot_losses, warn_if_unwritable
 from .choosing import settle_recipe, store_recipe
+from .evaluating import StartCallback, use_threads
 from .facts import collect_facts, collect_metrics, describe_plan
+from .held_out import Estimate, choose_estimate
 from .locking import lock_output_dir
 from .lora import add_adapter, describe_adapter, merge_adapter
-from .preparing import load_start, prepare_blocks, prepare_config, prepare_model
+from .preparing import Blocks, load_start, prepare_blocks, prepare_config, prepare_model
 from .progress import show
 from .recipes import Choice, as_flags
 from .run_settings import check_settings_match, describe_settings
 from .samples import SampleCallback, choose_prompt, draw_sample
 from .stopping import name_missing_ranks, stop_on_signals
-from .trainer import NanoGPTTrainer, use_threads
+from .trainer import NanoGPTTrainer
 
 logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """Where the checkpoint is, the content of its `metrics.json`, and a sample of its writing."""
+    """Where the checkpoint is, the content of its `metrics.json`, and a sample of its writing.
+
+    `metrics["samples"]` has three; `sample` is the first.
+    """
 
     output_dir: Path
     metrics: dict[str, Any]
@@ -98,10 +105,13 @@ def train(
         # Measure the model to start from before the first step, but not again when resuming.
         evaluate_first = (args.eval_on_start or bool(start_from)) and not last_checkpoint
         args = replace(args, eval_on_start=evaluate_first)
-        trainer, prompt = _prepare(data_args, architecture, args, start_from, last_checkpoint)
+        trainer, corpus, prompt = _prepare(
+            data_args, architecture, args, start_from, last_checkpoint
+        )
         _show_plan(trainer, chosen, start_from, data_args)
         before = None
         if start_from:
+            trainer.add_callback(StartCallback(trainer))
             before = _draw(trainer, trainer.model, prompt) if args.should_save else ""
 
         # Until here nothing has been written or deleted.
@@ -122,6 +132,8 @@ def train(
             # In conversations only the answers are learnt, in other text every token.
             "learnt_answers": not all(is_learnt(validation["input_ids"])),
         }
+        if args.should_save and (ngram := measure_ngram(corpus)):
+            metrics["ngram"] = ngram
         result = _write_folder(trainer, metrics, prompt)
         if args.push_to_hub:
             trainer.push_to_hub()
@@ -183,8 +195,8 @@ def _prepare(
     args: NanoGPTTrainingArguments,
     start_from: str | Path | None,
     last_checkpoint: str | None,
-) -> tuple[NanoGPTTrainer, str]:
-    """Return the trainer of a model on its data, and the prompt of the samples."""
+) -> tuple[NanoGPTTrainer, Corpus, str]:
+    """Return the trainer of a model on its data, the data, and the prompt of the samples."""
     start = load_start(start_from, architecture) if start_from else None
     # Refuse an impossible architecture before preparing data for it.
     config, length = prepare_config(architecture, data_args, start)
@@ -203,7 +215,10 @@ def _prepare(
 
     # A resumed run must be the same run.
     adapter = describe_adapter(model, args)
-    settings = describe_settings(args, data_args, model.config, blocks, validation, adapter)
+    estimate = _choose_estimate(validation, args, blocks, length, last_checkpoint)
+    settings = describe_settings(
+        args, data_args, model.config, blocks, validation, adapter, estimate
+    )
     if last_checkpoint:
         check_settings_match(last_checkpoint, settings)
 
@@ -216,7 +231,24 @@ def _prepare(
     prompt = choose_prompt(args, data_args, tokenizer, first, context_length=length)
     parts = {"train_dataset": blocks, "eval_dataset": validation, "processing_class": tokenizer}
     trainer = _make_trainer(model, args, prompt, length, settings=settings, **parts)
-    return trainer, prompt
+    trainer.estimate = estimate
+    return trainer, corpus, prompt
+
+
+def _choose_estimate(
+    validation: Blocks,
+    args: NanoGPTTrainingArguments,
+    blocks: Blocks,
+    context_length: int,
+    last_checkpoint: str | None,
+) -> Estimate | None:
+    """Return what is evaluated while training: in a resumed run the same as before, even longer."""
+    count = None
+    if last_checkpoint and not args.eval_tokens:
+        count = read_record(last_checkpoint).get("settings", {}).get("eval_blocks")
+        if not isinstance(count, int):  # version 0.1.0 evaluated on all
+            return None
+    return choose_estimate(validation, args, blocks, context_length=context_length, count=count)
 
 
 def _show_plan(
@@ -253,9 +285,13 @@ def _make_trainer(
     # One process alone cannot write a sample with a part of the weights.
     samples = [] if args.is_sharded else [SampleCallback(prompt, speed)]
     with settings_errors():  # Trainer checks some of its settings only now
-        return NanoGPTTrainer(
+        trainer = NanoGPTTrainer(
             model, args, callbacks=[*samples, PlotCallback(speed)], speed=speed, **parts
         )
+    # With its weights in parts, a model has no whole ones to keep.
+    if args.keep_best and not (args.load_best_model_at_end or args.is_sharded):
+        trainer.keep_best(BestCallback(args.patience))
+    return trainer
 
 
 def _fit(trainer: NanoGPTTrainer, last_checkpoint: str | None) -> float:
@@ -264,6 +300,8 @@ def _fit(trainer: NanoGPTTrainer, last_checkpoint: str | None) -> float:
     with stop_on_signals(trainer), name_missing_ranks(trainer):
         trainer.train(resume_from_checkpoint=last_checkpoint)
     seconds = time.perf_counter() - trainer.started
+    if trainer.best:
+        trainer.best.restore(trainer.model)
     if args.lora:  # from here on the whole model is measured, saved and pushed
         trainer.model = merge_adapter(
             trainer.model, trainer.processing_class, args.output_dir, save=args.should_save
@@ -271,8 +309,8 @@ def _fit(trainer: NanoGPTTrainer, last_checkpoint: str | None) -> float:
     return seconds
 
 
-def _draw(trainer: NanoGPTTrainer, model: PreTrainedModel, prompt: str) -> str:
-    seed, tokenizer = trainer.args.seed, trainer.processing_class
+def _draw(trainer: NanoGPTTrainer, model: PreTrainedModel, prompt: str, number: int = 0) -> str:
+    seed, tokenizer = trainer.args.seed + number, trainer.processing_class
     return draw_sample(model, tokenizer, prompt, max_new_tokens=120, seed=seed)
 
 
@@ -281,8 +319,8 @@ def _write_folder(trainer: NanoGPTTrainer, metrics: dict[str, Any], prompt: str)
     model, output_dir = trainer.gather_model(), Path(trainer.args.output_dir)
     if not trainer.args.should_save:
         return TrainingResult(output_dir, metrics, prompt, "")
-    sample = _draw(trainer, model, prompt)
-    metrics |= {"prompt": prompt, "sample": sample}
+    samples = [_draw(trainer, model, prompt, number) for number in range(3)]
+    metrics |= {"prompt": prompt, "sample": samples[0], "samples": samples}
     card = render_model_card(model.config, metrics, name=output_dir.name)
     with explain_write_errors(output_dir, run=output_dir), staged_folder(output_dir) as folder:
         model.save_pretrained(folder)
@@ -293,5 +331,6 @@ def _write_folder(trainer: NanoGPTTrainer, metrics: dict[str, Any], prompt: str)
         except UserError as error:  # keep the old card rather than lose the training
             logger.warning(str(error))
         title = f"{output_dir.name}: loss"
-        plot_losses(trainer.state.log_history, folder / "loss.png", title=title)
-    return TrainingResult(output_dir, metrics, prompt, sample)
+        final = metrics["kept_tokens"], metrics["eval_loss"], metrics["bits_per_byte"]
+        plot_losses(trainer.state.log_history, folder / "loss.png", title=title, final=final)
+    return TrainingResult(output_dir, metrics, prompt, samples[0])

@@ -16,6 +16,7 @@ from ..data.packing import PackedBlocks, PackedStream
 from ..errors import UserError
 from ..hub.publishable import publish_place
 from .arguments import NanoGPTTrainingArguments
+from .held_out import Estimate
 
 logger = logging.get_logger(__name__)
 
@@ -41,6 +42,7 @@ def describe_settings(
     blocks: PackedBlocks | PackedStream,
     validation: PackedBlocks | PackedStream,
     adapter: str | None,
+    estimate: Estimate | None,
 ) -> dict[str, Any]:
     """Return everything that decides what a training learns, as it comes back from JSON."""
     values = args.to_dict()
@@ -57,6 +59,7 @@ def describe_settings(
         "lora": adapter,
         "data": _identify(blocks),
         "validation data": _identify(validation),
+        "eval_blocks": len(estimate.blocks) if estimate else None,
     }
     if args.metric_for_best_model:
         direction = "highest" if args.greater_is_better else "lowest"
@@ -86,7 +89,8 @@ def check_settings_match(checkpoint: str, settings: dict[str, Any]) -> None:
             f"{checkpoint} cannot be resumed exactly: it was saved with save_only_model, or not by "
             "this version of hf_nanogpt. Start a new training in another output_dir."
         )
-    before = {"document_mask": True} | record["settings"]  # until 0.1.0 there was no choice
+    # Version 0.1.0 had no such choice, and evaluated on all.
+    before = {"document_mask": True, "eval_blocks": None} | record["settings"]
     if isinstance(path := before.get("tokenizer"), str):  # as version 0.1.0 wrote it
         before["tokenizer"] = publish_place(path)
     # A run may begin or cease to look for its best model, but not by another metric.

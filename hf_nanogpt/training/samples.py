@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from pathlib import Path
 from typing import cast
 
@@ -15,7 +16,7 @@ from ..data.documents import DataArguments
 from ..data.encoding import decode_ids, is_learnt, is_start
 from ..data.sources import STDLIB
 from ..errors import UserError, printable
-from ..generation import generate_text
+from ..generation import encode_prompt, generate_text
 from .arguments import NanoGPTTrainingArguments
 from .callbacks import SpeedCallback, warn_if_unwritable
 from .progress import show
@@ -29,8 +30,13 @@ class SampleCallback(TrainerCallback):
     """Show how the model continues a prompt as it learns, and collect the texts in samples.jsonl.
 
     A sample comes at each evaluation, or every `args.sample_steps`. It does not change training by
-    a bit. Do not use it where weights are sharded: one process alone cannot gather them.
+    a bit. Do not use it where weights are sharded: one process alone cannot gather them. If a
+    sample at an evaluation took more than 2 % of the time until the next, that goes without.
     """
+
+    # Before a training begins, an evaluation may come.
+    active = False
+    every: float | None = None
 
     def __init__(self, prompt: str, speed: SpeedCallback):
         self.prompt, self.speed = prompt, speed
@@ -38,6 +44,7 @@ class SampleCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         self.path = Path(args.output_dir) / "samples.jsonl"
         self.active = state.is_world_process_zero
+        self.drawn, self.cost = -math.inf, 0.0
         every = args.sample_steps
         self.every = math.ceil(every * state.max_steps) if every and every < 1 else every
         # From an earlier run, keep the samples up to the checkpoint that it resumes from.
@@ -47,8 +54,9 @@ class SampleCallback(TrainerCallback):
                 rows = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
         self.rows = [row for row in rows if _read_step(row) <= state.global_step]
 
-    def on_evaluate(self, args, state, control, **kwargs):
-        if self.every is None:
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        is_due = time.perf_counter() - self.drawn > 50 * self.cost
+        if self.every is None and is_due and "eval_loss" in (metrics or {}):
             self._sample(args, state, **kwargs)
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -61,6 +69,7 @@ class SampleCallback(TrainerCallback):
     def _sample(self, args, state, *, model, processing_class, **kwargs) -> None:
         if not self.active:
             return
+        start = time.perf_counter()
         # The time that a sample takes is not training.
         with self.speed.paused():
             text = draw_sample(
@@ -76,6 +85,8 @@ class SampleCallback(TrainerCallback):
             if not args.disable_tqdm:
                 with warn_if_unwritable("A sample"):
                     show(printable(_shorten(text, self.prompt)))
+        self.drawn = time.perf_counter()
+        self.cost = self.drawn - start
 
 
 def _read_step(row: str) -> float:
@@ -101,9 +112,9 @@ def choose_prompt(
     *,
     context_length: int,
 ) -> str:
-    """Return the prompt of the samples: the user's, or the start of the held-out text.
+    """Return the prompt of the samples: the user's, or words of the held-out text.
 
-    It is the first words of a text, at most three; or a conversation until its first answer. It
+    It is the first words of a line, at most three; or a conversation until its first answer. It
     takes at most a quarter of the context, so that the model has room to write. `held_out` is the
     first block, (T,).
     """
@@ -114,7 +125,10 @@ def choose_prompt(
         return _choose_question(tokenizer, held_out, most)
     if data_args.data == STDLIB:
         return _shorten_prompt("def main(", tokenizer, most)
-    words = cast(str, tokenizer.decode(decode_ids(held_out), skip_special_tokens=True)).split()
+    text = cast(str, tokenizer.decode(decode_ids(held_out), skip_special_tokens=True))
+    # The end of a text is held out, which may begin within a word: prefer the next line.
+    after = text.partition("\n")[2].split()
+    words = after if len(after) > 3 else text.split()  # a block may end within a word
     return _shorten_prompt(" ".join(words[:3]), tokenizer, most)
 
 
@@ -164,7 +178,8 @@ def draw_sample(
     was_training = model.training
     try:
         # Leave at least one token of the context to write into.
-        room = model.config.max_position_embeddings - max(1, len(tokenizer(prompt)["input_ids"]))
+        used = encode_prompt(model, tokenizer, prompt).shape[1]
+        room = model.config.max_position_embeddings - used
         [text] = generate_text(
             model.eval(),
             tokenizer,

@@ -2,8 +2,6 @@
 
 import inspect
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -15,7 +13,6 @@ from transformers import (
     DataCollatorForLanguageModeling,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    TrainingArguments,
 )
 from transformers.integrations import TensorBoardCallback
 from transformers.loss.loss_utils import ForCausalLMLoss
@@ -27,26 +24,25 @@ from transformers.utils import logging
 from ..data.packing import PackedCollator
 from ..data.tokenization import token_byte_counts
 from ..errors import UserError, settings_errors
-from ..evaluation import sum_losses, summarize_losses
 from ..linear_cross_entropy import LOGITS_AT_ONCE, linear_cross_entropy
 from ..modeling_nanogpt import NanoGPTForCausalLM
 from .arguments import NanoGPTTrainingArguments
 from .callbacks import SpeedCallback
 from .checks import check_schedule, explain_arguments
+from .evaluating import EvaluatingTrainer, use_threads
 from .optim import build_optimizer
 from .orthogonal import find_sharing_group
 from .progress import ProgressCallback
-from .publishing import HubTrainer
 
 logger = logging.get_logger(__name__)
 
 
-class NanoGPTTrainer(HubTrainer):
+class NanoGPTTrainer(EvaluatingTrainer):
     """Train on packed blocks by the optimizer of `args.optim_recipe`.
 
-    It is transformers' `Trainer`, in four files: resume.py (exact checkpoints), stopping.py
-    (signals), publishing.py (the Hub), and this one (optimizer, loss and metrics). It takes all
-    that `Trainer` takes, and:
+    It is transformers' `Trainer`, in five files: resume.py (exact checkpoints), stopping.py
+    (signals), publishing.py (the Hub), evaluating.py (metrics), and this one (optimizer and loss).
+    It takes all that `Trainer` takes, and:
 
     - with a `processing_class` (the tokenizer), a language model's blocks are collated by
       `PackedCollator`, and `evaluate()` measures `eval_loss`, `eval_perplexity` and
@@ -70,8 +66,6 @@ class NanoGPTTrainer(HubTrainer):
         if config is not None and use_cache is not None:
             config.use_cache = use_cache  # Trainer replaces it, and it would be saved
         # With a tokenizer, blocks are packed and metrics exact, unless the user chose otherwise.
-        self.byte_counts: torch.Tensor | None = None
-        self._sums: list[torch.Tensor] | None = None  # of an evaluation
         tokenizer = self.processing_class
         if isinstance(tokenizer, PreTrainedTokenizerBase) and self.shifts_labels:
             if kwargs.get("data_collator") is None:
@@ -228,66 +222,9 @@ class NanoGPTTrainer(HubTrainer):
         by_ddp = self.accelerator.distributed_type.startswith("MULTI_")
         return by_ddp and not self.is_distributed_loading_by_transformers
 
-    def get_eval_dataloader(self, eval_dataset=None):
-        """Evaluate on every block: without the last batch, the result would not be exact."""
-        # Trainer reads the flag here, for training and evaluation alike.
-        kept, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
-        try:
-            return super().get_eval_dataloader(eval_dataset)
-        finally:
-            self.args.dataloader_drop_last = kept
-
     def create_scheduler(self, num_training_steps, optimizer=None):
         with settings_errors():  # of lr_scheduler_kwargs
             return super().create_scheduler(num_training_steps, optimizer)
-
-    def evaluation_loop(
-        self, dataloader, description, *args, metric_key_prefix: str = "eval", **kwargs
-    ):
-        """Evaluate as `Trainer` does; on packed blocks, add up the exact sums over all tokens."""
-        exact = self.byte_counts is not None and description == "Evaluation"
-        self._sums = [torch.zeros(1, 3, dtype=torch.float64)] if exact else None
-        kwargs["metric_key_prefix"] = metric_key_prefix
-        with use_threads(self.args), self._keep_weights():
-            output = super().evaluation_loop(dataloader, description, *args, **kwargs)
-        if self._sums is not None:
-            num_bytes = getattr(dataloader.dataset, "num_bytes", None)
-            sums = torch.cat([some.cpu() for some in self._sums])
-            figures = _name_figures(sums, num_bytes)
-            metrics: Any = output.metrics
-            metrics.update({f"{metric_key_prefix}_{k}": v for k, v in figures.items()})
-        return output
-
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        if self._sums is None or self.byte_counts is None:
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            sums = sum_losses(model, self._prepare_inputs(inputs), self.byte_counts)
-        self._sums.append(self.accelerator.gather_for_metrics(sums))
-        return None, None, None
-
-    @contextmanager
-    def _keep_weights(self) -> Iterator[None]:
-        """Give the model back its weights if the evaluation converts them to half precision."""
-        if self.is_in_train or not (self.args.bf16_full_eval or self.args.fp16_full_eval):
-            yield
-            return
-        model: Any = self.model
-        if not self.is_model_parallel:
-            model.to(self.args.device)  # else the conversion makes new parameters
-        weights = [(parameter, parameter.data) for parameter in model.parameters()]
-        buffers = [
-            (module, name, buffer)
-            for module in model.modules()
-            for name, buffer in module.named_buffers(recurse=False)
-        ]
-        try:
-            yield
-        finally:
-            for parameter, data in weights:
-                parameter.data = data
-            for module, name, buffer in buffers:
-                setattr(module, name, buffer)
 
     def gather_model(self) -> PreTrainedModel:
         """Return the trained model; with FSDP, whole again on the process that saves."""
@@ -327,17 +264,6 @@ def _prepare_fsdp(plugin: FullyShardedDataParallelPlugin) -> None:
         plugin.mixed_precision_policy = policy
 
 
-@contextmanager
-def use_threads(args: TrainingArguments) -> Iterator[None]:
-    """Let torch use the CPU threads of `args.num_threads` in the block, if they are given."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(getattr(args, "num_threads", None) or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def _check_collator(collator) -> None:
     """Warn of a collator that does not let the end of a text be learnt."""
     tokenizer: Any = getattr(collator, "tokenizer", None)
@@ -349,14 +275,3 @@ def _check_collator(collator) -> None:
             f"{tokenizer.pad_token!r}, as is the eos_token: the model never learns where a text "
             "ends. Leave data_collator out, or give the tokenizer another pad_token."
         )
-
-
-def _name_figures(sums: torch.Tensor, num_bytes: int | None) -> dict[str, float]:
-    result = summarize_losses(sums, num_bytes)
-    return {
-        "loss": result.loss,
-        "perplexity": result.perplexity,
-        "bits_per_byte": result.bits_per_byte,
-        "tokens": result.num_tokens,
-        "bytes": result.num_bytes,
-    }

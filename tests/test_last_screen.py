@@ -1,0 +1,98 @@
+"""The last screen of a training tells the truth in words; the n-gram figure it is held against."""
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from conftest import CORPUS
+from datasets import Dataset
+
+from hf_nanogpt.analysis.ngram import ngram_bits_per_byte
+from hf_nanogpt.cli.last_screen import render_last_screen
+from hf_nanogpt.data.corpus import Corpus
+from hf_nanogpt.training import baseline
+
+METRICS = {
+    "num_parameters": 1234567,
+    "train_tokens": 890_000,
+    "train_seconds": 61.0,
+    "eval_loss": 1.5,
+    "perplexity": math.exp(1.5),
+    "bits_per_byte": 1.414,
+    "kept_step": 700,
+    "train_steps": 700,
+    "planned_steps": 700,
+    "is_chat": False,
+    "samples": ["To be\nor not.", "To be\na\nb\nc\nd", "To be" + " long" * 40],
+}
+NGRAM = {"bits_per_byte": 1.9, "order": 5} | {
+    "counted_characters": 2_000_000,
+    "measured_characters": 111_540,
+}
+
+
+def show(**changes) -> str:
+    metrics = METRICS | changes
+    result = SimpleNamespace(
+        output_dir=Path("runs/mine"), metrics=metrics, prompt="To be", sample=metrics["samples"][0]
+    )
+    return " ".join(render_last_screen(result, "hf-nanogpt").split())
+
+
+def test_the_figures_are_told_in_words():
+    told = show(ngram=NGRAM, fresh_half={"bits_per_byte": 1.436})
+    assert (
+        "It needs 1.41 bits per byte of text that it has not seen, 1.44 on the half of it that did "
+        "not choose the weights. A 5-gram model, which counts 2.0 million characters of the same "
+        "text, needs 1.90 (on 111,540 characters of the held-out text)."
+    ) in told
+    assert "worse" not in told and "weights are those" not in told
+
+
+@pytest.mark.parametrize(
+    ("kept", "advice"), [(700, "train longer (--max_steps), give"), (9, "give")]
+)
+def test_a_model_that_is_worse_than_counting_is_called_so_with_advice(kept, advice):
+    told = show(ngram=NGRAM | {"bits_per_byte": 1.3}, kept_step=kept)
+    assert (
+        f"So the model is worse than counting: {advice} it more text, or start from a trained "
+        "checkpoint (train finetune --from CHECKPOINT)."
+    ) in told
+
+
+def test_it_says_which_weights_were_kept_and_when_training_stopped():
+    told = show(kept_step=140, train_steps=420)
+    assert "Training stopped early, after step 420 of 700." in told
+    assert "The weights are those of step 140, where the held-out loss was lowest." in told
+    assert "too short to leave half of it out" in told
+    assert "too short" not in show(kept_step=140, fresh_half={"bits_per_byte": 1.4})
+    assert "No step made the held-out loss lower" in show(kept_step=0)
+
+
+def test_three_samples_are_shown_three_lines_each():
+    told = show()
+    assert "Samples, from 'To be': | To be | or not. | To be | a | b | To be long" in told
+    assert told.endswith("hf-nanogpt info runs/mine")
+
+
+def corpus(train: list[str], validation: list[str], **changes) -> Corpus:
+    sides = (Dataset.from_dict({"text": texts}) for texts in (train, validation))
+    return Corpus(*sides, **changes)
+
+
+def test_the_ngram_figure_is_that_of_the_first_characters_of_each_side(monkeypatch):
+    monkeypatch.setattr(baseline, "_COUNTED", 3_000)
+    train = [CORPUS[:1000], CORPUS[1000:5000]]
+    found = baseline.measure_ngram(corpus(train, [CORPUS[5000:6000]]))
+    expected = ngram_bits_per_byte(CORPUS[:3000], CORPUS[5000:6000])
+    assert (found["bits_per_byte"], found["order"]) == expected
+    assert (found["counted_characters"], found["measured_characters"]) == (3000, 1000)
+
+
+def test_only_text_is_counted():
+    chats = Dataset.from_dict({"messages": [[{"role": "user", "content": "a"}]]})
+    assert baseline.measure_ngram(Corpus(chats, chats)) is None
+    streams = (Dataset.from_dict({"text": ["a"]}).to_iterable_dataset() for _ in range(2))
+    assert baseline.measure_ngram(Corpus(*streams)) is None
+    assert baseline.measure_ngram(Corpus(list, list)) is None
