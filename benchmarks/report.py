@@ -1,7 +1,7 @@
 """Write RESULTS.md from the files in results/, by `python benchmarks/report.py`."""
 
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 
 import scaling
 from generation import RUNS as GENERATION
@@ -334,7 +334,7 @@ what it holds before, and what saving adds at its peak.
 
 
 def many_gpus() -> str:
-    measured = read_results("gpu_h200")["calls"][1]["parts"]["train_124m"]
+    measured = read_results("gpu_h200")["calls"][2]["parts"]["train_124m"]
     mfu = round(measured["ours, GPT-2 shape, AdamW, causal"]["mfu"], 3)
     rows = scaling.rows(mfu)
     waiting = [
@@ -354,6 +354,36 @@ lower. For the network wait: {"; ".join(waiting)}. All others compute longer tha
 {table(scaling.COLUMNS, rows)}
 `python benchmarks/scaling.py --mfu {mfu}`
 """
+
+
+def own_text() -> str:
+    if not (FOLDER / "own_text.json").is_file():
+        return ""
+    report = read_results("own_text")
+    rows = []
+    for name, cell in report["cells"].items():
+        figures = []
+        for contestant in ("hf-nanogpt train", "GPT2LMHeadModel, Trainer's defaults"):
+            runs = cell[contestant]
+            seconds = mean(run["seconds"] for run in runs)
+            bits = mean(run["bits_per_byte"] for run in runs)
+            figures.append(f"{bits:.3f} ({seconds:,.0f} s)")
+        ngram, xz = cell["n-gram"], cell["xz -9"]
+        text, size = name.split()
+        figures.append(f"{ngram['bits_per_byte']:.3f} ({ngram['seconds']:.1f} s)")
+        figures.append(f"{xz['bits_per_byte']:.3f} ({xz['seconds']:.1f} s)")
+        seeds = str(len(cell["hf-nanogpt train"]))
+        rows.append([f"{text}, {int(size) / 1e3:,.0f} kB", *figures, seeds])
+    columns = ["", "plain command", "GPT2LMHeadModel, Trainer's defaults", "n-gram", "xz -9"]
+    return f"""## Texts of one's own
+
+Bits per byte of the end of a text after training on what comes before it, and the time. The plain
+command is `hf-nanogpt train --data TEXT`: it chooses what it needs. The n-gram model is
+interpolated by Witten and Bell's rule, and its order is the best one for the held-out text. `xz`
+reads the training text first. Mean of the seeds.
+
+{table([*columns, "seeds"], rows)}
+{header(report, "python benchmarks/own_text.py tinyshakespeare.txt")}"""
 
 
 def gpu() -> str:
@@ -377,6 +407,7 @@ SECTIONS = (
     loss_memory,
     checkpoint_memory,
     many_gpus,
+    own_text,
     gpu,
     by_hand,
 )
@@ -393,7 +424,7 @@ that are far larger than their spread. The load does not change the loss after a
 
 def render() -> str:
     """Return the text of RESULTS.md."""
-    return PREFACE + "\n".join(section() for section in SECTIONS)
+    return PREFACE + "\n".join(filter(None, (section() for section in SECTIONS)))
 
 
 if __name__ == "__main__":

@@ -343,6 +343,13 @@ MISTAKES = {
     "train --data empty.txt": "empty.txt|empty",
     "train --data one.txt": "one.txt|too small",
     "train --data binary.bin": "binary.bin|UTF-8",
+    "train --data blanks.txt": "blanks.txt|only blanks",
+    "train --data nul.txt": "nul.txt|NUL|remove them",
+    "train --data same.txt": "same.txt|one character|nothing to learn",
+    f"train --data same.txt --tokenizer=bpe {shlex.join(SIZE[:4])}": "vocab_size=|too large",
+    "train --data equal": "equal|repeated",
+    "train --data line.txt": "tokens|give more text",
+    "train --data good.txt --validation_data blanks.txt": "validation_data=blanks.txt|only blanks",
     "train --data rows.jsonl": "text_column='text'|body",
     "train --data bad.jsonl": "bad.jsonl",
     "train --data user/corpus": "user/corpus|HF_HUB_OFFLINE",
@@ -477,6 +484,13 @@ def _write_wrong_files(folder: Path) -> None:
     (folder / "empty.txt").touch()
     (folder / "one.txt").write_text("x")
     (folder / "binary.bin").write_bytes(bytes(range(256)) * 8)
+    (folder / "blanks.txt").write_text(" \n" * 10_000)
+    (folder / "nul.txt").write_text(TEXT + "\0" + TEXT, encoding="utf-8")
+    (folder / "same.txt").write_text("a" * 20_000)
+    (folder / "line.txt").write_text("Only one line, which is not long.\n")
+    (folder / "equal").mkdir()
+    for number in range(30):
+        (folder / "equal" / f"{number}.txt").write_text("The same text in each file.\n")
     (folder / "short.txt").write_text("A text of some words, no more.")
     (folder / "rows.jsonl").write_text('{"body": "a text"}\n' * 30)
     (folder / "bad.jsonl").write_text('{"text": \n')

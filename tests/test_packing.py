@@ -1,6 +1,8 @@
 """Packed blocks: no token is lost or doubled, and documents do not see each other."""
 
 import math
+import pickle
+from collections import Counter
 from itertools import pairwise
 
 import numpy as np
@@ -13,6 +15,7 @@ from transformers import ByT5Tokenizer
 
 from hf_nanogpt import PackedCollator, load_text, pack_documents, train_tokenizer
 from hf_nanogpt.data.encoding import encode_unlearnt, is_learnt
+from hf_nanogpt.data.packing import PackedBlocks, cut_blocks, tokenize_documents
 
 ROWS = [f"Document {i}: naïve 東京 🦊,\r\nwith {'many ' * (i % 7)}words.\n" for i in range(60)]
 TOKENIZER = train_tokenizer([], kind="byte")
@@ -43,6 +46,45 @@ def test_no_token_is_lost_or_doubled(length, rows):
     assert len(blocks) == math.ceil((len(stream) - 1) / (length - 1))
     assert all(len(block) == length for block in blocks[:-1]) and 2 <= len(blocks[-1]) <= length
     assert all(a[-1] == b[0] for a, b in pairwise(blocks))
+
+
+def cut(seed: int | None = 7, length: int = 32) -> PackedBlocks:
+    documents = Dataset.from_dict({"text": ROWS})
+    tokens = tokenize_documents(documents, TOKENIZER)
+    return cut_blocks(tokens, context_length=length, eos_token_id=EOS, seed=seed)
+
+
+def rows_of(blocks: PackedBlocks) -> list[list[int]]:
+    return [row["input_ids"].tolist() for row in blocks]
+
+
+@pytest.mark.parametrize("length", [2, 32, 33, 5000, 100_000])
+def test_each_pass_predicts_each_token_once_from_other_beginnings(length):
+    blocks, fixed = cut(length=length), rows_of(cut(None, length))
+    pairs = Counter(pair for row in fixed for pair in pairwise(row))
+    assert rows_of(blocks) == fixed  # a single pass is as without a seed
+    seen = [fixed]
+    for epoch in (1, 2):
+        blocks.set_epoch(epoch)
+        seen.append(rows_of(blocks))
+        assert len(seen[-1]) == len(blocks) == len(fixed)
+        assert max(map(len, seen[-1])) <= length
+        assert Counter(pair for row in seen[-1] for pair in pairwise(row)) == pairs
+    assert length == 2 or (seen[0] != seen[1] != seen[2] != seen[0])
+    again, other = cut(7, length), cut(8, length)
+    again.set_epoch(2), other.set_epoch(2)
+    assert rows_of(again) == seen[2] != rows_of(other)
+    blocks.set_epoch(0)
+    assert rows_of(blocks) == fixed
+
+
+def test_processes_that_outlive_an_epoch_cut_at_the_places_of_the_next_one():
+    blocks = cut()
+    loader = DataLoader(blocks, batch_size=None, num_workers=1, persistent_workers=True)
+    for epoch in (0, 1, 2):
+        blocks.set_epoch(epoch)
+        assert rows_of(loader) == rows_of(blocks)
+    assert rows_of(pickle.loads(pickle.dumps(blocks))) == rows_of(blocks)
 
 
 def test_a_stream_packs_to_the_same_blocks():

@@ -183,6 +183,19 @@ def test_resumed_run_equals_uninterrupted_run(checkpoint, text_file, tmp_path):
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+def test_a_run_of_several_passes_over_the_text_resumes_exactly(text_file, tmp_path):
+    many = {"per_device_train_batch_size": 64, "save_steps": 4, "save_total_limit": 5}
+    settings = {"data": str(text_file), "max_steps": 12} | SMALL | many
+    whole = tmp_path / "whole"
+    assert train(output_dir=str(whole), **settings).metrics["train_tokens"] > 1.8 * len(CORPUS)
+    for step in (4, 8):  # in the first pass, and in the second
+        stopped = shutil.copytree(whole, tmp_path / str(step))
+        for later in range(step + 4, 13, 4):
+            shutil.rmtree(stopped / f"checkpoint-{later}")
+        train(output_dir=str(stopped), resume=True, **settings)
+        assert _history(stopped) == _history(whole)
+
+
 def test_same_seed_gives_the_same_model_and_another_seed_another(checkpoint, text_file, tmp_path):
     folders = tmp_path / "same", tmp_path / "other"
     for folder, seed in zip(folders, (42, 43), strict=True):

@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -126,10 +127,11 @@ def _explain_empty_side(train: Documents, validation: Documents, args: DataArgum
     texts = (get_text(row) for side in (train, validation) for row in side)
     if (first := next(texts, None)) is None:
         return f"holds no text in its column {args.text_column}."
-    if train.features and "starts" not in train.features and all(text == first for text in texts):
+    is_table, others = train.features and "starts" not in train.features, list(islice(texts, 1))
+    if (is_table or others) and all(text == first for text in chain(others, texts)):
         return (
-            "has one row, or one that is repeated, so nothing else can be held out: give more "
-            "text, or validation_data."
+            f"has one {'row' if is_table else 'text'}, or one that is repeated, so nothing else "
+            "can be held out: give more text, or validation_data."
         )
     return (
         f"is too small to hold out validation_fraction={args.validation_fraction}: give more text, "

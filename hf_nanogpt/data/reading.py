@@ -130,6 +130,11 @@ def read_pieces(path: Path, name: object, size: int) -> Iterator[str]:
     with explain_read_errors(name), open_text(path) as file:
         text, searched, line = "", size, None
         while more := file.read(size):
+            if "\0" in more:
+                raise UserError(
+                    f"data={name} has NUL bytes in it, which no text has: remove them, for example "
+                    "by tr -d '\\000' < FILE > NEW_FILE."
+                )
             text += more
             while True:
                 blank = _BLANKS.search(text, searched)

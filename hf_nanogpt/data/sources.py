@@ -121,19 +121,21 @@ def _may_be_hub_id(data: str) -> bool:
 def _check_file(path: Path, name: str) -> None:
     head = _read_head(path, name)
     if _is_blank(head):
-        raise UserError(f"data={name} is empty.")
+        raise UserError(f"data={name} is empty, or has only blanks in it.")
     if not find_format(path) and not _is_text(head):
         raise UserError(f"data={name} is not UTF-8 text: convert it to UTF-8, or give text.")
 
 
 def _read_head(path: Path, name: object) -> bytes:
+    """Return the first bytes that are not only blanks and empty lines; none if all are."""
     with explain_read_errors(name), open_bytes(path) as file:
-        return file.read(_HEAD)
+        while (head := file.read(_HEAD)) and not head.strip():
+            pass
+    return head
 
 
 def _is_blank(head: bytes) -> bool:
-    """Say whether a file holds nothing, or only a few blanks and empty lines."""
-    return len(head) < _HEAD and not head.removeprefix(codecs.BOM_UTF8).strip()
+    return not head.removeprefix(codecs.BOM_UTF8).strip()
 
 
 def _is_text(head: bytes) -> bool:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
+import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from ..checkpoint.loading import load_checkpoint
@@ -14,7 +15,7 @@ from ..data.corpus import Corpus, tokenize_sides
 from ..data.documents import DataArguments
 from ..data.encoding import count_ids, is_learnt
 from ..data.packing import PackedBlocks, PackedStream, cut_blocks
-from ..errors import UserError
+from ..errors import UserError, without_secrets
 from ..evaluation import check_context_length
 from ..modeling_nanogpt import NanoGPTForCausalLM
 from ..presets import load_preset
@@ -111,7 +112,7 @@ def prepare_blocks(
         UserError: nothing can be learnt from the blocks, or they never end.
     """
     train, validation = tokenize_sides(data_args, corpus, tokenizer)
-    # The seed shuffles a stream; blocks on disk are shuffled by Trainer.
+    # The seed shuffles a stream; blocks on disk are shuffled by Trainer, and cut by the seed.
     seed = args.seed if args.data_seed is None else args.data_seed
     cut: dict[str, Any] = {"context_length": length, "eos_token_id": tokenizer.eos_token_id}
     blocks = cut_blocks(train, seed=seed, **cut)
@@ -128,6 +129,11 @@ def prepare_blocks(
         raise UserError(
             "The training data has no message of the assistant, so there is nothing to learn."
         )
+    elif _repeats_one_token(blocks, tokenizer.eos_token_id):
+        raise UserError(
+            f"data={without_secrets(data_args.data)} is one character or token over and over, so "
+            "there is nothing to learn: give other text."
+        )
     held_out = cut_blocks(validation, **cut)
     held_out.num_bytes = corpus.num_bytes
     if not _have_targets(held_out):
@@ -141,3 +147,13 @@ def prepare_blocks(
 def _have_targets(blocks: Blocks) -> bool:
     """Say whether there is a token to predict; nothing predicts the first one of a block."""
     return any(is_learnt(block["input_ids"])[1:].any() for block in iter(blocks))
+
+
+def _repeats_one_token(blocks: PackedBlocks, eos_token_id: int | None) -> bool:
+    """Say whether all tokens but those between documents are the same."""
+    seen: set[int] = set()
+    for block in iter(blocks):
+        seen.update(np.unique(block["input_ids"]).tolist())
+        if len(seen - {eos_token_id}) > 1:
+            return False
+    return True

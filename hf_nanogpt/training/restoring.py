@@ -11,6 +11,7 @@ from transformers import TrainerCallback, TrainerState
 from transformers.utils import logging
 
 from ..checkpoint.steps import RECORD, save_state
+from ..data.packing import PackedBlocks
 from ..data.streams import PackedStream
 from ..errors import UserError
 from ..untrusted import path_inside
@@ -58,6 +59,11 @@ class RestoreCallback(TrainerCallback):
             trainer._load_rng_state(trainer._checkpoint)
             trainer.control = trainer.callback_handler.on_epoch_end(args, state, control)
             self._log_save_evaluate(state, record.get("step_figures"))
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        # accelerate tells it to the dataset of one process only.
+        if isinstance(blocks := self.trainer.train_dataset, PackedBlocks):
+            blocks.set_epoch(int(state.epoch or 0))
 
     def on_step_begin(self, args, state, control, **kwargs):
         trainer = self.trainer
