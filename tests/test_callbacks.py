@@ -35,7 +35,7 @@ from hf_nanogpt.training import callbacks as callbacks_module
 from hf_nanogpt.training import samples as samples_module
 from hf_nanogpt.training.callbacks import PlotCallback, SpeedCallback, plot_losses
 from hf_nanogpt.training.lora import add_adapter
-from hf_nanogpt.training.samples import draw_sample
+from hf_nanogpt.training.samples import SampleCallback, draw_sample
 
 ROOT = Path(__file__).parent.parent
 SMALL = {
@@ -91,11 +91,33 @@ def test_the_bar_is_quiet_before_training_begins(tmp_path):
 
 
 @pytest.mark.slow
-def test_samples_come_at_each_evaluation_or_at_a_share_of_the_steps(tmp_path):
+def test_samples_come_at_each_evaluation_or_at_a_share_of_the_steps(tmp_path, monkeypatch):
+    monkeypatch.setattr(samples_module, "time", SimpleNamespace(perf_counter=lambda: 0.0))
     train(output_dir=str(tmp_path / "a"), **SMALL)
     assert _steps(tmp_path / "a") == [6, 12]
     train(output_dir=str(tmp_path / "b"), sample_steps=0.3, **SMALL)
     assert _steps(tmp_path / "b") == [4, 8, 12]
+
+
+def test_samples_at_evaluations_take_two_percent_of_the_time(tmp_path, monkeypatch):
+    clock, drawn = SimpleNamespace(now=0.0), []
+
+    def draw(*args, **kwargs) -> str:
+        drawn.append(clock.now)
+        clock.now += 2  # seconds that a sample takes
+        return "x"
+
+    monkeypatch.setattr(samples_module, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr(samples_module, "draw_sample", draw)
+    args = NanoGPTTrainingArguments(str(tmp_path), use_cpu=True, disable_tqdm=True)
+    callback, state = SampleCallback("x", SpeedCallback()), TrainerState()
+    given = {"model": None, "processing_class": None, "metrics": {"eval_loss": 1.0}}
+    callback.on_evaluate(args, state, TrainerControl(), **given)  # before training begins
+    callback.on_train_begin(args, state, TrainerControl())
+    for _ in range(30):
+        clock.now += 10
+        callback.on_evaluate(args, state, TrainerControl(), **given)
+    assert drawn == [10, 112, 214]
 
 
 def test_resumed_run_continues_the_samples(run, tmp_path):

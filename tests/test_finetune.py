@@ -257,6 +257,7 @@ def test_another_adapter_or_another_start_cannot_be_resumed(base, adapted, text,
 @pytest.mark.slow
 def test_the_best_adapter_is_loaded_and_merged_at_the_end(base, text, tmp_path):
     best = {"load_best_model_at_end": True, "eval_steps": 1, "save_steps": 1, "max_steps": 4}
+    best["eval_tokens"] = 10_000  # all
     best["greater_is_better"] = True  # then it is an early one, as losses fall
     result = tune(base, text, tmp_path / "run", lora=True, learning_rate=1e-2, **best)
     state = json.loads((tmp_path / "run/checkpoint-4/trainer_state.json").read_text())

@@ -62,6 +62,7 @@ SETTINGS = {
     "per_device_eval_batch_size": 2,
     "logging_steps": 3,
     "eval_steps": 4,
+    "eval_tokens": 10_000,  # all, in several batches
     "save_steps": 5,
     "save_total_limit": 1,
     "max_steps": 17,

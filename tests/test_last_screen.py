@@ -70,6 +70,14 @@ def test_it_says_which_weights_were_kept_and_when_training_stopped():
     assert "No step made the held-out loss lower" in show(kept_step=0)
 
 
+def test_fine_tuning_says_what_it_cost():
+    told = show(old_text={"data": "python-stdlib", "before": 1.41, "after": 1.523})
+    assert (
+        "On the text it was trained on before (python-stdlib), it needs 1.52 bits per byte, and "
+        "needed 1.41." in told
+    )
+
+
 def test_three_samples_are_shown_three_lines_each():
     told = show()
     assert "Samples, from 'To be': | To be | or not. | To be | a | b | To be long" in told

@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import EarlyStoppingCallback, get_scheduler
 
 from hf_nanogpt import NanoGPTForCausalLM, NanoGPTTrainer, NanoGPTTrainingArguments
+from hf_nanogpt.training.best import BestCallback
 from hf_nanogpt.training.stopping import TrainingInterrupted, stop_on_signals
 
 ROWS = torch.arange(16 * 20).view(-1, 16) % 61
@@ -35,6 +36,7 @@ STRATEGIES = {
         "lr_scheduler_kwargs": {"patience": 0, "factor": 0.5},
         "eval_rows": UNLIKE,
     },
+    "kept in memory": {"eval_steps": 2, "save_steps": 5, "eval_rows": UNLIKE, "patience": 1.0},
 }
 
 
@@ -54,9 +56,12 @@ def make_trainer(
     train, evaluation = (
         [{"input_ids": r, "labels": r} for r in rows] for rows in (ROWS, eval_rows)
     )
-    return NanoGPTTrainer(
+    trainer = NanoGPTTrainer(
         model, args, train_dataset=train, eval_dataset=evaluation, callbacks=[*callbacks]
     )
+    if "patience" in settings:
+        trainer.keep_best(BestCallback(settings["patience"]))
+    return trainer
 
 
 def history(trainer: NanoGPTTrainer) -> list[dict]:
@@ -72,6 +77,10 @@ def assert_same(resumed: NanoGPTTrainer, whole: NanoGPTTrainer, where: object) -
     assert history(resumed) == history(whole), where
     ours, theirs = (trainer.model.state_dict() for trainer in (resumed, whole))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs), where
+    if whole.best:
+        assert resumed.best.describe() == whole.best.describe(), where
+        ours, theirs = (trainer.best.weights for trainer in (resumed, whole))
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs), where
     assert resumed.state.best_metric == whole.state.best_metric
     best = resumed.state.best_model_checkpoint, whole.state.best_model_checkpoint
     names = {path and Path(path).name for path in best}
@@ -173,6 +182,25 @@ def test_a_run_resumed_from_any_checkpoint_ends_as_the_uninterrupted_one(whole, 
         resumed = make_trainer(copy, **STRATEGIES[name], save_total_limit=None)
         resumed.train(resume_from_checkpoint=str(copy / f"checkpoint-{step}"))
         assert_same(resumed, uninterrupted, f"{name}, step {step}")
+
+
+def test_a_run_killed_again_after_its_evaluation_was_repeated_knows_its_best(whole, tmp_path):
+    make = partial(make_trainer, tmp_path, **STRATEGIES["kept in memory"])
+    uninterrupted = whole("kept in memory")
+    best = uninterrupted.best.step
+    checkpoint = kill_in_evaluation(make(), 3 * (best // 2) - 1)  # three batches each
+    assert checkpoint.endswith(f"checkpoint-{best}")
+    resumed = make()
+    resumed.training_step = _fail
+    with pytest.raises(ZeroDivisionError):
+        resumed.train(resume_from_checkpoint=checkpoint)
+    again = make()
+    again.train(resume_from_checkpoint=checkpoint)
+    assert_same(again, uninterrupted, checkpoint)
+
+
+def _fail(*args, **kwargs):
+    raise ZeroDivisionError
 
 
 def test_a_run_that_stops_early_makes_no_step_more_after_a_kill_in_that_evaluation(tmp_path):

@@ -28,6 +28,7 @@ from hf_nanogpt import (
     train,
     train_tokenizer,
 )
+from hf_nanogpt.training.samples import SAMPLING
 
 ROOT = Path(__file__).parent.parent
 SMALL = {
@@ -149,8 +150,14 @@ def test_checkpoint_works_with_the_usual_tools(checkpoint):
     assert tokenizer.model_max_length == 32
     inputs = tokenizer(["def ", "import"], return_tensors="pt", padding=True)
     assert model.generate(**inputs, max_new_tokens=4, do_sample=False).shape[0] == 2
-    [text] = pipeline("text-generation", str(checkpoint))("def ", max_new_tokens=5)
+    write = pipeline("text-generation", str(checkpoint))
+    [text] = write("def ", max_new_tokens=5)
     assert text["generated_text"].startswith("def ")
+    # By default it samples, as `train` does, and stays within the context.
+    settings = model.generation_config
+    assert settings.do_sample and settings.temperature == SAMPLING["temperature"]
+    [row] = write("def " * 4, return_tensors=True)
+    assert 16 < len(row["generated_token_ids"]) <= 32
 
 
 def test_stock_trainer_trains_our_model(text_file, tmp_path):

@@ -161,6 +161,10 @@ def _describe_evaluation(metrics: dict[str, Any]) -> dict[str, str]:
         rows["Bits per byte on the half that did not choose the weights"] = (
             f"{fresh['bits_per_byte']:.4f}"
         )
+    if old := metrics.get("old_text"):
+        rows[f"Bits per byte on the text of the training before ({old['data']})"] = (
+            f"{old['after']:.4f} (before this training {old['before']:.4f})"
+        )
     if ngram := metrics.get("ngram"):
         rows["Bits per byte of an n-gram model"] = (
             f"{ngram['bits_per_byte']:.4f} ({ngram['order']}-gram, on "

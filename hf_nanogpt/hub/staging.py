@@ -33,8 +33,10 @@ RELEASED = (
     "vocab.json",
 )
 # Resuming also needs these. They go only to branches other than main, as some are pickles.
-STATE = ("optimizer.*", "scheduler.pt", "scaler.pt", "rng_state*.pth", "trainer_state.json")
-STATE += ("best.safetensors",)
+STATE = (
+    *("optimizer.*", "scheduler.pt", "scaler.pt", "rng_state*.pth", "trainer_state.json"),
+    "best.safetensors",
+)
 _PACKAGE = Path(__file__).parent.parent
 _CODE = ("configuration_nanogpt.py", "modeling_nanogpt.py")
 _NOT_LOADED = ("README.md", "metrics.json", "loss.png", "samples.jsonl", "LICENSE")

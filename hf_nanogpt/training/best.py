@@ -10,6 +10,8 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from ..errors import UserError, explain_errors
+from .callbacks import warn_if_unwritable
+from .progress import show
 
 _FILE = "best.safetensors"
 _WORSE = 1.05  # a loss that is higher than the best by this factor has turned up
@@ -48,6 +50,9 @@ class BestCallback(TrainerCallback):
             self._remember(model, state.global_step, metrics["eval_loss"])
         elif self._has_turned_up(metrics["eval_loss"], state):
             control.should_training_stop = True
+            if state.is_world_process_zero and not args.disable_tqdm:
+                with warn_if_unwritable("The reason to stop"):
+                    show(f"The validation loss was lowest at step {self.step:,}: training stops.")
 
     def on_train_end(self, args, state, control, **kwargs):
         self.active = False

@@ -28,6 +28,13 @@ class EvaluatingTrainer(HubTrainer):
             eval_dataset = self.estimate.blocks
         return super().evaluate(eval_dataset, *args, **kwargs)
 
+    def measure(self) -> dict[str, float]:
+        """Return the figures of all of the held-out text; tell no tracker, whose run has ended."""
+        loader = self.get_eval_dataloader()
+        metrics = self.evaluation_loop(loader, "Evaluation", prediction_loss_only=True).metrics
+        self._check_finite(metrics["eval_loss"], "eval_loss")
+        return metrics
+
     def get_eval_dataloader(self, eval_dataset=None):
         """Evaluate on every block: without the last batch, the result would not be exact."""
         # Trainer reads the flag here, for training and evaluation alike.

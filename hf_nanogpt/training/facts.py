@@ -65,12 +65,11 @@ def collect_metrics(
     With `sample_before`, what the model to start from wrote, its own figures are under `before`.
     """
     state = trainer.state
-    history = list(state.log_history)
+    history = state.log_history
     kept_step = find_kept_step(trainer)
     evaluated = (row for row in history if "eval_loss" in row and row["step"] == kept_step)
     kept_tokens = next(evaluated, {}).get("num_input_tokens_seen", state.num_input_tokens_seen)
-    final = trainer.evaluate()  # on all of the held-out text
-    state.log_history = history  # the log of the training has only estimates
+    final = trainer.measure()
     metrics: dict[str, Any] = {
         **_pick_figures(final),
         "eval_tokens": final["eval_tokens"],
@@ -174,8 +173,8 @@ def find_kept_step(trainer: NanoGPTTrainer) -> int:
     state = trainer.state
     if trainer.args.load_best_model_at_end and state.best_model_checkpoint:
         return state.best_global_step or 0
-    known = trainer.best is not None and trainer.best.step is not None
-    return trainer.best.step if known else state.global_step
+    best = trainer.best.step if trainer.best else None
+    return state.global_step if best is None else best
 
 
 def _name_optimizer(args: NanoGPTTrainingArguments) -> str:

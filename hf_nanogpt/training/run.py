@@ -35,6 +35,7 @@ from .callbacks import PlotCallback, SpeedCallback, plot_losses, warn_if_unwrita
 from .choosing import settle_recipe, store_recipe
 from .evaluating import StartCallback, use_threads
 from .facts import collect_facts, collect_metrics, describe_plan
+from .forgetting import find_old_text, measure_forgetting
 from .held_out import Estimate, choose_estimate
 from .locking import lock_output_dir
 from .lora import add_adapter, describe_adapter, merge_adapter
@@ -42,7 +43,7 @@ from .preparing import Blocks, load_start, prepare_blocks, prepare_config, prepa
 from .progress import show
 from .recipes import Choice, as_flags
 from .run_settings import check_settings_match, describe_settings
-from .samples import SampleCallback, choose_prompt, draw_sample
+from .samples import SampleCallback, choose_prompt, draw_sample, set_sampling
 from .stopping import name_missing_ranks, stop_on_signals
 from .trainer import NanoGPTTrainer
 
@@ -134,6 +135,8 @@ def train(
         }
         if args.should_save and (ngram := measure_ngram(corpus)):
             metrics["ngram"] = ngram
+        if start_from and args.should_save and not args.is_sharded:
+            _tell_forgetting(trainer, metrics, start_from)
         result = _write_folder(trainer, metrics, prompt)
         if args.push_to_hub:
             trainer.push_to_hub()
@@ -309,6 +312,16 @@ def _fit(trainer: NanoGPTTrainer, last_checkpoint: str | None) -> float:
     return seconds
 
 
+def _tell_forgetting(
+    trainer: NanoGPTTrainer, metrics: dict[str, Any], start_from: str | Path
+) -> None:
+    """Measure what the training cost on the text that its start was trained on, if it is here."""
+    old = find_old_text(start_from)
+    if old and old.name != metrics["data"]:
+        tokenizer = trainer.processing_class
+        metrics["old_text"] = measure_forgetting(old, start_from, trainer.model, tokenizer)
+
+
 def _draw(trainer: NanoGPTTrainer, model: PreTrainedModel, prompt: str, number: int = 0) -> str:
     seed, tokenizer = trainer.args.seed + number, trainer.processing_class
     return draw_sample(model, tokenizer, prompt, max_new_tokens=120, seed=seed)
@@ -319,6 +332,8 @@ def _write_folder(trainer: NanoGPTTrainer, metrics: dict[str, Any], prompt: str)
     model, output_dir = trainer.gather_model(), Path(trainer.args.output_dir)
     if not trainer.args.should_save:
         return TrainingResult(output_dir, metrics, prompt, "")
+    if not metrics["start_from"]:
+        set_sampling(model)  # a checkpoint that was trained further keeps its own
     samples = [_draw(trainer, model, prompt, number) for number in range(3)]
     metrics |= {"prompt": prompt, "sample": samples[0], "samples": samples}
     card = render_model_card(model.config, metrics, name=output_dir.name)

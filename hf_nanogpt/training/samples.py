@@ -4,7 +4,7 @@ import json
 import math
 import time
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import regex
@@ -24,6 +24,14 @@ from .progress import show
 logger = logging.get_logger(__name__)
 
 _LONGEST_PROMPT = 40  # characters
+# Of 15 settings of temperature, top-p, top-k and min-p, this one writes text as likely as held-out
+# text, and as repetitive. Bits per byte by an n-gram model and share of 8 characters that the text
+# had before, of a model of Shakespeare's characters: held-out text 2.98 and 0.1 %; temperature 1.0
+# 3.23, 0.9 3.02, 0.8 2.71; top-p 0.95 2.81; min-p 0.05 2.75, all 0.0 %; greedy 2.00 and 69 %. Of
+# Python's library with BPE: held-out 3.48 and 19 %; 1.0 3.86 and 16 %, 0.9 3.56 and 20 %, 0.8 3.27
+# and 25 %; top-p 0.95 3.65 and 19 %; greedy 3.54 and 76 %. (top_k=0 means all tokens.)
+SAMPLING: dict[str, Any] = {"temperature": 0.9, "top_k": 0}
+_LONGEST_TEXT = 256  # new tokens by default, as many as `pipeline("text-generation")` takes
 
 
 class SampleCallback(TrainerCallback):
@@ -37,6 +45,7 @@ class SampleCallback(TrainerCallback):
     # Before a training begins, an evaluation may come.
     active = False
     every: float | None = None
+    drawn, cost = -math.inf, 0.0  # when the last sample came, and the seconds that it took
 
     def __init__(self, prompt: str, speed: SpeedCallback):
         self.prompt, self.speed = prompt, speed
@@ -44,7 +53,6 @@ class SampleCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         self.path = Path(args.output_dir) / "samples.jsonl"
         self.active = state.is_world_process_zero
-        self.drawn, self.cost = -math.inf, 0.0
         every = args.sample_steps
         self.every = math.ceil(every * state.max_steps) if every and every < 1 else every
         # From an earlier run, keep the samples up to the checkpoint that it resumes from.
@@ -55,7 +63,7 @@ class SampleCallback(TrainerCallback):
         self.rows = [row for row in rows if _read_step(row) <= state.global_step]
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
-        is_due = time.perf_counter() - self.drawn > 50 * self.cost
+        is_due = time.perf_counter() - self.drawn >= 50 * self.cost
         if self.every is None and is_due and "eval_loss" in (metrics or {}):
             self._sample(args, state, **kwargs)
 
@@ -162,6 +170,16 @@ def _shorten_prompt(text: str, tokenizer: PreTrainedTokenizerBase, most: int) ->
     return ""
 
 
+def set_sampling(model: PreTrainedModel) -> None:
+    """Let `generate()` of the checkpoint sample as here, and stop before it leaves the context.
+
+    A prompt may fill half of the context.
+    """
+    new_tokens = min(_LONGEST_TEXT, model.config.max_position_embeddings // 2)
+    assert model.generation_config is not None
+    model.generation_config.update(do_sample=True, max_new_tokens=new_tokens, **SAMPLING)
+
+
 def draw_sample(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -185,8 +203,8 @@ def draw_sample(
             tokenizer,
             prompt,
             max_new_tokens=max(1, min(max_new_tokens, room)),
-            temperature=0.7,
             seed=seed,
+            **SAMPLING,
         )
         return text
     except (UserError, RuntimeError) as error:

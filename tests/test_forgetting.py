@@ -1,0 +1,59 @@
+"""Fine-tuning says what it cost on the text of the training before, if that is still here."""
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import CORPUS
+from datasets import Dataset
+
+from hf_nanogpt import evaluate, train
+from hf_nanogpt.training.forgetting import find_old_text
+
+FAST = {"disable_tqdm": True, "num_threads": 1, "use_cpu": True, "sample_steps": 0}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder with a text, and a checkpoint that was trained on it."""
+    place = tmp_path_factory.mktemp("place")
+    (place / "old.txt").write_text(CORPUS, encoding="utf-8")
+    shape = {"tokenizer": "char", "n_layer": 1, "n_embd": 16, "n_head": 2, "block_size": 32}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        train(data="old.txt", output_dir="base", max_steps=4, **shape, **FAST)
+    return place
+
+
+def test_the_cost_is_what_eval_measures_on_the_old_text(place, monkeypatch):
+    monkeypatch.chdir(place)
+    Path("new.txt").write_text("abc " * 400, encoding="utf-8")
+    settings = FAST | {"data": "new.txt", "max_steps": 4, "learning_rate": 1e-2}
+    result = train("finetune", start_from="base", output_dir="tuned", **settings)
+    cost = result.metrics["old_text"]
+    tail = Dataset.from_dict({"text": [CORPUS[int(len(CORPUS) * 0.97) :]]})  # quickstart's share
+    assert cost["data"] == "old.txt" and cost["eval_bytes"] == len(tail["text"][0].encode())
+    for folder, name in (("base", "before"), ("tuned", "after")):
+        assert cost[name] == pytest.approx(
+            evaluate(folder, "old.txt", held_out=0.03).bits_per_byte, rel=1e-6
+        )
+    assert cost["after"] != cost["before"]
+    assert "training before (old.txt)" in Path("tuned/README.md").read_text(encoding="utf-8")
+
+
+def test_a_text_that_is_gone_changed_or_elsewhere_is_not_measured(place, monkeypatch, tmp_path):
+    monkeypatch.chdir(place)
+    assert find_old_text("base").name == "old.txt"
+    metrics = json.loads(Path("base/metrics.json").read_text())
+
+    def find(**changes):
+        (tmp_path / "metrics.json").write_text(json.dumps(metrics | changes))
+        return find_old_text(tmp_path)
+
+    assert find() is not None
+    for data in ("gone.txt", "https://example.com/old.txt", "user/dataset", "/dev/zero"):
+        assert find(eval_command=["--data", data, "--held_out", "0.03"]) is None
+    assert find(eval_command=None) is None and find(eval_command=["--data"]) is None
+    assert find(eval_command=["--data", "old.txt", "--held_out", "x"]) is None
+    assert find(eval_bytes=metrics["eval_bytes"] + 1) is None  # another text of this name
+    assert find_old_text(tmp_path / "no folder") is None
