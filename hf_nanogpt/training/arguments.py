@@ -126,6 +126,9 @@ class NanoGPTTrainingArguments(TrainingArguments):
         self.dataloader_pin_memory &= torch.accelerator.is_available()
         if self.accelerator_config is None:  # let no CPU wait for copies to a GPU
             self.accelerator_config = {"non_blocking": self.dataloader_pin_memory}
+        # One name may be a word of transformers, such as all-linear, which a list cannot hold.
+        if isinstance(names := self.optim_target_modules, list) and len(names) == 1:
+            [self.optim_target_modules] = names
         check_values(self)
         # The base class must have an `optim`; none of its own means ours.
         chosen, self.optim = self.optim, self.optim or TrainingArguments.optim
