@@ -29,6 +29,7 @@ from hf_nanogpt import (
     train,
     train_tokenizer,
 )
+from hf_nanogpt.analysis import plots
 from hf_nanogpt.checkpoint.writing import check_output_dir
 from hf_nanogpt.flops import GPU_PEAKS, count_flops, find_peak
 from hf_nanogpt.training import callbacks as callbacks_module
@@ -284,6 +285,19 @@ def test_plot_is_drawn_of_any_history(tmp_path):
     for rows in ([], [{"loss": 1.0, "step": 1}], [evaluation], [{"loss": float("nan"), "step": 1}]):
         plot_losses(rows, tmp_path / "loss.png")
         assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_plot_tells_the_estimates_from_the_final_value(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: drawn.append(figure))
+    rows = [{"eval_loss": 3.0 - step, "step": step} for step in (1, 2)]
+    plot_losses(rows, tmp_path / "loss.png", final=(2, 1.25, 0.7))
+    [axes] = drawn[0].axes
+    estimates, final = axes.lines[1:]
+    assert list(estimates.get_ydata()) == [2.0, 1.0] and list(final.get_ydata()) == [1.25]
+    assert estimates.get_label() == "validation, estimated"
+    assert final.get_label() == "validation, all of it: 0.700 bits per byte"
+    assert estimates.get_markerfacecolor() == "white" != final.get_markerfacecolor()
 
 
 @pytest.mark.slow

@@ -71,6 +71,19 @@ def test_the_card_leaves_out_what_is_missing_in_the_metrics():
     assert "None" not in bare and "model-index" not in bare and "[]" not in bare
 
 
+def test_the_card_shows_each_sample_and_what_the_figures_are_held_against():
+    card = render(
+        samples=["def a", "def b"],
+        fresh_half={"bits_per_byte": 1.51234},
+        old_text={"data": "python-stdlib", "before": 1.41, "after": 1.5},
+        ngram={"bits_per_byte": 1.9, "order": 5, "counted_characters": 2_000_000},
+    )
+    assert "`def `:\n\n```text\ndef a\n```\n\n```text\ndef b\n```\n\n## Limitations" in card
+    assert "| Bits per byte on the half that did not choose the weights | 1.5123 |" in card
+    assert "(python-stdlib) | 1.5000 (before this training 1.4100) |" in card
+    assert "| 1.9000 (5-gram, on 2,000,000 characters of the text) |" in card
+
+
 CONTINUES = "- It continues a text. It was not trained to answer"
 ANSWERS = "- It learnt to answer only from the conversations"
 

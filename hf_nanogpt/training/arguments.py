@@ -78,8 +78,8 @@ class NanoGPTTrainingArguments(TrainingArguments):
     )
     sample_steps: float | None = setting(
         None,
-        "Steps between samples, or a share of all steps; 0 for no samples. Default: at each "
-        "evaluation.",
+        "Steps between samples, or a share of all steps; 0 for no samples. Default: at "
+        "evaluations, using at most a fiftieth of the time.",
     )
     logging_steps: float = 10
     eval_strategy: str = "steps"

@@ -80,7 +80,9 @@ def train(
         flags: settings as on the command line; they win over `settings`.
         start_from: folder or Hub id of a checkpoint to continue training; by default, model and
             tokenizer are made from scratch. It is measured first: its loss on the held-out text and
-            what it writes after the prompt are in `metrics["before"]`.
+            what it writes after the prompt are in `metrics["before"]`. Its weights stay if no step
+            made that loss lower, and `metrics["old_text"]` says what the training cost on the text
+            of the training before, if that is on this machine.
         resume: continue an interrupted run from the last whole `checkpoint-*` in `output_dir`,
             exact to the bit, or from the beginning if there is none yet.
         overwrite: delete what an earlier training left in `output_dir`.
