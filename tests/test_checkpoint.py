@@ -216,6 +216,17 @@ def test_resuming_needs_a_whole_step_or_no_more_than_a_killed_training_leaves(fo
         check_output_dir(fill(killed, "checkpoint-notes.txt"), resume=True)
 
 
+def test_a_place_that_is_a_broken_link_or_has_too_long_a_name_is_refused(tmp_path):
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "loop").symlink_to("loop")
+    for name, reason in (("dangling", "a link to nothing"), ("loop", "a link to nothing")):
+        for place in (tmp_path / name, tmp_path / name / "run"):
+            with pytest.raises(ValueError, match=f"output_dir=.*{reason}"):
+                check_output_dir(place)
+    with pytest.raises(ValueError, match=r"output_dir=.* over 255 bytes"):
+        check_output_dir(tmp_path / ("x" * 300) / "run")
+
+
 def test_a_place_under_a_file_is_refused(folder):
     for place in (folder / "config.json", folder / "config.json" / "deep" / "run"):
         with pytest.raises(ValueError, match=rf"output_dir={place}: cannot write to .*config.json"):

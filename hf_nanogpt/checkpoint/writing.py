@@ -83,7 +83,12 @@ def check_output_dir(
 def check_writable(path: Path, *, name: str) -> None:
     """Raise a `UserError`, calling the path `name`, unless a folder can be made there."""
     # os.path, as Path.exists raises where permissions forbid a look into a folder.
-    parent = next(p for p in (path, *path.absolute().parents) if os.path.exists(p))
+    places = (path, *path.absolute().parents)
+    if link := next((p for p in places if os.path.islink(p) and not os.path.exists(p)), None):
+        raise UserError(f"{name}={path}: {link} is a link to nothing; choose another folder.")
+    if any(len(os.fsencode(part)) > 255 for part in path.parts):
+        raise UserError(f"{name}={str(path)[:80]}... has a name of over 255 bytes: shorten it.")
+    parent = next(p for p in places if os.path.exists(p))
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise UserError(f"{name}={path}: cannot write to {parent}; choose another folder.")
 
