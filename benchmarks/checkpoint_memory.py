@@ -56,7 +56,8 @@ def make_trained() -> tuple[NanoGPTForCausalLM, torch.optim.Optimizer]:
 def measure(rank: int, way: str, folder: str) -> None:
     meeting = f"file://{folder}/meeting"
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=PROCESSES)
-    os.environ |= {"LOCAL_RANK": str(rank), "WORLD_SIZE": str(PROCESSES), "RANK": str(rank)}
+    ranks, sizes = ("RANK", "LOCAL_RANK"), ("WORLD_SIZE", "LOCAL_WORLD_SIZE")
+    os.environ |= dict.fromkeys(ranks, str(rank)) | dict.fromkeys(sizes, str(PROCESSES))
     model, optimizer = make_trained()
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2, state_dict_type=way)
     state = PartialState(cpu=True)

@@ -32,10 +32,11 @@ PROCESSES.set_forkserver_preload(
         "torch._dynamo",
         "torch.distributed.elastic.multiprocessing.errors",
         "matplotlib.pyplot",
-        "children",
         "pytest",
+        "children",
     ]
 )
+gc.freeze()  # of the process to fork from too: see conftest.py
 
 
 def run_child(
@@ -97,7 +98,6 @@ def run_python(code: str, *argv: object, **settings) -> subprocess.CompletedProc
 
 def _begin(settings: tuple, function: Callable[..., object], arguments: Sequence[object]) -> None:
     environment, cwd, source, logs = settings
-    gc.freeze()  # see conftest.py
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.clear()
     os.environ.update(environment)

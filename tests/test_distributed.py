@@ -33,7 +33,7 @@ from hf_nanogpt.checkpoint.steps import find_damage
 from hf_nanogpt.cli import main
 from hf_nanogpt.training import trainer as trainer_module
 
-pytestmark = forked
+pytestmark = [forked, pytest.mark.timeout(900)]  # processes on a busy machine
 
 EXAMPLES = ROOT / "examples" / "accelerate"
 STEPS = 7  # into the second epoch of 5
@@ -150,7 +150,7 @@ def _run(command: str) -> subprocess.CompletedProcess:
         shell=True,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
         cwd=ROOT,
         env=environment,
     )
@@ -260,13 +260,6 @@ def test_each_process_writes_its_shards_into_a_checkpoint(sharded):
         assert find_damage(step) is None
         (step / "optimizer_0" / "__1_0.distcp").write_bytes(b"")
         assert find_damage(step) == "optimizer_0/__1_0.distcp"
-
-
-@pytest.mark.slow
-def test_a_whole_checkpoint_of_a_sharded_model_is_a_model(sharded):
-    step = sharded / "whole" / f"checkpoint-{STEPS}"
-    assert (step / "pytorch_model_fsdp.bin").exists()  # from which it resumes
-    AutoModelForCausalLM.from_pretrained(step, trust_remote_code=True)
 
 
 @pytest.mark.slow

@@ -63,7 +63,7 @@ VARIANTS = {
 }
 
 
-def _checkpoint(folder: Path, family: str, kind: str = "bpe", *, steps: int = 150, **overrides):
+def _checkpoint(folder: Path, family: str, kind: str = "bpe", *, steps: int = 40, **overrides):
     """Save a tiny model with random norms and biases, trained a little so that it is sure."""
     tokenizer = train_tokenizer([TEXT] * 9, kind=kind, vocab_size=300)
     model = tiny_model(family, **({"vocab_size": len(tokenizer) + 3} | overrides))

@@ -28,7 +28,7 @@ def test_a_text_ends_in_llama_cpp_where_ours_ends(tmp_path):
     from gguf import GGUFReader
 
     tokenizer = train_tokenizer([], kind="byte")
-    for ends, keys in ((None, [tokenizer.eos_token_id]), (7, [7]), ([7, 9], [7, 9])):
+    for ends, keys in ((None, [tokenizer.eos_token_id]), (7, [7]), ([7, 7, 9], [7, 9])):
         model = _save(tmp_path, "nano", eos_token_id=ends)
         model.generation_config.eos_token_id = ends
         model.save_pretrained(tmp_path)
@@ -36,6 +36,20 @@ def test_a_text_ends_in_llama_cpp_where_ours_ends(tmp_path):
         fields = GGUFReader(path).fields
         names = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
         assert [fields[name].contents() for name in names if name in fields] == keys
+
+
+def test_several_chat_templates_are_written_by_name(tmp_path):
+    from gguf import GGUFReader, Keys
+
+    _save(tmp_path, "nano")
+    tokenizer = train_tokenizer([], kind="byte")
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    tokenizer.save_pretrained(tmp_path)
+    fields = GGUFReader(export_gguf(tmp_path, tmp_path / "model.gguf")).fields
+    names = Keys.Tokenizer
+    assert fields[names.CHAT_TEMPLATE].contents() == "{{ messages }}"
+    assert fields[names.CHAT_TEMPLATE_N.format(name="tool_use")].contents() == "{{ tools }}"
+    assert fields[names.CHAT_TEMPLATES].contents() == ["tool_use"]
 
 
 def test_a_tokenizer_that_llama_cpp_would_read_differently_is_refused():

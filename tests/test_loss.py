@@ -115,7 +115,7 @@ def test_attention_weights_are_dropped_and_rescaled(tokens):
     assert weights.sum(-1).mean().item() == pytest.approx(1.0, abs=0.1)
 
 
-@pytest.mark.parametrize("family", soon("nano"))
+@pytest.mark.parametrize("family", soon("nano", of=["nano", "gpt1", "nanochat"]))
 def test_few_steps_of_training_learn_a_sequence_by_heart(family):
     model, ids = tiny_model(family, initializer_range=0.1).train(), torch.arange(1, 25)[None]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from children import forked
 from test_chat import END, TOKENIZER, user
-from test_serve import ENDLESS, batched, client, openai, post, printed  # noqa: F401
+from test_serve import batched, client, openai, post, printed  # noqa: F401
 from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -331,18 +331,20 @@ def test_an_error_names_its_field(field, client):
 
 
 @pytest.mark.parametrize(
-    ("given", "status", "code"),
+    ("given", "status", "code", "field"),
     [
-        ({"model": "gpt2"}, 404, "model_not_found"),
-        ({"prompt": "x" * 256}, 400, "context_length_exceeded"),
-        ({"prompt": "x" * 100_000}, 400, "context_length_exceeded"),
-        ({"extra_body": {"chat_template": ENDLESS}}, 400, "unsupported_parameter"),
+        ({"model": "gpt2"}, 404, "model_not_found", "model"),
+        ({"prompt": "x" * 256}, 400, "context_length_exceeded", "prompt"),
+        ({"prompt": "x" * 100_000}, 400, "context_length_exceeded", "prompt"),
+        ({"suffix": "x"}, 400, "unsupported_parameter", "suffix"),
+        ({"extra_body": {"chat_template": "x"}}, 400, "unsupported_parameter", "chat_template"),
     ],
 )
-def test_errors_have_the_codes_of_openai(given, status, code, client):
+def test_errors_have_the_codes_of_openai(given, status, code, field, client):
     with pytest.raises(openai.APIStatusError) as error:
         client.completions.create(**{"model": "talker", "prompt": "a"} | given)
     assert (error.value.status_code, error.value.code) == (status, code)
+    assert error.value.param == field
 
 
 def test_too_many_choices_and_both_lengths_are_refused(client):

@@ -243,7 +243,11 @@ class _Server:
         """Return the answer to a request, ready to be written."""
         request = check_request(body, chat=chat, vocab_size=self.model.config.vocab_size)
         encode = self.encode_messages if chat else self.encode_text
-        prompts = [self.prepare_prompt(request, *encode(prompt)) for prompt in request.prompts]
+        try:
+            prompts = [self.prepare_prompt(request, *encode(prompt)) for prompt in request.prompts]
+        except UserError as error:
+            field, code = "messages" if chat else "prompt", getattr(error, "code", None)
+            raise RequestError(str(error), field, code) from error
         form = ResponseFormat(self.name, chat=chat, include_usage=request.include_usage)
         return Answer(self.writer, self.scorer, request, prompts, form)
 

@@ -69,8 +69,7 @@ def describe_tokenizer(
         "merges": [" ".join(merge) for merge in parts["model"]["merges"]] or _NO_MERGES,
     }
     keys |= _special_tokens(tokenizer, tokenizer.eos_token_id if ends is None else ends)
-    more = {"tokenizer.chat_template": tokenizer.chat_template} if tokenizer.chat_template else {}
-    return {f"tokenizer.ggml.{k}": v for k, v in keys.items()} | more
+    return {f"tokenizer.ggml.{k}": v for k, v in keys.items()} | _chat_templates(tokenizer)
 
 
 def _name_split(parts: dict[str, Any]) -> str:
@@ -110,6 +109,20 @@ def _name_split(parts: dict[str, Any]) -> str:
     return name
 
 
+def _chat_templates(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Return the chat template; of several, `default` is the one that llama.cpp uses by itself."""
+    templates = tokenizer.chat_template or {}
+    if isinstance(templates, str):
+        templates = {"default": templates}
+    others = {name: text for name, text in templates.items() if name != "default"}
+    keys: dict[str, Any] = {f"tokenizer.chat_template.{k}": text for k, text in others.items()}
+    if others:
+        keys["tokenizer.chat_templates"] = list(others)
+    if "default" in templates:
+        keys["tokenizer.chat_template"] = templates["default"]
+    return keys
+
+
 def _special_tokens(
     tokenizer: PreTrainedTokenizerBase, ends: int | list[int] | None
 ) -> dict[str, Any]:
@@ -119,7 +132,7 @@ def _special_tokens(
             f"GGUF: there is no eos_token_id ({ends}) to end a text, and llama.cpp would use token "
             "11: set it in generation_config.json."
         )
-    first, *others = ends if isinstance(ends, list) else [ends]
+    first, *others = dict.fromkeys(ends) if isinstance(ends, list) else [ends]
     bare = tokenizer("a", add_special_tokens=False).input_ids
     whole, bos = tokenizer("a").input_ids, tokenizer.bos_token_id
     if whole not in (bare, [bos, *bare]):

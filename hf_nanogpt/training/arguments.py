@@ -126,6 +126,7 @@ class NanoGPTTrainingArguments(TrainingArguments):
         self.dataloader_pin_memory &= torch.accelerator.is_available()
         if self.accelerator_config is None:  # let no CPU wait for copies to a GPU
             self.accelerator_config = {"non_blocking": self.dataloader_pin_memory}
+        self.optim_target_modules = _unwrap(self.optim_target_modules)
         check_values(self)
         # The base class must have an `optim`; none of its own means ours.
         chosen, self.optim = self.optim, self.optim or TrainingArguments.optim
@@ -151,6 +152,11 @@ class NanoGPTTrainingArguments(TrainingArguments):
         """Say whether each process has only a part of the weights, by FSDP or DeepSpeed."""
         flags = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
         return bool(self.fsdp or self.deepspeed or any(map(parse_flag_from_env, flags)))
+
+
+def _unwrap(values: Any) -> Any:
+    """Return the only one of several values, as it may be a word such as all-linear."""
+    return values[0] if isinstance(values, list) and len(values) == 1 else values
 
 
 def _make_model_arguments() -> type:
