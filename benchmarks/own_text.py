@@ -36,6 +36,7 @@ from xz import measure as measure_xz
 
 from hf_nanogpt import DataArguments, PackedCollator, load_documents, pack_documents
 from hf_nanogpt.analysis.ngram import ngram_bits_per_byte
+from hf_nanogpt.data.conversations import Documents, get_text
 from hf_nanogpt.data.sources import STDLIB, find_files
 
 TEXTS = ("shakespeare", "python", "chinese")
@@ -75,7 +76,7 @@ def measure_cell(text: str, seeds: Sequence[int], flags: Sequence[str] = ()) -> 
             print(json.dumps(ours[-1]), flush=True)
             stock.append(run_child(["gpt2", str(path), str(run), str(seed)]))
             print(json.dumps(stock[-1]), flush=True)
-        train, held_out = split(path, run)
+        train, held_out = ("".join(map(get_text, side)) for side in split(path, run))
     cell["settings"] = ours[-1].pop("settings")
     for row in ours[:-1]:
         del row["settings"]
@@ -113,22 +114,17 @@ def time_process(arguments: list[str]) -> tuple[float, str]:
     return round(time.perf_counter() - started, 1), done.stdout
 
 
-def split(path: Path, run: Path) -> tuple[str, str]:
+def split(path: Path, run: Path) -> tuple[Documents, Documents]:
     """Return the text that a run trained on, and the text that it held out."""
     fraction = yaml.safe_load((run / "recipe.yaml").read_text())["data"]["validation_fraction"]
-    sides = load_documents(DataArguments(data=str(path), validation_fraction=fraction))
-    train, held_out = ("".join(row["text"] for row in side) for side in sides)
-    return train, held_out
+    return load_documents(DataArguments(data=str(path), validation_fraction=fraction))
 
 
 def train_stock(path: Path, run: Path, seed: int) -> dict[str, float]:
     """Train GPT-2's class of the size of a run, as the documentation of `Trainer` does."""
-    config, tokenizer = (
-        json.loads((run / "config.json").read_text()),
-        AutoTokenizer.from_pretrained(run),
-    )
-    fraction = yaml.safe_load((run / "recipe.yaml").read_text())["data"]["validation_fraction"]
-    sides = load_documents(DataArguments(data=str(path), validation_fraction=fraction))
+    config = json.loads((run / "config.json").read_text())
+    tokenizer = AutoTokenizer.from_pretrained(run)
+    sides = split(path, run)
     length, eos = config["max_position_embeddings"], tokenizer.eos_token_id
     blocks, held_out = (pack_documents(side, tokenizer, context_length=length) for side in sides)
     torch.manual_seed(seed)
@@ -160,7 +156,7 @@ def train_stock(path: Path, run: Path, seed: int) -> dict[str, float]:
             nats += model(ids.to(model.device), labels=ids.to(model.device)).loss.item() * (
                 ids.numel() - 1
             )
-    num_bytes = sum(len(row["text"].encode()) for row in sides[1])
+    num_bytes = sum(len(get_text(row).encode()) for row in sides[1])
     bits = nats / math.log(2) / num_bytes
     return {"bits_per_byte": bits, "num_parameters": model.num_parameters(), "train_steps": steps}
 

@@ -222,12 +222,12 @@ def test_eval_and_info_print_their_figures(checkpoint, capsys, tmp_path):
 def test_eval_warns_of_text_that_the_checkpoint_was_trained_on(checkpoint, capsys, monkeypatch):
     monkeypatch.chdir(checkpoint.parent.parent)
     Path("other.txt").write_text(TEXT, encoding="utf-8")
-    own = "with 0.03 of it held out; "
+    own = "with 0.1 of it held out; "
     for flags, said in {
-        "my.txt --held_out=0.1": f"{own}--held_out 0.1 measures also text that it was trained on",
+        "my.txt --held_out=0.2": f"{own}--held_out 0.2 measures also text that it was trained on",
         "my.txt": f"{own}without --held_out, this measures also text that it was trained on",
         "my.txt --held_out=0.01": f"{own}--held_out 0.01 measures only a part of that",
-        "my.txt --held_out=0.03": "",
+        "my.txt --held_out=0.1": "",
         "other.txt": "",
     }.items():
         assert main(["eval", "runs/mine", f"--data={flags.split()[0]}", *flags.split()[1:]]) == 0

@@ -44,7 +44,8 @@ def download_text(url: str) -> Path:
     except UserError:  # its reason may show the password
         why, copies = "it is not a valid address", []
     except (HTTPError, OSError) as error:  # of the connection, or of the disk
-        why, copies = one_line(error), sorted(folder.glob(f"{name}-*"), key=os.path.getmtime)
+        why = one_line(error).replace(url, without_secrets(url))
+        copies = sorted(folder.glob(f"{name}-*"), key=os.path.getmtime)
         if (answer := getattr(error, "response", None)) is not None:
             why, copies = f"the server answered {answer.status_code} {answer.reason_phrase}", []
     if copies:

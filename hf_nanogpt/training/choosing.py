@@ -49,8 +49,8 @@ class _Row(NamedTuple):
 _TABLE = (
     _Row(30_000, "char", 512, 128, 4, 128, 16, 300),
     _Row(120_000, "char", 512, 128, 4, 128, 16, 600),
-    _Row(500_000, "char", 1024, 128, 4, 128, 16, 800),
-    _Row(2_000_000, "char", 2048, 192, 3, 256, 8, 800),
+    _Row(600_000, "char", 1024, 128, 4, 128, 16, 800),
+    _Row(1_500_000, "bpe", 1024, 192, 3, 256, 8, 500),
     _Row(math.inf, "bpe", 2048, 192, 3, 256, 8, 700),  # as the quickstart
 )
 _LAYERS = 4
@@ -157,7 +157,11 @@ def choose_recipe(text: Text, flags: Sequence[str] = ()) -> Choice:
     data: dict[str, Any] = {"tokenizer": tokenizer, "vocab_size": row.vocab_size}
     if held_out:
         data["validation_fraction"] = held_out
-    model: dict[str, Any] = {"n_layer": _LAYERS, **_fit_width(row, typed), "block_size": row.context}
+    model: dict[str, Any] = {
+        "n_layer": _LAYERS,
+        **_fit_width(row, typed),
+        "block_size": row.context,
+    }
     training = {
         "max_steps": row.steps,
         "per_device_train_batch_size": row.batch,
