@@ -1,5 +1,6 @@
 """What `train` chooses for a text when no recipe is named: from its size, its script, the flags."""
 
+import gzip
 import json
 import random
 import re
@@ -92,6 +93,15 @@ def test_a_script_of_many_characters_gets_a_bpe_that_the_text_can_give(tmp_path)
     assert chosen["tokenizer"] == "bpe"
     made = train_tokenizer([CHINESE], kind="bpe", vocab_size=chosen["vocab_size"])
     assert len(made) == chosen["vocab_size"]
+
+
+def test_the_size_of_a_table_is_that_of_its_text_not_of_its_compressed_file(tmp_path):
+    text, path = CORPUS[:10_000], tmp_path / "rows.jsonl.gz"
+    row = json.dumps({"text": text, "other": "x" * 10_000})
+    path.write_bytes(gzip.compress(f"{row}\n".encode() * 600, compresslevel=1))
+    found = look_at(DataArguments(data=str(path)))
+    assert found and found.num_bytes == pytest.approx(600 * len(text.encode()), rel=0.02)
+    assert settings_of(found)["validation_fraction"] == 0.08
 
 
 @pytest.mark.parametrize("text", ["yes no\n", "ACGTTGCA"])

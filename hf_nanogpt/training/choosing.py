@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
+from datasets import Dataset
 
 from ..checkpoint.steps import list_steps
 from ..checkpoint.writing import RECIPE, explain_write_errors
@@ -124,6 +125,8 @@ def look_at(data: DataArguments) -> Text | None:
         if "text" not in (table.column_names or []):  # conversations
             return None
         texts = (row["text"] for row in table)
+        # Files may be compressed, and those of the Hub are elsewhere.
+        size = max(size, table.data.nbytes) if isinstance(table, Dataset) else size
     return _measure(texts, size)
 
 
