@@ -158,6 +158,11 @@ def check_fresh_half(run: Path, text: str) -> None:
     assert metrics["eval_loss"] == pytest.approx(torch.cat(losses).mean().item(), rel=1e-5)
 
 
+def test_there_is_no_half_that_did_not_choose_where_nothing_chooses(text, tmp_path):
+    settings = SMALL | {"max_steps": 1, "keep_best": False}
+    assert "fresh_half" not in train(data=text, output_dir=str(tmp_path), **settings).metrics
+
+
 def test_a_resumed_longer_run_is_estimated_on_the_same_part(run, text, tmp_path):
     folder = shutil.copytree(run, tmp_path / "run")
     train(data=text, output_dir=str(folder), resume=True, **SMALL | {"max_steps": 20})
