@@ -96,7 +96,7 @@ def run_plain(path: Path, run: Path, seed: int, flags: Sequence[str]) -> dict[st
     seconds, _ = time_process([*command, f"--seed={seed}", "--overwrite", *flags])
     metrics = json.loads((run / "metrics.json").read_text())
     kept = ("bits_per_byte", "num_parameters", "train_steps", "train_seconds")
-    settings = yaml.safe_load((run / "recipe.yaml").read_text())
+    settings = yaml.safe_load((run / "chosen_recipe.yaml").read_text())
     return {name: metrics[name] for name in kept} | {"seconds": seconds, "settings": settings}
 
 
@@ -116,7 +116,7 @@ def time_process(arguments: list[str]) -> tuple[float, str]:
 
 def split(path: Path, run: Path) -> tuple[Documents, Documents]:
     """Return the text that a run trained on, and the text that it held out."""
-    fraction = yaml.safe_load((run / "recipe.yaml").read_text())["data"]["validation_fraction"]
+    fraction = yaml.safe_load((run / "chosen_recipe.yaml").read_text())["data"]["validation_fraction"]
     return load_documents(DataArguments(data=str(path), validation_fraction=fraction))
 
 

@@ -1,5 +1,6 @@
 """What `train` chooses for a text when no recipe is named: from its size, its script, the flags."""
 
+import gzip
 import json
 import random
 import re
@@ -10,9 +11,17 @@ import yaml
 from conftest import CORPUS
 
 from hf_nanogpt import train, train_tokenizer
+from hf_nanogpt.checkpoint.writing import check_output_dir
 from hf_nanogpt.data.documents import DataArguments
+from hf_nanogpt.errors import UserError
 from hf_nanogpt.training.arguments import make_parser, parse_settings
-from hf_nanogpt.training.choosing import Text, choose_recipe, look_at, settle_recipe
+from hf_nanogpt.training.choosing import (
+    Text,
+    choose_recipe,
+    look_at,
+    settle_recipe,
+    store_recipe,
+)
 from hf_nanogpt.training.origins import explain_settings
 from hf_nanogpt.training.preparing import make_config
 from hf_nanogpt.training.recipes import as_flags
@@ -92,6 +101,15 @@ def test_a_script_of_many_characters_gets_a_bpe_that_the_text_can_give(tmp_path)
     assert len(made) == chosen["vocab_size"]
 
 
+def test_the_size_of_a_table_is_that_of_its_text_not_of_its_compressed_file(tmp_path):
+    text, path = CORPUS[:10_000], tmp_path / "rows.jsonl.gz"
+    row = json.dumps({"text": text, "other": "x" * 10_000})
+    path.write_bytes(gzip.compress(f"{row}\n".encode() * 600, compresslevel=1))
+    found = look_at(DataArguments(data=str(path)))
+    assert found and found.num_bytes == pytest.approx(600 * len(text.encode()), rel=0.02)
+    assert settings_of(found)["validation_fraction"] == 0.08
+
+
 @pytest.mark.parametrize("text", ["yes no\n", "ACGTTGCA"])
 def test_a_long_text_of_too_few_words_for_a_bpe_gets_characters(tmp_path, text):
     path = tmp_path / "text.txt"
@@ -140,12 +158,12 @@ def test_a_run_stores_what_was_chosen_and_resumes_with_it(tmp_path, monkeypatch,
     assert re.search(r"^chosen +tokenizer char: 10\.\d kB", capsys.readouterr().out, re.MULTILINE)
     assert result.metrics["recipe"] == "chosen from the corpus"
     assert result.metrics["command"][:3] == ["hf-nanogpt", "train", "--data=my text.txt"]
-    stored = yaml.safe_load(Path("runs/my-text/recipe.yaml").read_text())
+    stored = yaml.safe_load(Path("runs/my-text/chosen_recipe.yaml").read_text())
     assert stored["data"] == {"tokenizer": "char", "vocab_size": 512, "validation_fraction": 0.1}
     # The folder's recipe is one, and resuming does not choose again.
-    assert parse_settings("runs/my-text/recipe.yaml", use_cpu=True)[0].tokenizer == "char"
+    assert parse_settings("runs/my-text/chosen_recipe.yaml", use_cpu=True)[0].tokenizer == "char"
     stored["model"]["dropout"] = 0.15
-    Path("runs/my-text/recipe.yaml").write_text(yaml.safe_dump(stored))
+    Path("runs/my-text/chosen_recipe.yaml").write_text(yaml.safe_dump(stored))
     flags = as_flags({"data": "my text.txt"})
     again = settle_recipe(None, flags, resume=True)
     assert again.sections["model"]["dropout"] == 0.15
@@ -161,7 +179,40 @@ def test_a_run_stores_what_was_chosen_and_resumes_with_it(tmp_path, monkeypatch,
         n_layer=1,
         **quiet,
     )
-    assert not Path("runs/my-text/recipe.yaml").exists()
+    assert not Path("runs/my-text/chosen_recipe.yaml").exists()
+
+
+def test_a_recipe_of_the_user_in_the_output_folder_stays(tmp_path):
+    text, folder = tmp_path / "text.txt", tmp_path / "run"
+    text.write_text(CORPUS, encoding="utf-8")
+    folder.mkdir()
+    mine = folder / "recipe.yaml"
+    mine.write_text("data: {tokenizer: char}")
+    choice = settle_recipe(None, [f"--data={text}", f"--output_dir={folder}"])
+    for recipe in (mine, choice):
+        store_recipe(recipe, folder)
+        assert mine.read_text() == "data: {tokenizer: char}"
+    with pytest.raises(UserError, match=r"files that no training wrote \(recipe.yaml\)"):
+        check_output_dir(folder, overwrite=True)
+
+
+def test_settings_are_checked_against_the_chosen_ones_not_against_the_quickstarts(tmp_path):
+    path = tmp_path / "my.txt"
+    path.write_text(CORPUS, encoding="utf-8")
+    # The quickstart evaluates every 140 steps and saves every 350, which would not go together.
+    flags = [f"--data={path}", "--load_best_model_at_end", "--use_cpu"]
+    _, _, args = parse_settings(settle_recipe(None, flags), flags)
+    assert args.load_best_model_at_end and (args.eval_steps, args.save_steps) == (0.1, 0.2)
+
+
+def test_max_steps_of_minus_1_leaves_the_length_to_the_epochs():
+    # As in `TrainingArguments`, whose default is 3 epochs.
+    for epochs, dropout in ((30, 0.3), (3, 0.0)):
+        flags = ["--max_steps=-1", f"--num_train_epochs={epochs}"]
+        choice = choose_recipe(english(50_000), flags)
+        assert choice.sections["model"]["dropout"] == dropout
+        assert f"{epochs} times" in choice.reasons[-1]
+    assert "3 times" in choose_recipe(english(50_000), ["--max_steps=-1"]).reasons[-1]
 
 
 def test_nothing_is_chosen_for_other_sources_and_named_recipes(tmp_path):

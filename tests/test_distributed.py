@@ -121,6 +121,20 @@ def test_two_processes_learn_no_row_twice_at_the_end_of_an_epoch(settings, tmp_p
     assert tokens < 7 * 8 * 32 - 4 * 32  # the last batch of an epoch is short
 
 
+@pytest.mark.slow
+def test_two_processes_count_the_tokens_of_a_short_block_that_one_of_them_has(settings, tmp_path):
+    text = tmp_path / "text.txt"  # of 35 blocks; the last one is short, and alone in its batch
+    text.write_text((ROOT / "LICENSE").read_text(encoding="utf-8")[:1110])
+    settings = settings | {"data": str(text), "num_train_epochs": 1, "max_steps": -1}
+    settings |= {"per_device_train_batch_size": 1, "save_steps": 1000}
+    one = train(output_dir=str(tmp_path / "one"), gradient_accumulation_steps=2, **settings)
+    flags = [f"--{name}={value}" for name, value in settings.items()]
+    first, second = run_ranks(2, main, ["train", *flags, f"--output_dir={tmp_path / 'two'}"])
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+    two = json.loads((tmp_path / "two" / "metrics.json").read_text())
+    assert two["train_tokens"] == one.metrics["train_tokens"] < 35 * 32
+
+
 def _find_commands(name: str) -> list[str]:
     """Return the commands with a launch configuration, as they are documented."""
     path = f"examples/accelerate/{name}"

@@ -34,9 +34,10 @@ SMALL = {
 }
 
 
-def blocks_of(characters: int):
+def blocks_of(characters: int, context_length: int = 32):
     text = (CORPUS * (1 + characters // len(CORPUS)))[:characters]
-    return pack_documents(Dataset.from_dict({"text": [text]}), TOKENIZER, context_length=32)
+    documents = Dataset.from_dict({"text": [text]})
+    return pack_documents(documents, TOKENIZER, context_length=context_length)
 
 
 def choose(held_out: int, trained: int = 50_000, count: int | None = None, **settings):
@@ -84,6 +85,18 @@ def test_too_little_text_is_not_halved_and_a_large_budget_takes_no_more_than_the
     assert len(choose(5_000, max_steps=1).blocks) == 1
 
 
+@pytest.mark.parametrize(("length", "num_blocks"), [(4100, 2), (2050, 3)])
+def test_a_half_that_may_be_one_token_is_no_half(length, num_blocks):
+    # Of (length - 1) predicted tokens a block, the last block has one.
+    held_out = blocks_of((num_blocks - 1) * (length - 1), context_length=length)
+    assert len(held_out) == num_blocks and len(held_out[num_blocks - 1]["input_ids"]) == 2
+    args = NanoGPTTrainingArguments(output_dir="unused", use_cpu=True, max_steps=10_000)
+    estimate = choose_estimate(held_out, args, blocks_of(50_000), context_length=length)
+    fresh = set(range(num_blocks)) - set(estimate.blocks.indices)
+    assert sum(len(held_out[i]["input_ids"]) - 1 for i in fresh) in (0, length - 1)
+    assert estimate.has_halves == bool(fresh)
+
+
 def test_the_size_of_an_estimate_can_be_given():
     assert count_tokens(choose(100_000, max_steps=10, eval_tokens=3_100)) == 3_100
     assert len(choose(100_000, max_steps=10, eval_tokens=1).blocks) == 1
@@ -118,7 +131,17 @@ def test_the_final_figure_is_of_all_held_out_text_and_eval_repeats_it(run, text)
     assert {row["eval_tokens"] for row in read_evaluations(run)} == {124}  # 4 blocks of 31
 
 
+def test_blocks_grouped_by_length_are_halved_alike(text, tmp_path):
+    settings = SMALL | {"max_steps": 2, "train_sampling_strategy": "group_by_length"}
+    train(data=text, output_dir=str(tmp_path / "run"), **settings)
+    check_fresh_half(tmp_path / "run", text)
+
+
 def test_the_half_that_chose_nothing_is_every_second_block(run, text):
+    check_fresh_half(run, text)
+
+
+def check_fresh_half(run: Path, text: str) -> None:
     metrics = json.loads((run / "metrics.json").read_text())["fresh_half"]
     held_out = Path(text).read_text(encoding="utf-8")
     held_out = held_out[int(len(held_out) * 0.6) :]
@@ -133,6 +156,11 @@ def test_the_half_that_chose_nothing_is_every_second_block(run, text):
         ]
     assert metrics["eval_tokens"] == sum(map(len, losses))
     assert metrics["eval_loss"] == pytest.approx(torch.cat(losses).mean().item(), rel=1e-5)
+
+
+def test_there_is_no_half_that_did_not_choose_where_nothing_chooses(text, tmp_path):
+    settings = SMALL | {"max_steps": 1, "keep_best": False}
+    assert "fresh_half" not in train(data=text, output_dir=str(tmp_path), **settings).metrics
 
 
 def test_a_resumed_longer_run_is_estimated_on_the_same_part(run, text, tmp_path):

@@ -111,7 +111,7 @@ def test_folder_has_every_artifact_and_no_leftover(checkpoint):
         "metrics.json",
         "model.safetensors",
         "modeling_nanogpt.py",
-        "recipe.yaml",
+        "chosen_recipe.yaml",
         "samples.jsonl",
         "tokenizer.json",
         "tokenizer_config.json",

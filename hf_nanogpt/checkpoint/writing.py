@@ -16,7 +16,7 @@ from .steps import STEPS, find_last_checkpoint, list_steps
 
 _STAGED = ".staged-"
 LOCK = ".lock"  # see training/locking.py
-RECIPE = "recipe.yaml"  # see training/choosing.py
+RECIPE = "chosen_recipe.yaml"  # see training/choosing.py; people call their own recipe.yaml
 # All that a training writes, as patterns: these files may be overwritten.
 ARTIFACTS = (
     CONFIG,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
+from datasets import Dataset
 
 from ..checkpoint.steps import list_steps
 from ..checkpoint.writing import RECIPE, explain_write_errors
@@ -88,7 +89,9 @@ def settle_recipe(
     """
     if recipe is not None or start_from is not None:
         return QUICKSTART if recipe is None else recipe
-    data, _, _ = parse_settings(QUICKSTART, flags)
+    # The steps of the quickstart are not those of the run, which may have other limits.
+    sections = {"data": read_sections(QUICKSTART)["data"]}
+    data, _, _ = parse_settings(Choice(sections), flags)
     if data.data == STDLIB:
         return QUICKSTART
     folder = Path(make_parser().read(flags).get("output_dir") or _name_folder(data.data))
@@ -122,6 +125,8 @@ def look_at(data: DataArguments) -> Text | None:
         if "text" not in (table.column_names or []):  # conversations
             return None
         texts = (row["text"] for row in table)
+        # Files may be compressed, and those of the Hub are elsewhere.
+        size = max(size, table.data.nbytes) if isinstance(table, Dataset) else size
     return _measure(texts, size)
 
 
@@ -194,8 +199,8 @@ def _fit_width(row: _Row, typed: Mapping[str, Any]) -> dict[str, int]:
 
 def _count_passes(values: Mapping[str, Any], num_bytes: float, text: Text) -> float:
     """Return how often the steps of a run go over the text."""
-    if "max_steps" not in values:
-        return values.get("num_train_epochs", 1)
+    if values.get("max_steps", -1) < 0:  # as Trainer reads it
+        return values.get("num_train_epochs", 3)
     tokenizer, per_token = values["tokenizer"], 1.0
     if tokenizer == "char":
         per_token = text.bytes_per_character
@@ -270,7 +275,7 @@ def _name_folder(data: str) -> str:
 def _add_folder(
     sections: dict[str, dict[str, Any]], folder: Path, reasons: tuple[str, ...] = ()
 ) -> Choice:
-    training = {"output_dir": str(folder)} | sections["training"]
+    training = {"output_dir": str(folder)} | sections.get("training", {})
     return Choice(sections | {"training": training}, reasons)
 
 

@@ -36,13 +36,20 @@ class EvaluatingTrainer(HubTrainer):
         return metrics
 
     def get_eval_dataloader(self, eval_dataset=None):
-        """Evaluate on every block: without the last batch, the result would not be exact."""
-        # Trainer reads the flag here, for training and evaluation alike.
-        kept, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        """Evaluate on every block: without the last batch, the result would not be exact.
+
+        The blocks come in their order, which tells one half from the other.
+        """
+        # Trainer reads these here, for training and evaluation alike.
+        args = self.args
+        kept = args.dataloader_drop_last, args.train_sampling_strategy
+        args.dataloader_drop_last = False
+        if self.estimate is not None:
+            args.train_sampling_strategy = "random"  # sequential in evaluations
         try:
             return super().get_eval_dataloader(eval_dataset)
         finally:
-            self.args.dataloader_drop_last = kept
+            args.dataloader_drop_last, args.train_sampling_strategy = kept
 
     def evaluation_loop(
         self, dataloader, description, *args, metric_key_prefix: str = "eval", **kwargs

@@ -83,7 +83,7 @@ def collect_metrics(
         "train_seconds": round(seconds, 2),
         **trainer.speed.summarize(state),
     }
-    if final.get("eval_fresh_tokens"):
+    if final.get("eval_fresh_tokens") and _find_best_step(trainer) is not None:
         metrics["fresh_half"] = _pick_figures(final, "eval_fresh") | {
             "eval_tokens": final["eval_fresh_tokens"]
         }
@@ -170,11 +170,16 @@ def _describe_weights(trainer: NanoGPTTrainer) -> str | None:
 
 def find_kept_step(trainer: NanoGPTTrainer) -> int:
     """Return the step after which the weights were as they are kept."""
+    best = _find_best_step(trainer)
+    return trainer.state.global_step if best is None else best
+
+
+def _find_best_step(trainer: NanoGPTTrainer) -> int | None:
+    """Return the step of the weights that an evaluation chose; None if the last ones are kept."""
     state = trainer.state
     if trainer.args.load_best_model_at_end and state.best_model_checkpoint:
         return state.best_global_step or 0
-    best = trainer.best.step if trainer.best else None
-    return state.global_step if best is None else best
+    return trainer.best.step if trainer.best else None
 
 
 def _name_optimizer(args: NanoGPTTrainingArguments) -> str:

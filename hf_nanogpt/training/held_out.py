@@ -54,7 +54,8 @@ def choose_estimate(
     if not count:
         tokens = args.eval_tokens or _afford(args, blocks, context_length)
         count = max(1, tokens // (context_length - 1))
-    has_halves = held_out.num_tokens >= _FEWEST and len(held_out) > 1
+    # The last block may have one token only, and would be the second half of two blocks.
+    has_halves = held_out.num_tokens >= _FEWEST and len(held_out) > 2
     candidates = range(0, len(held_out), 2 if has_halves else 1)
     while count < len(candidates):
         part = Subset(held_out, [candidates[i * len(candidates) // count] for i in range(count)])

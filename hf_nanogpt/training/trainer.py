@@ -21,7 +21,7 @@ from transformers.trainer_callback import ProgressCallback as StockProgressCallb
 from transformers.trainer_utils import has_length, unwrap_peft_model
 from transformers.utils import logging
 
-from ..data.packing import PackedCollator
+from ..data.packing import PackedBlocks, PackedCollator, PackedStream
 from ..data.tokenization import token_byte_counts
 from ..errors import UserError, settings_errors
 from ..linear_cross_entropy import LOGITS_AT_ONCE, linear_cross_entropy
@@ -155,12 +155,16 @@ class NanoGPTTrainer(EvaluatingTrainer):
     def _track_num_input_tokens(self, inputs):
         """Count as Trainer does, which reads the count from the GPU and so waits for each step.
 
-        Packed blocks have one length, so each process knows the counts of all.
+        Packed blocks have one length but for the last one, which a second row in its batch pads to
+        the same, so each process knows the counts of all.
         """
-        counts, world = self.args.include_num_input_tokens_seen, self.args.world_size
-        alike = isinstance(self.data_collator, PackedCollator) and self.accelerator.even_batches
-        if counts == "all" and "input_ids" in inputs and (world == 1 or alike):
-            self.state.num_input_tokens_seen += world * inputs["input_ids"].numel()
+        world, ids = self.args.world_size, inputs.get("input_ids")
+        if ids is None or self.args.include_num_input_tokens_seen != "all":
+            return super()._track_num_input_tokens(inputs)
+        is_packed = isinstance(self.train_dataset, PackedBlocks | PackedStream)
+        is_even = isinstance(self.data_collator, PackedCollator) and self.accelerator.even_batches
+        if world == 1 or (is_packed and is_even and len(ids) > 1):
+            self.state.num_input_tokens_seen += world * ids.numel()
         else:
             super()._track_num_input_tokens(inputs)
 
