@@ -367,6 +367,14 @@ def test_errors_have_the_codes_of_openai(given, status, code, field, client):
     assert error.value.param == field
 
 
+@pytest.mark.parametrize("length", [{}, {"max_tokens": 3}])
+def test_a_chat_that_leaves_no_room_for_an_answer_is_refused(length, client):
+    given = {"model": "talker", "messages": [user("a" * 250)]}
+    with pytest.raises(openai.BadRequestError, match="context is 256") as error:
+        client.chat.completions.create(**given | length)
+    assert (error.value.code, error.value.param) == ("context_length_exceeded", "messages")
+
+
 def test_too_many_choices_and_both_lengths_are_refused(client):
     with pytest.raises(openai.BadRequestError, match="n=2 is invalid"):
         client.completions.create(model="talker", prompt=["a"] * 100, n=2)
