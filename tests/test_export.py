@@ -6,14 +6,24 @@ import sys
 
 import pytest
 import torch
+import transformers
 from compat import OVERLAYS, find_environment
 from conftest import FAMILIES, tiny_config, tiny_model
-from references import ROPE
+from references import REFERENCES, ROPE
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from hf_nanogpt import generate_text, list_presets, load_checkpoint, load_preset, train_tokenizer
+from hf_nanogpt import (
+    NanoGPTConfig,
+    generate_text,
+    list_presets,
+    load_checkpoint,
+    load_preset,
+    train_tokenizer,
+)
 from hf_nanogpt.convert import convert_checkpoint, export_checkpoint, find_native_format, onnx
+from hf_nanogpt.convert.native import FORMATS as NATIVE
+from hf_nanogpt.convert.native import make_native_config
 
 TEXT = "héllo wörld 日本語 12345  foo\n\n\tit's<|endoftext|>😀<|im_end|>"
 TOKENIZER = train_tokenizer(["hello world, wörld it's 123\n foo"] * 9, kind="bpe", vocab_size=270)
@@ -47,6 +57,18 @@ def test_every_preset_exports_as_the_format_of_its_family():
     for preset in list_presets():
         family = preset.split("-")[0]
         assert find_native_format(load_preset(preset)) == FORMATS[family], preset
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+def test_without_an_initializer_range_each_class_has_its_own(name):
+    reference = REFERENCES[name]
+    config_class = getattr(transformers, reference.architecture).config_class
+    native = NATIVE[reference.format]
+    config = NanoGPTConfig(**native.import_config(config_class(**reference.settings).to_dict()))
+    config.initializer_range = None
+    made, plain = make_native_config(config, reference.format)[1], config_class()
+    field = "init_std" if reference.format == "opt" else "initializer_range"
+    assert getattr(made, field) == getattr(plain, field)
 
 
 def there_and_back(family, place, **overrides):

@@ -7,8 +7,8 @@ import pytest
 from conftest import CORPUS
 from datasets import Dataset
 
-from hf_nanogpt import evaluate, train
-from hf_nanogpt.training.forgetting import find_old_text
+from hf_nanogpt import evaluate, load_checkpoint, train
+from hf_nanogpt.training.forgetting import OldText, find_old_text, measure_forgetting
 
 FAST = {"disable_tqdm": True, "num_threads": 1, "use_cpu": True, "sample_steps": 0}
 
@@ -39,6 +39,13 @@ def test_the_cost_is_what_eval_measures_on_the_old_text(place, monkeypatch):
         )
     assert cost["after"] != cost["before"]
     assert "training before (old.txt)" in Path("tuned/README.md").read_text(encoding="utf-8")
+
+
+def test_of_a_path_on_this_machine_only_the_last_part_is_told(place):
+    model, tokenizer = load_checkpoint(place / "base")
+    path = str(place / "old.txt")  # as an earlier version may have stored it
+    old = OldText(path, Dataset.from_dict({"text": ["the old text"]}), {})
+    assert measure_forgetting(old, place / "base", model, tokenizer)["data"] == "old.txt"
 
 
 def test_a_text_that_is_gone_changed_or_elsewhere_is_not_measured(place, monkeypatch, tmp_path):

@@ -15,6 +15,8 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from hf_nanogpt import generate_text
+from hf_nanogpt.apps.scoring import Reading, Scorer, share_weights
+from hf_nanogpt.errors import UserError
 
 types = pytest.importorskip("openai.types")
 
@@ -129,6 +131,24 @@ def test_the_probability_of_a_given_text_can_be_asked_for(client):
         own = rows.gather(1, torch.tensor(encode(answer))[:, None])[:, 0]
         torch.testing.assert_close(torch.tensor(found), own)
         assert choice.finish_reason == "length"
+
+
+@both
+def test_offsets_are_where_the_tokens_are_in_the_text(stream, client):
+    given = GREEDY | {"prompt": "<|im_start|>the <|im_end|>\ncat", "echo": True, "logprobs": 0}
+    [choice] = ask(client, **given, stream=stream)
+    text, found = choice.text, choice.logprobs
+    assert len(found.tokens) == 9 + 1 + 12
+    for token, offset in zip(found.tokens, found.text_offset, strict=True):
+        assert text[offset:].startswith(token)
+
+
+def test_infinite_logits_have_no_probabilities():
+    model = share_weights(batched())
+    model.lm_head = torch.nn.Linear(model.config.hidden_size, len(TOKENIZER))
+    torch.nn.init.constant_(model.lm_head.bias, torch.inf)
+    with pytest.raises(UserError, match="NaN"):
+        Reading(Scorer(model, TOKENIZER), 2).read([1, 2, 3])
 
 
 def test_tokens_after_a_stop_text_have_no_probabilities(client):
@@ -345,6 +365,14 @@ def test_errors_have_the_codes_of_openai(given, status, code, field, client):
         client.completions.create(**{"model": "talker", "prompt": "a"} | given)
     assert (error.value.status_code, error.value.code) == (status, code)
     assert error.value.param == field
+
+
+@pytest.mark.parametrize("length", [{}, {"max_tokens": 3}])
+def test_a_chat_that_leaves_no_room_for_an_answer_is_refused(length, client):
+    given = {"model": "talker", "messages": [user("a" * 250)]}
+    with pytest.raises(openai.BadRequestError, match="context is 256") as error:
+        client.chat.completions.create(**given | length)
+    assert (error.value.code, error.value.param) == ("context_length_exceeded", "messages")
 
 
 def test_too_many_choices_and_both_lengths_are_refused(client):

@@ -2,7 +2,7 @@
 
 import asyncio
 from bisect import bisect_left
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -136,7 +136,7 @@ class _Choice:
         if request.echo:
             starts = []
             if request.top_logprobs is not None:
-                starts = await asyncio.to_thread(_find_starts, writer, prompt.ids)
+                starts = await asyncio.to_thread(_find_starts, writer, prompt)
             yield _Piece(self, prompt.text, prompt.ids, starts)
         chat = self.answer.format.chat
         # A message is a text of its own.
@@ -180,12 +180,16 @@ class _Choice:
         return self.answer.format.format_logprobs(scores, offsets)
 
 
-def _find_starts(writer: Writer, ids: Sequence[int]) -> list[int]:
-    """Return where each token begins in the text of all."""
+def _find_starts(writer: Writer, prompt: Prompt) -> list[int]:
+    """Return where each token begins in the prompt, which may write special tokens out."""
+    added = writer.tokenizer.added_tokens_decoder
+    special = {token: added[token].content for token in added if added[token].special}
     decoder, starts, length = TextDecoder(writer.tokenizer), [], 0
-    for token in ids:
+    for token in prompt.ids:
         starts.append(length)
         length += len(decoder.add(token))
+        if token in special and prompt.text.startswith(special[token], length):
+            length += len(special[token])
     return starts
 
 

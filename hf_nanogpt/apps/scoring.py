@@ -91,9 +91,9 @@ class Reading:
         model = self.scorer.model
         ids = torch.tensor([tokens], device=model.device)
         logits = model(input_ids=ids, use_cache=True, **{CACHE: self.cache}).logits[0]  # (T, V)
-        if logits.isnan().any():
-            raise UserError("The model's probabilities are NaN: its training has diverged.")
         after = logits.float().log_softmax(-1).clamp(min=_LOWEST)
+        if after.isnan().any():  # also of infinite logits
+            raise UserError("The model's probabilities are NaN: its training has diverged.")
         scores = []
         if self.next is None:  # nothing precedes the first token, so it has no probability
             scores, before = [Score(self.scorer.spell(tokens[0]), None, [])], after[:-1]

@@ -255,7 +255,7 @@ class _Server:
         """Return a prompt with settings that fit into the context after it."""
         limit = self.model.config.max_position_embeddings
         room = limit - len(ids)
-        longest = request.settings.get("max_new_tokens", room)
+        longest = request.settings.get("max_new_tokens", limit)
         if room < min(longest, 1):
             raise self.refuse_length(f"{len(ids)} tokens, and this model's context is {limit}.")
         defaults = self.model.generation_config

@@ -22,6 +22,7 @@ FORMATS: dict[str, Format] = {
     "nanochat": nanochat.FORMAT,
 }
 _TRAINING_ONLY = {"dropout", "initializer_range", "use_cache"}
+_INITS = {"initializer_range", "init_std"}
 _BIASES = {"attention_bias", "mlp_bias"}  # where we have none, the export fills in zeros
 
 
@@ -81,8 +82,8 @@ def make_native_config(config: NanoGPTConfig, name: str) -> tuple[str, PreTraine
 
 def _build(config: NanoGPTConfig, native: Format) -> PreTrainedConfig:
     fields = native.export_config(config)
-    if config.initializer_range is None:
-        del fields["initializer_range"]
+    if config.initializer_range is None:  # each class then has a default of its own
+        fields = {name: value for name, value in fields.items() if name not in _INITS}
     with settings_errors(of_rope=True):
         return CONFIG_MAPPING[native.model_type](**fields)
 

@@ -12,6 +12,7 @@ from ..data.documents import DataArguments, count_bytes, load_documents
 from ..data.sources import STDLIB
 from ..errors import UserError
 from ..evaluation import evaluate
+from ..hub.publishable import publish_place
 from ..untrusted import path_inside, read_json
 
 _MOST = 100_000  # characters that are measured: a second or two
@@ -80,7 +81,7 @@ def measure_forgetting(
     before = evaluate(start.to(model.device), old.documents, tokenizer=own, **old.settings)
     after = evaluate(model, old.documents, tokenizer=tokenizer, **old.settings)
     return {
-        "data": old.name,
+        "data": publish_place(old.name),
         "eval_bytes": after.num_bytes,
         "before": before.bits_per_byte,
         "after": after.bits_per_byte,
