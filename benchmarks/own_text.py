@@ -116,7 +116,9 @@ def time_process(arguments: list[str]) -> tuple[float, str]:
 
 def split(path: Path, run: Path) -> tuple[Documents, Documents]:
     """Return the text that a run trained on, and the text that it held out."""
-    fraction = yaml.safe_load((run / "chosen_recipe.yaml").read_text())["data"]["validation_fraction"]
+    fraction = yaml.safe_load((run / "chosen_recipe.yaml").read_text())["data"][
+        "validation_fraction"
+    ]
     return load_documents(DataArguments(data=str(path), validation_fraction=fraction))
 
 

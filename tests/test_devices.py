@@ -51,5 +51,4 @@ def test_float64_which_mps_lacks_is_used_for_sums_on_the_cpu_alone():
     assert found == {
         ("evaluation.py", "x.double"),  # after `.cpu()` on mps
         ("evaluation.py", "torch.float64"),
-        ("training/trainer.py", "torch.float64"),
     }

@@ -49,6 +49,7 @@ def settings(tmp_path_factory) -> dict:
     path.write_text((ROOT / "LICENSE").read_text(encoding="utf-8")[:1260])
     return {
         "data": str(path),
+        "validation_fraction": 0.03,
         "tokenizer": "char",
         "n_layer": 2,
         "n_embd": 32,

@@ -89,7 +89,7 @@ def test_a_text_without_blanks_is_cut_between_its_lines(tmp_path, monkeypatch, n
 
 def test_a_run_without_a_place_to_cut_stays_whole(tmp_path):
     for i, text in enumerate(
-        ["A" * 300_000, " " * 300_000 + "end", "\n" * 200_000, "a1 " * 90_000]
+        ["A" * 300_000, " " * 300_000 + "end", "\n" * 200_000 + "end", "a1 " * 90_000]
     ):
         (tmp_path / f"{i}.txt").write_text(text)
         assert [row["text"] for row in load_text(str(tmp_path / f"{i}.txt"))] == [text]

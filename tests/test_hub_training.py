@@ -201,7 +201,6 @@ def test_the_commands_in_the_card_repeat_its_figures_and_show_no_secret(
     [told] = re.findall(r"\| Bits per byte \| ([\d.]+) \|", card)
     assert float(told) == pytest.approx(result.bits_per_byte, abs=6e-5)  # it has 4 digits
     [command] = re.findall(r"hf-nanogpt (train .*)", card)
-    recipe, *flags = command.split()[1:]
-    _, _, args = parse_settings(recipe, flags)
+    _, _, args = parse_settings("quickstart", command.split()[1:])
     assert isinstance(args, NanoGPTTrainingArguments) and args.max_steps == SMALL["max_steps"]
     push_to_hub(run, "user/gpt")

@@ -41,7 +41,7 @@ from hf_nanogpt.checkpoint.steps import (
     sum_file,
     sum_state,
 )
-from hf_nanogpt.checkpoint.writing import clear_unfinished
+from hf_nanogpt.checkpoint.writing import RECIPE, clear_unfinished
 from hf_nanogpt.cli import main
 from hf_nanogpt.cli.train import _resume_command
 from hf_nanogpt.training.stopping import stop_on_signals
@@ -286,7 +286,7 @@ def test_an_interrupted_run_saves_prints_how_to_resume_and_resumes(
     folder = tmp_path / "run"
     code, printed = run(folder, moment=(*moment, signum))
     assert code == 128 + signum, printed
-    assert {path.name for path in folder.iterdir()} == {last}
+    assert {path.name for path in folder.iterdir()} == {last, RECIPE}
     assert f"To resume from {folder / last}:" in printed
     assert printed.rstrip().endswith("--resume") and f"--output_dir={folder}" in printed
     again, printed = run(folder, "--resume")
@@ -325,7 +325,7 @@ def test_a_second_signal_stops_at_once(run, tmp_path):
     twice = ("batch", 13, signal.SIGINT, signal.SIGINT)
     code, printed = run(tmp_path / "run", moment=twice)
     assert code == 130 and "checkpoint-5" in printed
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoint-5"]
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"checkpoint-5", RECIPE}
 
 
 def test_a_signal_before_training_ends_the_command_in_one_line(run, tmp_path):
@@ -435,7 +435,7 @@ def test_other_settings_are_refused_by_name(run, part, tmp_path, settings):
     for name in settings:
         assert names.get(name, f"{name}=") in printed
     assert "Traceback" not in printed
-    assert [path.name for path in folder.iterdir()] == ["checkpoint-7"]
+    assert {path.name for path in folder.iterdir()} == {"checkpoint-7", RECIPE}
 
 
 @pytest.mark.slow
@@ -497,7 +497,7 @@ def test_a_full_disk_is_reported_in_a_sentence_and_saved_checkpoints_stay(
     code, printed = run(folder, moment=("checkpoint", 2, str(size // 2)), save_total_limit=2)
     assert code == 2 and "checkpoint-10 could not be written" in printed, printed
     assert len(printed.splitlines()) == 1
-    assert [path.name for path in folder.iterdir()] == ["checkpoint-5"]
+    assert {path.name for path in folder.iterdir()} == {"checkpoint-5", RECIPE}
     if file == "optimizer.pt":  # what is left is the same for the others
         again, printed = run(folder, "--resume")
         assert again == 0, printed

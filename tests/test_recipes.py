@@ -34,9 +34,9 @@ def test_each_recipe_parses_and_says_what_it_costs(name, tmp_path):
 
 def test_an_impossible_architecture_is_refused_before_the_data_is_read(tmp_path):
     with pytest.raises(UserError, match=r"hidden_size .n_embd.=10 must be a multiple of"):
-        train(data="none.txt", output_dir=str(tmp_path / "run"), n_embd=10, n_head=3)
+        train("quickstart", data="none.txt", output_dir=str(tmp_path / "a"), n_embd=10, n_head=3)
     with pytest.raises(UserError, match=r"none\.txt"):
-        train(data="none.txt", output_dir=str(tmp_path / "run"), n_embd=12, n_head=3)
+        train("quickstart", data="none.txt", output_dir=str(tmp_path / "a"), n_embd=12, n_head=3)
 
 
 def test_the_tokenizer_completes_the_configuration_that_was_made_before_the_data(tmp_path):

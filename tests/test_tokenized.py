@@ -104,7 +104,7 @@ def test_training_from_a_folder_gives_the_same_losses(table, tmp_path):
         "folder": {"data": str(tmp_path / "tokens")},
     }
     for name, source in sources.items():
-        train(output_dir=str(tmp_path / name), max_steps=4, **source, **TINY)
+        train("quickstart", output_dir=str(tmp_path / name), max_steps=4, **source, **TINY)
     text, folder = (_history(tmp_path / name, 4) for name in sources)
     assert text == folder and len(text) == 4
 

@@ -146,6 +146,8 @@ def _describe_unknown(tokenizer: PreTrainedTokenizerBase, texts: tuple[str, ...]
         return ""
     for text in texts:
         for place, character in enumerate(text):
+            if "\ud800" <= character <= "\udfff":  # half a character: no tokenizer takes it
+                return ""
             if character not in known:
                 where = f"after {text[max(0, place - 20) : place]!r}" if place else "at the start"
                 return f"it has no token for {character!r} (U+{ord(character):04X}) {where}"
