@@ -36,6 +36,7 @@ from xz import measure as measure_xz
 
 from hf_nanogpt import DataArguments, PackedCollator, load_documents, pack_documents
 from hf_nanogpt.analysis.ngram import ngram_bits_per_byte
+from hf_nanogpt.checkpoint.writing import RECIPE
 from hf_nanogpt.data.sources import STDLIB, find_files
 
 TEXTS = ("shakespeare", "python", "chinese")
@@ -95,7 +96,7 @@ def run_plain(path: Path, run: Path, seed: int, flags: Sequence[str]) -> dict[st
     seconds, _ = time_process([*command, f"--seed={seed}", "--overwrite", *flags])
     metrics = json.loads((run / "metrics.json").read_text())
     kept = ("bits_per_byte", "num_parameters", "train_steps", "train_seconds")
-    settings = yaml.safe_load((run / "chosen_recipe.yaml").read_text())
+    settings = yaml.safe_load((run / RECIPE).read_text())
     return {name: metrics[name] for name in kept} | {"seconds": seconds, "settings": settings}
 
 
@@ -115,7 +116,7 @@ def time_process(arguments: list[str]) -> tuple[float, str]:
 
 def split(path: Path, run: Path) -> tuple[str, str]:
     """Return the text that a run trained on, and the text that it held out."""
-    fraction = yaml.safe_load((run / "chosen_recipe.yaml").read_text())["data"]["validation_fraction"]
+    fraction = yaml.safe_load((run / RECIPE).read_text())["data"]["validation_fraction"]
     sides = load_documents(DataArguments(data=str(path), validation_fraction=fraction))
     train, held_out = ("".join(row["text"] for row in side) for side in sides)
     return train, held_out
@@ -127,7 +128,7 @@ def train_stock(path: Path, run: Path, seed: int) -> dict[str, float]:
         json.loads((run / "config.json").read_text()),
         AutoTokenizer.from_pretrained(run),
     )
-    fraction = yaml.safe_load((run / "chosen_recipe.yaml").read_text())["data"]["validation_fraction"]
+    fraction = yaml.safe_load((run / RECIPE).read_text())["data"]["validation_fraction"]
     sides = load_documents(DataArguments(data=str(path), validation_fraction=fraction))
     length, eos = config["max_position_embeddings"], tokenizer.eos_token_id
     blocks, held_out = (pack_documents(side, tokenizer, context_length=length) for side in sides)

@@ -162,7 +162,11 @@ def choose_recipe(text: Text, flags: Sequence[str] = ()) -> Choice:
     data: dict[str, Any] = {"tokenizer": tokenizer, "vocab_size": row.vocab_size}
     if held_out:
         data["validation_fraction"] = held_out
-    model = {"n_layer": _LAYERS, **_fit_width(row, typed), "block_size": row.context}
+    model: dict[str, Any] = {
+        "n_layer": _LAYERS,
+        **_fit_width(row, typed),
+        "block_size": row.context,
+    }
     training = {
         "max_steps": row.steps,
         "per_device_train_batch_size": row.batch,

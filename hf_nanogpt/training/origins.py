@@ -41,10 +41,10 @@ def explain_settings(
     Raises:
         UserError: as `settle_recipe`, or there is no such architecture.
     """
-    recipe = settle_recipe(recipe, flags, start_from=start_from)
-    data, architecture, args = parse_settings(recipe, flags)
+    chosen = settle_recipe(recipe, flags, start_from=start_from)
+    data, architecture, args = parse_settings(chosen, flags)
     typed = make_parser().read(flags)
-    in_recipe = make_parser().read(choose_defaults(recipe, flags))
+    in_recipe = make_parser().read(choose_defaults(chosen, flags))
     if "bias" in architecture:  # nanoGPT's name for two fields
         for given in (typed, in_recipe):
             given |= dict.fromkeys(("attention_bias", "mlp_bias") if "bias" in given else ())
@@ -64,7 +64,7 @@ def explain_settings(
         if name in typed:
             return "flag"
         if name in in_recipe:
-            return CHOSEN if isinstance(recipe, Choice) else f"recipe {Path(recipe).stem}"
+            return CHOSEN if isinstance(chosen, Choice) else f"recipe {Path(chosen).stem}"
         return f"preset {preset}" if name in in_preset else "default"
 
     return [
