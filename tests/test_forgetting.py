@@ -21,7 +21,7 @@ def place(tmp_path_factory) -> Path:
     shape = {"tokenizer": "char", "n_layer": 1, "n_embd": 16, "n_head": 2, "block_size": 32}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
-        train(data="old.txt", output_dir="base", max_steps=4, **shape, **FAST)
+        train("quickstart", data="old.txt", output_dir="base", max_steps=4, **shape, **FAST)
     return place
 
 
