@@ -129,7 +129,7 @@ def _check_file(path: Path, name: str) -> None:
 def _read_head(path: Path, name: object) -> bytes:
     """Return the first bytes that are not only blanks and empty lines; none if all are."""
     with explain_read_errors(name), open_bytes(path) as file:
-        while (head := file.read(_HEAD)) and not head.strip():
+        while (head := file.read(_HEAD)) and _is_blank(head):
             pass
     return head
 
