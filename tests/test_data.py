@@ -1,5 +1,6 @@
 """Sources of text: what is read, which documents are held out, and what is refused."""
 
+import codecs
 import json
 import math
 import os
@@ -19,6 +20,7 @@ from hf_nanogpt import (
     train_tokenizer,
 )
 from hf_nanogpt.data import documents as documents_module
+from hf_nanogpt.data.sources import find_files
 from hf_nanogpt.data.tokenization import load_tokenizer
 
 # The process that asks a Hub is started once.
@@ -357,3 +359,9 @@ def test_an_unknown_tokenizer_is_refused(name):
         load_tokenizer(name)
     with pytest.raises(ValueError, match="Did you mean bpe"):
         load_tokenizer("bpee")
+
+
+def test_a_text_may_begin_with_a_byte_order_mark_and_many_blank_lines(tmp_path):
+    file = tmp_path / "late.txt"
+    file.write_bytes(codecs.BOM_UTF8 + b"\n" * 300_000 + b"the text")
+    assert find_files(str(file)) == [file]
