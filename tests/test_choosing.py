@@ -240,3 +240,10 @@ def test_the_corpus_is_an_origin_of_settings(tmp_path):
     assert {"use_cpu", "dropout"} <= shown.keys() and make_parser().read(
         flags
     ).keys() <= shown.keys()
+
+
+def test_tables_with_other_columns_are_refused_in_a_sentence(tmp_path):
+    (tmp_path / "1.csv").write_text("a,text\n1,hello there\n")
+    (tmp_path / "2.csv").write_text("b,body\n1,other\n")
+    with pytest.raises(UserError, match=r"text_column='text' is not in .*2.csv"):
+        settle_recipe(None, [f"--data={tmp_path}"])

@@ -5,6 +5,7 @@ import re
 from dataclasses import fields, replace
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 from conftest import CORPUS
 from transformers import TrainingArguments
@@ -308,3 +309,9 @@ def test_the_card_describes_what_is_in_the_folder(checkpoint, text, tmp_path):
     assert re.fullmatch(r"of step [12], the best by loss", facts["Weights"])
     card = (result.output_dir / "README.md").read_text(encoding="utf-8")
     assert facts["Weights"] in card and "--optim=sgd" in card
+
+
+def test_a_push_is_refused_offline_before_anything_is_trained(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=r"push_to_hub=True needs the Hub, and HF_HUB_OFFLINE"):
+        NanoGPTTrainingArguments(output_dir=str(tmp_path), push_to_hub=True)

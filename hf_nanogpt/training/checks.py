@@ -10,6 +10,7 @@ from dataclasses import fields
 from typing import Any
 
 import torch
+from huggingface_hub import is_offline_mode
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainingArguments
 from transformers.integrations.integration_utils import (
@@ -148,6 +149,8 @@ def check_needs(args: Any) -> None:
     for name, needed in _NEEDS.items():
         if (value := getattr(args, name)) != defaults[name] and not getattr(args, needed):
             raise UserError(f"{name}={value} has no effect without --{needed}: add it.")
+    if args.push_to_hub and is_offline_mode():
+        raise UserError("push_to_hub=True needs the Hub, and HF_HUB_OFFLINE is set: unset one.")
     if args.momentum_warmup_steps and (args.optim or args.optim_recipe != "muon"):
         raise UserError(
             f"momentum_warmup_steps={args.momentum_warmup_steps} has an effect only with "

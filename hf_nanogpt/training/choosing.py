@@ -18,7 +18,7 @@ from ..checkpoint.steps import list_steps
 from ..checkpoint.writing import RECIPE, explain_write_errors
 from ..configuration_nanogpt import NanoGPTConfig
 from ..data.documents import DataArguments, open_table
-from ..data.reading import find_format, read_pieces
+from ..data.reading import explain_cache_errors, find_format, read_pieces
 from ..data.sources import STDLIB, find_files, name_file
 from ..data.stored import holds_tokens
 from ..errors import without_secrets
@@ -121,7 +121,8 @@ def look_at(data: DataArguments) -> Text | None:
         named = ((file, name_file(data.data, file)) for file in files)
         texts = (piece for file, name in named for piece in read_pieces(file, name, 100_000))
     else:
-        table = open_table(data.data, files, data)
+        with explain_cache_errors():
+            table = open_table(data.data, files, data)
         if "text" not in (table.column_names or []):  # conversations
             return None
         texts = (row["text"] for row in table)
