@@ -38,6 +38,7 @@ def settings(tmp_path_factory) -> dict:
         "n_embd": 32,
         "n_head": 2,
         "block_size": 32,
+        "validation_fraction": 0.03,
         "dropout": 0.0,
         "max_steps": 9,
         "per_device_train_batch_size": 8,

@@ -91,11 +91,11 @@ def test_every_pushed_revision_loads_and_only_branches_have_the_training_state(
 def test_resuming_elsewhere_from_the_hub_equals_an_uninterrupted_run(hub, text_file, tmp_path):
     whole, again = tmp_path / "whole", tmp_path / "again"
     options = PUSH | {"hub_strategy": "checkpoint", "hub_always_push": True}
-    train(data=text_file, output_dir=str(whole), **SMALL, **options)
+    train("quickstart", data=text_file, output_dir=str(whole), **SMALL, **options)
     branch = hub.repos["user/gpt"].branches["last-checkpoint"]
     folder = pull_checkpoint(f"user/gpt@{branch[-2]}", again, verify=True)
     assert folder == again / "checkpoint-4"  # as if the machine had been lost after step 5
-    train(data=text_file, output_dir=str(again), resume=True, **SMALL)
+    train("quickstart", data=text_file, output_dir=str(again), resume=True, **SMALL)
     assert same(weights(again), weights(whole))
     histories = [
         json.loads((run / "checkpoint-6/trainer_state.json").read_text())["log_history"]
