@@ -493,6 +493,8 @@ def _read(data: str, folder: str, batch_size: int, count: int) -> tuple[int, lis
         loader = trainer.get_train_dataloader()
         for epoch in range(1 if streaming else 2):
             loader.set_epoch(epoch)
+            if not streaming:
+                blocks.set_epoch(epoch)  # as training does
             seen += [batch["input_ids"].tolist() for _, batch in zip(range(count), loader)]  # noqa: B905
     return args.process_index, seen
 
