@@ -5,9 +5,9 @@ from typing import Any, TypeGuard
 import torch
 from torch import nn
 
-# How many logits the loss and the evaluation have in memory at once: 256 MB in float32.
+# How many logits the loss and the evaluation hold in memory at once: 256 MB in float32.
 LOGITS_AT_ONCE = 2**26
-# A GPU has more memory, and larger products are faster there.
+# The loss holds so many times as many on a GPU, where larger products are faster.
 GPU_FACTOR = 4
 
 

@@ -14,7 +14,7 @@ from hf_nanogpt import train, train_tokenizer
 from hf_nanogpt.checkpoint.writing import check_output_dir
 from hf_nanogpt.data.documents import DataArguments
 from hf_nanogpt.errors import UserError
-from hf_nanogpt.training.arguments import make_parser, parse_settings
+from hf_nanogpt.training.arguments import parse_settings, read_flags
 from hf_nanogpt.training.choosing import (
     Text,
     choose_recipe,
@@ -237,9 +237,7 @@ def test_the_corpus_is_an_origin_of_settings(tmp_path):
     assert shown["output_dir"] == ("runs/my", "chosen from the corpus")
     assert shown["num_hidden_layers"] == (2, "flag")
     assert shown["streaming"] == (False, "default")
-    assert {"use_cpu", "dropout"} <= shown.keys() and make_parser().read(
-        flags
-    ).keys() <= shown.keys()
+    assert {"use_cpu", "dropout"} <= shown.keys() and read_flags(flags).keys() <= shown.keys()
 
 
 def test_tables_with_other_columns_are_refused_in_a_sentence(tmp_path):

@@ -241,6 +241,12 @@ def test_metrics_that_say_nothing_of_the_data_are_passed_over(command, tmp_path)
     assert measure._read_held_out(tmp_path) == (None, None)
 
 
+def test_what_was_held_out_is_found_behind_a_flag_without_a_value(tmp_path):
+    command = ["--no_document_mask", "--data", "my.txt", "--held_out", "0.1"]
+    (tmp_path / "metrics.json").write_text(json.dumps({"eval_command": command}))
+    assert measure._read_held_out(tmp_path) == ("my.txt", 0.1)
+
+
 def test_export_and_convert_there_and_back(checkpoint, capsys, tmp_path):
     assert main(["export", str(checkpoint), str(tmp_path / "native")]) == 0
     assert "as qwen3" in capsys.readouterr().out

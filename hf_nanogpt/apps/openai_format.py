@@ -63,7 +63,7 @@ class ResponseFormat:
         )
 
     def format_logprobs(self, scores: list[Score], offsets: list[int]) -> dict[str, Any]:
-        """Return the probabilities of tokens, each of which begins at an offset of the text."""
+        """Return the probabilities of tokens; `offsets` says where each begins in the text."""
         if self.chat:
             content = [
                 _format_token(score.spelt, score.logprob)

@@ -104,14 +104,14 @@ def _read_held_out(folder: Path) -> tuple[str | None, float | None]:
 
     Both are `None` if its `metrics.json` does not say so; somebody else may have written that.
     """
+    from ..hub.publishable import read_command
     from ..untrusted import read_json
 
     if not (path := folder / "metrics.json").is_file():
         return None, None
     try:
-        command: Any = read_json(path).get("eval_command")
-        flags = dict(zip(command[::2], command[1::2], strict=False))
-        return str(flags["--data"]), float(flags["--held_out"])
+        flags = read_command(read_json(path)["eval_command"])
+        return flags["data"], float(flags["held_out"])
     except (UserError, TypeError, KeyError, ValueError):
         return None, None
 

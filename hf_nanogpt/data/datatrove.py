@@ -33,7 +33,7 @@ def load_datatrove_files(
     held out, about `validation_fraction` of the tokens.
 
     Raises:
-        UserError: a file is missing or damaged, there is no tokenizer, or it is another one.
+        UserError: a file is missing or damaged, or the tokenizer is missing or not the right one.
     """
     paths = find_datatrove_files(place)
     ends = [_read_ends(path) for path in paths]

@@ -254,13 +254,24 @@ def _generate_tails(texts: tuple, size: int, fraction: float, held_out: bool) ->
 # Tables
 
 
+def take_characters(documents: Documents, most: int) -> Iterator[dict]:
+    """Yield the first documents, which together have at most so many characters."""
+    for row in documents:
+        row = {**row, "text": row["text"][:most]}
+        most -= len(row["text"])
+        yield row
+        if not most:
+            break
+
+
 def open_table(data: str, files: list[Path], args: DataArguments) -> Documents:
     """Return the rows of files, or of a dataset of the Hub, with `text` or `messages`."""
     column, streaming = args.text_column, args.streaming
-    if files:
-        return read_tables(data, files, text_column=column, streaming=streaming)
-    place: dict[str, Any] = {"split": args.dataset_split, "streaming": streaming}
-    return load_table(data, args.dataset_config, text_column=column, **place)
+    with explain_cache_errors():
+        if files:
+            return read_tables(data, files, text_column=column, streaming=streaming)
+        place: dict[str, Any] = {"split": args.dataset_split, "streaming": streaming}
+        return load_table(data, args.dataset_config, text_column=column, **place)
 
 
 def _split_table(table: Documents, args: DataArguments) -> tuple[Documents, Documents]:

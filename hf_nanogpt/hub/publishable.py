@@ -58,6 +58,12 @@ def publish_command(command: Sequence[str]) -> list[str]:
     return kept
 
 
+def read_command(command: Sequence[Any]) -> dict[str, str]:
+    """Return the flags of a command from `metrics.json`, each with the word behind it."""
+    words = [str(word) for word in command]
+    return dict(zip([word.removeprefix("--") for word in words], [*words[1:], ""], strict=True))
+
+
 def publish_facts(metrics: dict[str, Any]) -> dict[str, Any]:
     """Return the content of a `metrics.json`, cleaned of what earlier versions wrote into it."""
     clean = dict(metrics)

@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, field, make_dataclass
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
@@ -221,12 +222,6 @@ class _Parser(HfArgumentParser):
             raise UserError(f"{unknown[0]} is not a setting.{hint}")
         return tuple(parts)
 
-    def read(self, flags: Sequence[str]) -> dict[str, Any]:
-        """Return the values of those settings that the flags name, and no defaults."""
-        for action in self._actions:
-            action.default = argparse.SUPPRESS
-        return vars(self.parse_known_args(list(flags))[0])
-
 
 def make_parser() -> _Parser:
     """Return the parser of all settings of `train`."""
@@ -235,6 +230,19 @@ def make_parser() -> _Parser:
     for action in parser._actions:
         if action.dest in _SEVERAL and action.nargs is None:
             action.nargs = "+"
+    return parser
+
+
+def read_flags(flags: Sequence[str]) -> dict[str, Any]:
+    """Return the values of those settings of `train` that the flags name, and no defaults."""
+    return vars(_make_reader().parse_known_args(list(flags))[0])
+
+
+@cache
+def _make_reader() -> _Parser:
+    parser = make_parser()
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
     return parser
 
 
@@ -295,17 +303,16 @@ def choose_defaults(recipe: str | Path | Choice, chosen: Sequence[str]) -> list[
     """Return the settings of a recipe as flags, without those that the `chosen` flags replace."""
     defaults, lora_defaults = read_recipe(recipe)
     check_text(*as_flags(defaults | lora_defaults))
-    parser = make_parser()
-    if parser.read([*as_flags(defaults), *chosen]).get("lora"):
+    if read_flags([*as_flags(defaults), *chosen]).get("lora"):
         defaults |= lora_defaults
-    typed, known = parser.read(chosen), parser.read(as_flags(defaults))
+    typed, known = read_flags(chosen), read_flags(as_flags(defaults))
     if typed.get("optim_recipe") == known.get("optim_recipe", "muon"):
         typed.pop("optim_recipe", None)  # the recipe's rates are for it
     replaced = set().union(*(_REPLACED.get(name, ()) for name in typed))
     kept = []
     for name, value in defaults.items():
         flags = as_flags({name: value})
-        if not parser.read(flags).keys() & replaced:  # it knows the other names of a setting
+        if not read_flags(flags).keys() & replaced:  # it knows the other names of a setting
             kept += flags
     return kept
 

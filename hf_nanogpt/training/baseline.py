@@ -6,6 +6,7 @@ from datasets import Dataset
 
 from ..analysis.ngram import ngram_bits_per_byte
 from ..data.corpus import Corpus
+from ..data.documents import take_characters
 
 # Characters, from the start of each side. Counting takes about a second per million.
 _COUNTED, _MEASURED = 2_000_000, 400_000
@@ -20,19 +21,8 @@ def measure_ngram(corpus: Corpus) -> dict[str, Any] | None:
     for documents, most in ((corpus.train, _COUNTED), (corpus.validation, _MEASURED)):
         if not isinstance(documents, Dataset) or "text" not in documents.column_names:
             return None
-        sides.append(_read(documents, most))
+        sides.append("".join(row["text"] for row in take_characters(documents, most)))
     bits, order = ngram_bits_per_byte(*sides)
     counted, measured = map(len, sides)
     figures = {"bits_per_byte": bits, "order": order}
     return figures | {"counted_characters": counted, "measured_characters": measured}
-
-
-def _read(documents: Dataset, most: int) -> str:
-    """Return the first characters of all documents together."""
-    parts: list[str] = []
-    for row in documents:
-        parts.append(row["text"][:most])
-        most -= len(parts[-1])
-        if not most:
-            break
-    return "".join(parts)

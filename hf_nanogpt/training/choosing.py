@@ -18,11 +18,11 @@ from ..checkpoint.steps import list_steps
 from ..checkpoint.writing import RECIPE, explain_write_errors
 from ..configuration_nanogpt import NanoGPTConfig
 from ..data.documents import DataArguments, open_table
-from ..data.reading import explain_cache_errors, find_format, read_pieces
+from ..data.reading import find_format, read_pieces
 from ..data.sources import STDLIB, find_files, name_file
 from ..data.stored import holds_tokens
 from ..errors import without_secrets
-from .arguments import choose_defaults, make_parser, parse_settings
+from .arguments import choose_defaults, parse_settings, read_flags
 from .recipes import Choice, read_sections
 
 QUICKSTART = "quickstart"
@@ -94,7 +94,7 @@ def settle_recipe(
     data, _, _ = parse_settings(Choice(sections), flags)
     if data.data == STDLIB:
         return QUICKSTART
-    folder = Path(make_parser().read(flags).get("output_dir") or _name_folder(data.data))
+    folder = Path(read_flags(flags).get("output_dir") or _name_folder(data.data))
     if resume and (folder / RECIPE).is_file():
         return _add_folder(read_sections(folder / RECIPE), folder)
     if resume and list_steps(folder):  # of version 0.1.0, which chose nothing
@@ -121,8 +121,7 @@ def look_at(data: DataArguments) -> Text | None:
         named = ((file, name_file(data.data, file)) for file in files)
         texts = (piece for file, name in named for piece in read_pieces(file, name, 100_000))
     else:
-        with explain_cache_errors():
-            table = open_table(data.data, files, data)
+        table = open_table(data.data, files, data)
         if "text" not in (table.column_names or []):  # conversations
             return None
         texts = (row["text"] for row in table)
@@ -150,7 +149,7 @@ def choose_recipe(text: Text, flags: Sequence[str] = ()) -> Choice:
 
     Those set the others too: how often the steps go over the text, for example.
     """
-    typed = make_parser().read(flags)
+    typed = read_flags(flags)
     held_out = 0.0 if typed.get("validation_data") else _choose_fraction(text.num_bytes)
     held_out = typed.get("validation_fraction", held_out)
     num_bytes = text.num_bytes * (1 - held_out)
@@ -176,7 +175,7 @@ def choose_recipe(text: Text, flags: Sequence[str] = ()) -> Choice:
     sections = {"data": data, "model": model, "training": training}
 
     # Dropout, by what the run comes to with the settings that are typed.
-    values = make_parser().read([*choose_defaults(Choice(sections), flags), *flags])
+    values = read_flags([*choose_defaults(Choice(sections), flags), *flags])
     passes = _count_passes(values, num_bytes, text)
     model["dropout"] = _choose_dropout(passes)
     return Choice(sections, _explain(sections, flags, text, num_bytes, passes))
@@ -227,8 +226,8 @@ def _explain(
     passes: float,
 ) -> tuple[str, ...]:
     """Return a line for each group of settings: those that were chosen, and why."""
-    typed = make_parser().read(flags)
-    kept = make_parser().read(choose_defaults(Choice(sections), flags)).keys() - typed.keys()
+    typed = read_flags(flags)
+    kept = read_flags(choose_defaults(Choice(sections), flags)).keys() - typed.keys()
     values = {name: value for part in sections.values() for name, value in part.items()}
     if values["tokenizer"] != "bpe":
         del values["vocab_size"]

@@ -19,8 +19,11 @@ class EvaluatingTrainer(HubTrainer):
     """
 
     byte_counts: torch.Tensor | None = None  # of each token; None evaluates as `Trainer` does
-    estimate: Estimate | None = None
     _sums: list[torch.Tensor] | None = None  # of an evaluation
+
+    def __init__(self, *args, estimate: Estimate | None = None, **kwargs):
+        self.estimate = estimate
+        super().__init__(*args, **kwargs)
 
     def evaluate(self, eval_dataset=None, *args, **kwargs) -> dict[str, float]:
         """Evaluate on all of the held-out text, or while training on the part of the estimate."""

@@ -8,11 +8,11 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checkpoint.loading import load_checkpoint
-from ..data.documents import DataArguments, count_bytes, load_documents
+from ..data.documents import DataArguments, count_bytes, load_documents, take_characters
 from ..data.sources import STDLIB
 from ..errors import UserError
 from ..evaluation import evaluate
-from ..hub.publishable import publish_place
+from ..hub.publishable import publish_place, read_command
 from ..untrusted import path_inside, read_json
 
 _MOST = 100_000  # characters that are measured: a second or two
@@ -37,7 +37,7 @@ def find_old_text(start_from: str | Path) -> OldText | None:
     try:
         path = path_inside(folder, "metrics.json")
         metrics = read_json(path) if path.is_file() else {}
-        flags = _parse(metrics["eval_command"])
+        flags = read_command(metrics["eval_command"])
         name, fraction = flags["data"], float(flags["held_out"])
         here = Path(name)
         if name != STDLIB and not (here.is_file() or here.is_dir()):
@@ -52,24 +52,7 @@ def find_old_text(start_from: str | Path) -> OldText | None:
         return None
     mask = "no_document_mask" not in flags
     settings = {"context_length": length, "document_mask": mask}
-    return OldText(name, _take_first(held_out), settings)
-
-
-def _parse(command: Any) -> dict[str, str]:
-    """Return the flags of `eval_command`, each with the word behind it."""
-    words = [str(word) for word in command]
-    names = [word.removeprefix("--") for word in words]
-    return dict(zip(names, [*words[1:], ""], strict=True))
-
-
-def _take_first(documents: Dataset) -> Dataset:
-    rows, left = [], _MOST
-    for row in documents:
-        rows.append({**row, "text": row["text"][:left]})
-        left -= len(rows[-1]["text"])
-        if not left:
-            break
-    return Dataset.from_list(rows)
+    return OldText(name, Dataset.from_list(list(take_characters(held_out, _MOST))), settings)
 
 
 def measure_forgetting(

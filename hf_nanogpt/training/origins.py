@@ -12,8 +12,8 @@ from .arguments import (
     ModelArguments,
     NanoGPTTrainingArguments,
     choose_defaults,
-    make_parser,
     parse_settings,
+    read_flags,
 )
 from .choosing import settle_recipe
 from .preparing import make_config
@@ -43,8 +43,8 @@ def explain_settings(
     """
     chosen = settle_recipe(recipe, flags, start_from=start_from)
     data, architecture, args = parse_settings(chosen, flags)
-    typed = make_parser().read(flags)
-    in_recipe = make_parser().read(choose_defaults(chosen, flags))
+    typed = read_flags(flags)
+    in_recipe = read_flags(choose_defaults(chosen, flags))
     if "bias" in architecture:  # nanoGPT's name for two fields
         for given in (typed, in_recipe):
             given |= dict.fromkeys(("attention_bias", "mlp_bias") if "bias" in given else ())

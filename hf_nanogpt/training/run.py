@@ -235,8 +235,9 @@ def _prepare(
     first = next(iter(validation))["input_ids"]
     prompt = choose_prompt(args, data_args, tokenizer, first, context_length=length)
     parts = {"train_dataset": blocks, "eval_dataset": validation, "processing_class": tokenizer}
-    trainer = _make_trainer(model, args, prompt, length, settings=settings, **parts)
-    trainer.estimate = estimate
+    trainer = _make_trainer(
+        model, args, prompt, length, settings=settings, estimate=estimate, **parts
+    )
     return trainer, corpus, prompt
 
 
