@@ -40,6 +40,7 @@ _WARPERS: dict[str, tuple[type, float | None]] = {
     "epsilon_cutoff": (EpsilonLogitsWarper, 0.0),
     "eta_cutoff": (EtaLogitsWarper, 0.0),
 }
+_TEMPERATURE = 0.8  # of the command line and the playground, for checkpoints without one
 # The numeric settings of `stream_text`: type, range, and the range in words. Outside the limits of
 # temperature and penalty, logits become infinite or all the same.
 SETTINGS: dict[str, tuple[type, Callable[[Any], bool], str]] = {
@@ -169,6 +170,17 @@ def stream_text(
     context = ids[0].tolist() if isinstance(prompt, str) else []
     tokens = _generate_in_thread(model, settings, TokenStreamer())
     return _decode(tokens, TextDecoder(tokenizer, context))
+
+
+def find_temperature(model: PreTrainedModel) -> float:
+    """Return the temperature that a checkpoint asks for; 0.8, a cautious one, if it asks for none.
+
+    Where it only says that it samples, transformers would take 1.
+    """
+    defaults = model.generation_config
+    if defaults.temperature is not None:
+        return defaults.temperature
+    return 1.0 if defaults.do_sample else _TEMPERATURE
 
 
 def find_ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | list[int] | None:

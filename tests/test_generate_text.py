@@ -23,8 +23,9 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from hf_nanogpt import generate_text, stream_text, train_tokenizer
+from hf_nanogpt import generate_text, load_checkpoint, stream_text, train_tokenizer
 from hf_nanogpt.cli import main
+from hf_nanogpt.generation import find_temperature
 from hf_nanogpt.streaming import TextDecoder
 
 TOKENIZER = train_tokenizer([], kind="byte")
@@ -335,6 +336,32 @@ def test_loop_by_hand_ends_where_generate_does(eos, tokens):
         expected = model.generate(ids, **given)
         by_hand = load_example("generate_by_hand").generate_by_hand
         assert torch.equal(by_hand(model, ids, torch.ones_like(ids), new_tokens=40), expected)
+
+
+@pytest.mark.parametrize(
+    ("own", "expected"),
+    [
+        ({}, 0.8),
+        ({"temperature": 0.35, "do_sample": True}, 0.35),
+        ({"do_sample": True}, 1.0),  # as transformers' own generate() does
+    ],
+)
+def test_generate_takes_the_temperature_of_the_checkpoint_and_a_flag_wins(
+    own, expected, tmp_path, capsys
+):
+    model = tiny_model(vocab_size=len(TOKENIZER))
+    model.generation_config.update(**own)
+    model.save_pretrained(tmp_path)
+    TOKENIZER.save_pretrained(tmp_path)
+    assert find_temperature(load_checkpoint(tmp_path)[0]) == expected
+
+    def write(*flags):
+        command = ["generate", str(tmp_path), "the", "--seed=1", "--max_new_tokens=20", *flags]
+        assert main(command) == 0
+        return capsys.readouterr().out
+
+    assert write() == write(f"--temperature={expected}") != write("--temperature=3")
+    assert write("--greedy") == write("--temperature=0") != write()
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,13 @@ from conftest import ROOT, tiny_model
 
 from hf_nanogpt import stream_text, train_tokenizer
 from hf_nanogpt.analysis.likeliest import Candidate, Step, choose_candidate, stream_steps
-from hf_nanogpt.apps.playground import Speaker, render_candidates, render_legend, render_text
+from hf_nanogpt.apps.playground import (
+    Speaker,
+    _build_settings,
+    render_candidates,
+    render_legend,
+    render_text,
+)
 from hf_nanogpt.cli import main
 from hf_nanogpt.errors import UserError, printable
 
@@ -182,6 +188,18 @@ def test_command_without_gradio_says_how_to_install_it(checkpoint, monkeypatch, 
 
 
 needs_gradio = pytest.mark.skipif(find_spec("gradio") is None, reason="needs the extra `demo`")
+
+
+@needs_gradio
+@pytest.mark.parametrize(("own", "expected"), [({}, 0.8), ({"temperature": 2.5}, 2.5)])
+def test_the_page_starts_with_the_temperature_of_the_checkpoint(own, expected):
+    import gradio
+
+    model = talker()
+    model.generation_config.update(**own)
+    with gradio.Blocks():
+        slider = _build_settings([Speaker("one", model, TOKENIZER)])["temperature"]
+    assert slider.value == expected <= slider.maximum
 
 
 @needs_gradio

@@ -20,6 +20,7 @@ from ..analysis.explain import show_token
 from ..analysis.likeliest import Step, choose_candidate, stream_steps
 from ..checkpoint.loading import load_checkpoint
 from ..errors import UserError
+from ..generation import find_temperature
 from .addresses import list_hosts, open_socket
 from .chat import find_turn_ends
 
@@ -222,9 +223,13 @@ def _build_settings(speakers: Sequence[Speaker]) -> dict[str, Any]:
     defaults = speakers[0].model.generation_config
     longest = max(s.model.config.max_position_embeddings for s in speakers)
     top_k, top_p = defaults.top_k or 0, defaults.top_p or 1.0
+    temperature = find_temperature(speakers[0].model)
+    hottest = max(2, temperature)
     with Row():
         return {
-            "temperature": Slider(0, 2, 0.8, step=0.05, label="Temperature", info="0: greedy"),
+            "temperature": Slider(
+                0, hottest, temperature, step=0.05, label="Temperature", info="0: greedy"
+            ),
             "top_k": Slider(0, max(100, top_k), top_k, step=1, label="Top k", info="0: all tokens"),
             "top_p": Slider(0.01, 1, top_p, step=0.01, label="Top p", info="1: all tokens"),
             "max_new_tokens": Slider(

@@ -25,8 +25,12 @@ def run_chat(argv: list[str]) -> None:
     load_libraries()
     from ..apps.chat import Chat
     from ..checkpoint.loading import load_checkpoint
+    from ..generation import find_temperature
 
-    chat = Chat(*load_checkpoint(settings.pop("checkpoint")), **settings)
+    model, tokenizer = load_checkpoint(settings.pop("checkpoint"))
+    if settings["temperature"] is None:
+        settings["temperature"] = find_temperature(model)
+    chat = Chat(model, tokenizer, **settings)
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # `Chat` refuses what is not text
     is_person = sys.stdin.isatty()

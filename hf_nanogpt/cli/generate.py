@@ -34,9 +34,10 @@ def run_generate(argv: list[str]) -> None:
 
     load_libraries()
     from ..checkpoint.loading import load_checkpoint
-    from ..generation import stream_text
+    from ..generation import find_temperature, stream_text
 
     model, tokenizer = load_checkpoint(args.checkpoint)
+    temperature = find_temperature(model) if args.temperature is None else args.temperature
     if args.quantize:
         from ..quantization import quantize_model
 
@@ -47,7 +48,7 @@ def run_generate(argv: list[str]) -> None:
             tokenizer,
             prompt,
             max_new_tokens=args.max_new_tokens,
-            temperature=0.0 if args.greedy else args.temperature,
+            temperature=0.0 if args.greedy else temperature,
             top_k=args.top_k,
             top_p=args.top_p,
             min_p=args.min_p,

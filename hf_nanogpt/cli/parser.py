@@ -16,7 +16,12 @@ from ..errors import UserError, did_you_mean
 Flags = list[tuple[Any, ...]]
 
 SAMPLING: Flags = [
-    ("--temperature", float, 0.8, "0 is greedy"),
+    (
+        "--temperature",
+        float,
+        None,
+        "0 is greedy (default: the checkpoint's, or 0.8 if it has none)",
+    ),
     ("--top_k", int, None, "sample from the TOP_K most likely tokens only"),
     ("--top_p", float, None, "sample from the most likely tokens that reach this probability"),
     ("--min_p", float, None, "least probability, as a share of the most likely token's"),
