@@ -8,7 +8,13 @@ from conftest import CORPUS
 from datasets import Dataset
 
 from hf_nanogpt import evaluate, load_checkpoint, train
-from hf_nanogpt.training.forgetting import OldText, find_old_text, measure_forgetting
+from hf_nanogpt.training import forgetting
+from hf_nanogpt.training.forgetting import (
+    OldText,
+    find_old_text,
+    measure_forgetting,
+    tell_forgetting,
+)
 
 FAST = {"disable_tqdm": True, "num_threads": 1, "use_cpu": True, "sample_steps": 0}
 
@@ -21,7 +27,8 @@ def place(tmp_path_factory) -> Path:
     shape = {"tokenizer": "char", "n_layer": 1, "n_embd": 16, "n_head": 2, "block_size": 32}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
-        train("quickstart", data="old.txt", output_dir="base", max_steps=4, **shape, **FAST)
+        data = str(place / "old.txt")
+        train("quickstart", data=data, output_dir="base", max_steps=4, **shape, **FAST)
     return place
 
 
@@ -44,8 +51,30 @@ def test_the_cost_is_what_eval_measures_on_the_old_text(place, monkeypatch):
 def test_of_a_path_on_this_machine_only_the_last_part_is_told(place):
     model, tokenizer = load_checkpoint(place / "base")
     path = str(place / "old.txt")  # as an earlier version may have stored it
-    old = OldText(path, Dataset.from_dict({"text": ["the old text"]}), {})
+    old = OldText(path, path, Dataset.from_dict({"text": ["the old text"]}), {})
     assert measure_forgetting(old, place / "base", model, tokenizer)["data"] == "old.txt"
+
+
+def test_a_text_is_found_from_elsewhere_and_the_folder_does_not_say_where(
+    place, monkeypatch, tmp_path
+):
+    monkeypatch.chdir(tmp_path)
+    old = find_old_text(place / "base")
+    assert (old.name, old.place) == ("old.txt", str(place.resolve() / "old.txt"))
+    files = [path for path in (place / "base").rglob("*") if path.is_file()]
+    assert files and not any(str(place).encode() in path.read_bytes() for path in files)
+    # Without the memory of this machine, the name alone is looked for.
+    monkeypatch.setattr(forgetting, "_PLACES", tmp_path / "texts.json")
+    assert find_old_text(place / "base") is None
+    (tmp_path / "texts.json").write_text("damaged")
+    monkeypatch.chdir(place)
+    assert find_old_text("base").place == old.place
+
+
+def test_the_text_that_is_trained_on_is_not_the_old_one_under_any_spelling(place, monkeypatch):
+    monkeypatch.chdir(place)
+    for data in ("old.txt", str(place / "old.txt"), "./old.txt"):
+        assert tell_forgetting(None, "base", data) == {}
 
 
 def test_a_text_that_is_gone_changed_or_elsewhere_is_not_measured(place, monkeypatch, tmp_path):

@@ -35,7 +35,7 @@ from .callbacks import PlotCallback, SpeedCallback, plot_losses, warn_if_unwrita
 from .choosing import settle_recipe, store_recipe
 from .evaluating import StartCallback, use_threads
 from .facts import collect_facts, collect_metrics, describe_plan
-from .forgetting import find_old_text, measure_forgetting
+from .forgetting import remember_place, tell_forgetting
 from .held_out import Estimate, choose_estimate
 from .locking import lock_output_dir
 from .lora import add_adapter, describe_adapter, merge_adapter
@@ -137,8 +137,10 @@ def train(
         }
         if args.should_save and (ngram := measure_ngram(corpus)):
             metrics["ngram"] = ngram
-        if start_from and args.should_save and not args.is_sharded:
-            _tell_forgetting(trainer, metrics, start_from)
+        if args.should_save:
+            if start_from and not args.is_sharded:
+                metrics |= tell_forgetting(trainer, start_from, data_args.data)
+            remember_place(data_args.data, metrics)
         result = _write_folder(trainer, metrics, prompt)
         if args.push_to_hub:
             trainer.push_to_hub()
@@ -313,16 +315,6 @@ def _fit(trainer: NanoGPTTrainer, last_checkpoint: str | None) -> float:
             trainer.model, trainer.processing_class, args.output_dir, save=args.should_save
         )
     return seconds
-
-
-def _tell_forgetting(
-    trainer: NanoGPTTrainer, metrics: dict[str, Any], start_from: str | Path
-) -> None:
-    """Measure what the training cost on the text that its start was trained on, if it is here."""
-    old = find_old_text(start_from)
-    if old and old.name != metrics["data"]:
-        tokenizer = trainer.processing_class
-        metrics["old_text"] = measure_forgetting(old, start_from, trainer.model, tokenizer)
 
 
 def _draw(trainer: NanoGPTTrainer, model: PreTrainedModel, prompt: str, number: int = 0) -> str:
