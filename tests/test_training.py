@@ -2,7 +2,9 @@
 
 import importlib.util
 import json
+import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ from transformers import (
 )
 
 from hf_nanogpt import (
+    DataArguments,
     NanoGPTForCausalLM,
     NanoGPTTrainer,
     NanoGPTTrainingArguments,
@@ -28,6 +31,8 @@ from hf_nanogpt import (
     train,
     train_tokenizer,
 )
+from hf_nanogpt.cli import main
+from hf_nanogpt.training.preparing import load_start, prepare_config
 from hf_nanogpt.training.samples import SAMPLING
 
 ROOT = Path(__file__).parent.parent
@@ -98,6 +103,51 @@ def test_plain_loop_gives_the_same_losses_as_the_trainer(tmp_path):
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     assert len(plain) == len(losses) == steps
     assert losses == pytest.approx(plain, abs=1e-6)
+
+
+@pytest.fixture(scope="module")
+def long(tmp_path_factory) -> Path:
+    """A checkpoint with a context of 3,000 tokens."""
+    folder, tokenizer = tmp_path_factory.mktemp("long"), train_tokenizer([CORPUS], kind="char")
+    sizes = {"n_layer": 1, "n_embd": 16, "n_head": 2, "vocab_size": len(tokenizer)}
+    tiny_model(block_size=3000, **sizes).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_fine_tuning_takes_blocks_of_1024_tokens_unless_more_are_asked_for(long):
+    start = load_start(long, {})
+    for asked, length in ((None, 1024), (64, 64), (2000, 2000)):
+        config, found = prepare_config({}, DataArguments(context_length=asked), start)
+        assert (config.max_position_embeddings, found) == (3000, length)
+    short = replace(start, model=tiny_model(block_size=64))
+    assert prepare_config({}, DataArguments(), short)[1] == 64
+
+
+@pytest.mark.slow
+def test_short_blocks_are_in_the_plan_and_the_card_repeats_their_figure(
+    long, text_file, tmp_path, capsys
+):
+    result = train(
+        "finetune",
+        start_from=long,
+        data=str(text_file),
+        output_dir=str(tmp_path / "tuned"),
+        max_steps=1,
+        per_device_train_batch_size=1,
+        num_threads=1,
+        sample_steps=0,
+    )
+    plan = capsys.readouterr().out
+    said = r"^model .*; blocks of 1,024 tokens of its 3,000 \(--context_length\)$"
+    assert re.search(said, plan, re.MULTILINE)
+    config = json.loads((result.output_dir / "config.json").read_text())
+    assert config["max_position_embeddings"] == 3000
+    command = ["eval", str(result.output_dir), *result.metrics["eval_command"]]
+    assert command[-2:] == ["--context_length", "1024"]
+    command[command.index("--data") + 1] = str(text_file)
+    assert main(command) == 0
+    assert f"{result.metrics['eval_loss']:.4f}" in capsys.readouterr().out
 
 
 def test_folder_has_every_artifact_and_no_leftover(checkpoint):

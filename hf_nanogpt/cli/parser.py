@@ -20,7 +20,7 @@ SAMPLING: Flags = [
         "--temperature",
         float,
         None,
-        "0 is greedy (default: the checkpoint's, or 0.8 if it has none)",
+        "0 is greedy (default: the checkpoint's, else 0.8)",
     ),
     ("--top_k", int, None, "sample from the TOP_K most likely tokens only"),
     ("--top_p", float, None, "sample from the most likely tokens that reach this probability"),

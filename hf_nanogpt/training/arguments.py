@@ -201,7 +201,7 @@ _REPLACED = {
 _SEVERAL = {
     name for name, kind in TrainingArguments.__annotations__.items() if list[str] in get_args(kind)
 }
-_LONGEST = 1024  # tokens in the context of a preset, unless the user wants more
+LONGEST = 1024  # tokens in a preset's context and in a block to fine-tune on, unless asked for
 
 
 class _Parser(HfArgumentParser):
@@ -289,7 +289,7 @@ def parse_settings(
 def _limit_context(architecture: dict[str, Any], data: DataArguments) -> None:
     """Give a preset a context that can be trained, unless the user chose one."""
     preset = PRESETS.get(architecture.get("preset", ""), {})
-    longest = max(_LONGEST, data.context_length or 0)
+    longest = max(LONGEST, data.context_length or 0)
     whole = preset.get("max_position_embeddings", 0)
     if whole > longest and "max_position_embeddings" not in architecture:
         architecture["max_position_embeddings"] = longest

@@ -42,6 +42,9 @@ def describe_plan(
     model = trainer.model
     count, trained = model.num_parameters(), model.num_parameters(only_trainable=True)
     part = f", {trained:,} of them trained" if trained < count else ""
+    length, context = trainer.speed.context_length, model.config.max_position_embeddings
+    if length and length < context:
+        part += f"; blocks of {length:,} tokens of its {context:,} (--context_length)"
     estimate, evaluation = trainer.estimate, None
     if estimate and args.eval_strategy != "no":
         halves = ", in one half of the held-out text" if estimate.has_halves else ""
@@ -125,7 +128,7 @@ def collect_facts(
         "datasets": [data_args.data] if _is_hub_dataset(data_args.data) else [],
         "start_from": start_from and publish_place(str(start_from)),
         "command": publish_command(["hf-nanogpt", "train", *named, *start, *flags]),
-        "eval_command": _repeat_evaluation(data_args, args.document_mask),
+        "eval_command": _repeat_evaluation(trainer, data_args),
         "settings": {
             "Tokenizer": _describe_tokenizer(trainer, start_from, data_args),
             "Batch": f"{batch} blocks of {length} tokens",
@@ -195,7 +198,7 @@ def _is_hub_dataset(data: str) -> bool:
     return not Path(data).exists() and bool(re.fullmatch(r"[\w.-]+/[\w.-]+", data))
 
 
-def _repeat_evaluation(data_args: DataArguments, document_mask: bool) -> list[str] | None:
+def _repeat_evaluation(trainer: NanoGPTTrainer, data_args: DataArguments) -> list[str] | None:
     """Return the arguments of `hf-nanogpt eval` that measure on the same text, if it can."""
     default, folder = DataArguments(), Path(data_args.data)
     # Not on tokens without their text, nor on what `eval` has no flags for.
@@ -208,9 +211,9 @@ def _repeat_evaluation(data_args: DataArguments, document_mask: bool) -> list[st
         flags += ["--held_out", str(data_args.validation_fraction)]
     if data_args.text_column != default.text_column:
         flags += ["--text_column", data_args.text_column]
-    if data_args.context_length:
-        flags += ["--context_length", str(data_args.context_length)]
-    if not document_mask:
+    if (length := trainer.speed.context_length) != trainer.model.config.max_position_embeddings:
+        flags += ["--context_length", str(length)]
+    if not trainer.args.document_mask:
         flags += ["--no_document_mask"]
     return flags
 

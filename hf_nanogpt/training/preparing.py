@@ -19,7 +19,7 @@ from ..errors import UserError, without_secrets
 from ..evaluation import check_context_length
 from ..modeling_nanogpt import NanoGPTForCausalLM
 from ..presets import load_preset
-from .arguments import NanoGPTTrainingArguments
+from .arguments import LONGEST, NanoGPTTrainingArguments
 
 Blocks: TypeAlias = PackedBlocks | PackedStream
 
@@ -56,14 +56,18 @@ def prepare_config(
 ) -> tuple[NanoGPTConfig, int]:
     """Return the configuration of the model to train, and the length of its blocks in tokens.
 
-    An impossible architecture is refused here, not after minutes of preparing data for it.
+    The blocks are as long as the context; of a model to start from, at most `LONGEST` tokens. An
+    impossible architecture is refused here, not after minutes of preparing data for it.
     `prepare_model` completes a new configuration by what only the tokenizer knows.
     """
+    length = data_args.context_length
     if start:
         config = cast(NanoGPTConfig, start.model.config)
+        if length is None:  # few machines can train the whole context of a large model
+            length = min(config.max_position_embeddings, LONGEST)
     else:
         config = make_config(architecture, vocab_size=data_args.vocab_size)
-    return config, check_context_length(config, data_args.context_length)
+    return config, check_context_length(config, length)
 
 
 def make_config(architecture: dict[str, Any], **fields: Any) -> NanoGPTConfig:
