@@ -6,13 +6,17 @@ import random
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from conftest import CORPUS
 
 from hf_nanogpt import train, train_tokenizer
 from hf_nanogpt.checkpoint.writing import check_output_dir
+from hf_nanogpt.data.corpus import prepare_tokenizer
 from hf_nanogpt.data.documents import DataArguments
+from hf_nanogpt.data.packing import tokenize_documents
+from hf_nanogpt.data.stored import prepare_data
 from hf_nanogpt.errors import UserError
 from hf_nanogpt.training.arguments import parse_settings, read_flags
 from hf_nanogpt.training.choosing import (
@@ -53,6 +57,17 @@ def settings_of(text: Text, **typed) -> dict:
     data, architecture, args = parse_settings(choose_recipe(text, flags), flags)
     config = make_config(architecture, vocab_size=data.vocab_size)
     return vars(data) | vars(args) | config.to_dict()
+
+
+def write_chats(path: Path, count: int, words: int = 5) -> Path:
+    said = [" ".join(RNG.choices(CORPUS.split(), k=words)) for _ in range(2 * count)]
+    roles = ("user", "assistant")
+    chats = (
+        [{"role": role, "content": said[2 * i + k]} for k, role in enumerate(roles)]
+        for i in range(count)
+    )
+    path.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    return path
 
 
 def passes_of(chosen: dict, text: Text) -> float:
@@ -141,7 +156,7 @@ def test_three_lines_say_what_was_chosen_and_why():
     lines = choose_recipe(english(50_000)).reasons
     assert len(lines) == 3
     assert re.fullmatch("tokenizer char: 45 kB to train on, with 65 different characters", lines[0])
-    assert "max_steps" in lines[1] and re.search(r"dropout 0\.\d+: .* \d+ times", lines[2])
+    assert "max_steps" in lines[1] and re.search(r"dropout 0\.\d+: .* by heart", lines[2])
     for setting in ("tokenizer=byte", "dropout=0.1", "preset=gpt2"):  # what is typed is not chosen
         name = setting.partition("=")[0]
         assert not any(
@@ -211,20 +226,51 @@ def test_max_steps_of_minus_1_leaves_the_length_to_the_epochs():
         flags = ["--max_steps=-1", f"--num_train_epochs={epochs}"]
         choice = choose_recipe(english(50_000), flags)
         assert choice.sections["model"]["dropout"] == dropout
-        assert f"{epochs} times" in choice.reasons[-1]
-    assert "3 times" in choose_recipe(english(50_000), ["--max_steps=-1"]).reasons[-1]
+        assert ("by heart" in choice.reasons[-1]) == (epochs == 30)
+    assert "a few times" in choose_recipe(english(50_000), ["--max_steps=-1"]).reasons[-1]
 
 
 def test_nothing_is_chosen_for_other_sources_and_named_recipes(tmp_path):
-    chat = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
-    (tmp_path / "chat.jsonl").write_text(f"{json.dumps(chat)}\n" * 30)
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n' * 30)
     rows = f"--data={tmp_path / 'rows.jsonl'}"
     assert settle_recipe(None, []) == settle_recipe(None, ["--data=python-stdlib"]) == "quickstart"
-    assert settle_recipe(None, [f"--data={tmp_path / 'chat.jsonl'}"]) == "quickstart"
     assert settle_recipe(None, [rows, "--streaming=True", "--max_steps=1"]) == "quickstart"
     assert settle_recipe("finetune", [rows]) == "finetune"
     assert settle_recipe(None, [rows]).sections["data"]["tokenizer"] == "char"
+
+
+def test_conversations_get_a_template_characters_and_blocks_that_hold_one(tmp_path):
+    for count, words, block_size in ((30, 5, 128), (30, 40, 1024), (500, 15, 256)):
+        path = write_chats(tmp_path / f"{count}-{words}.jsonl", count, words)
+        flags = [f"--data={path}", f"--output_dir={tmp_path / path.stem}", "--use_cpu"]
+        choice = settle_recipe(None, flags)
+        data, architecture, args = parse_settings(choice, flags)
+        assert (data.tokenizer, data.chat_template) == ("char", "chatml")
+        assert architecture["max_position_embeddings"] == block_size
+        assert block_size * args.per_device_train_batch_size == 128 * 16
+        # The tokens of the longest but a tenth fit, with eos in front and the first of the next.
+        corpus = prepare_data(data)
+        tokenizer = prepare_tokenizer(data, corpus)
+        rows = tokenize_documents(corpus.train, tokenizer).rows
+        lengths = [len(ids) for ids in rows["input_ids"]]
+        assert block_size / 2 < np.quantile(lengths, 0.9) < block_size
+        assert re.match(
+            r"tokenizer char, chat_template chatml: .* kB of conversations", choice.reasons[0]
+        )
+    named = settle_recipe(None, [*flags, "--tokenizer=gpt2"]).sections["data"]
+    assert "chat_template" not in named  # the tokenizer brings its own
+    assert settings_of(Text(9_000_000, 1.0, 90, 50_000, 200))["tokenizer"] == "bpe"
+
+
+@pytest.mark.parametrize(("times", "kind"), [(1, "char"), (3, "bpe")])
+def test_a_short_text_of_rare_characters_gets_no_bpe(tmp_path, times, kind):
+    characters = [chr(0xAC00 + i) for i in range(450)] * times
+    RNG.shuffle(characters)
+    path = tmp_path / "text.txt"
+    path.write_text("".join(characters), encoding="utf-8")
+    chosen = settings_of(look_at(DataArguments(data=str(path))))
+    assert chosen["tokenizer"] == kind
+    train_tokenizer(["".join(characters)], kind=kind, vocab_size=chosen["vocab_size"])
 
 
 def test_the_corpus_is_an_origin_of_settings(tmp_path):

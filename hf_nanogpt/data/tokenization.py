@@ -137,8 +137,8 @@ def _train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     tokenizer.train_from_iterator(_cut_runs(texts), trainer)
     if (size := tokenizer.get_vocab_size()) < vocab_size:
         raise UserError(
-            f"vocab_size={vocab_size} is too large: this text gives only {size} tokens. Lower "
-            "vocab_size, give more text, or use tokenizer='char'."
+            f"This text gives a BPE only {size} tokens, fewer than the {vocab_size} of vocab_size: "
+            f"give more text, tokenizer='char', or vocab_size={size} or less."
         )
     return tokenizer
 

@@ -11,18 +11,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import yaml
 from datasets import Dataset
 
 from ..checkpoint.steps import list_steps
 from ..checkpoint.writing import RECIPE, explain_write_errors
 from ..configuration_nanogpt import NanoGPTConfig
+from ..data.conversations import MESSAGES
 from ..data.documents import DataArguments, open_table
 from ..data.reading import find_format, read_pieces
 from ..data.sources import STDLIB, find_files, name_file
 from ..data.stored import holds_tokens
+from ..data.tokenization import TRAINED
 from ..errors import without_secrets
-from .arguments import choose_defaults, parse_settings, read_flags
+from .arguments import LONGEST, choose_defaults, parse_settings, read_flags
 from .recipes import Choice, read_sections
 
 QUICKSTART = "quickstart"
@@ -56,6 +59,7 @@ _TABLE = (
 )
 _LAYERS = 4
 _FEW_CHARACTERS = 400  # at most so many different ones make a good vocabulary
+_RARE = 3  # times that each character comes, on average, if a BPE can join more than its bytes
 # Dropout grows with the passes over the text. The best of 0, 0.1, 0.2, 0.3 and 0.4 was 0 after 2
 # passes, 0.1 after 9, 0.2 after 18 and 0.3 after 27 and more.
 _FEW_PASSES, _PASSES, _MOST_DROPOUT = 4, 90, 0.3
@@ -70,6 +74,7 @@ class Text:
     bytes_per_character: float
     num_characters: int  # different ones
     num_words: int  # different ones, between blanks
+    conversation: int = 0  # characters that nine of ten conversations have at most; 0 of other text
 
 
 def settle_recipe(
@@ -81,8 +86,8 @@ def settle_recipe(
 ) -> str | Path | Choice:
     """Return the recipe that is named; or the one of the run to resume; or one that suits the text.
 
-    The quickstart's recipe stays for its own data, and where there is no text to look at: streams,
-    tokens, conversations. A model to start from needs a recipe of its own.
+    The quickstart's recipe stays for its own data, and where there is no text to look at: streams
+    and tokens. A model to start from needs a recipe of its own.
 
     Raises:
         UserError: as `parse_settings`, or the data cannot be read.
@@ -117,31 +122,40 @@ def look_at(data: DataArguments) -> Text | None:
     files = find_files(data.data)
     size = sum(file.stat().st_size for file in files)
     texts: Iterable[str]
+    are_chats = False
     if files and not find_format(files[0]):
         named = ((file, name_file(data.data, file)) for file in files)
         texts = (piece for file, name in named for piece in read_pieces(file, name, 100_000))
     else:
         table = open_table(data.data, files, data)
-        if "text" not in (table.column_names or []):  # conversations
-            return None
-        texts = (row["text"] for row in table)
+        are_chats = "text" not in (table.column_names or [])
+        texts = (_spell(row[MESSAGES]) if are_chats else row["text"] for row in table)
         # Files may be compressed, and those of the Hub are elsewhere.
         size = max(size, table.data.nbytes) if isinstance(table, Dataset) else size
-    return _measure(texts, size)
+    return _measure(texts, size, are_chats)
 
 
-def _measure(texts: Iterable[str], size: int) -> Text | None:
+def _spell(messages: list[dict[str, Any]]) -> str:
+    """Return a conversation as chatml writes it, with a blank for each of its two tokens."""
+    return "".join(f" {m['role']}\n{m['content']} \n" for m in messages)
+
+
+def _measure(texts: Iterable[str], size: int, are_chats: bool) -> Text | None:
     """Count what texts are made of. If they are long, take `size` for their bytes."""
-    characters, words = set[str](), set[str]()
+    characters, words, lengths = set[str](), set[str](), list[int]()
     num_bytes = length = 0
     for text in texts:
         characters.update(text)
         words.update(text.split())
+        lengths.append(len(text))
         num_bytes, length = num_bytes + len(text.encode()), length + len(text)
         if length > _LOOK:
             num_bytes = max(num_bytes, size)
             break
-    return Text(num_bytes, num_bytes / length, len(characters), len(words)) if length else None
+    if not length:
+        return None
+    longest = int(np.quantile(lengths, 0.9)) if are_chats else 0
+    return Text(num_bytes, num_bytes / length, len(characters), len(words), longest)
 
 
 def choose_recipe(text: Text, flags: Sequence[str] = ()) -> Choice:
@@ -156,21 +170,25 @@ def choose_recipe(text: Text, flags: Sequence[str] = ()) -> Choice:
     row = next(row for row in _TABLE if num_bytes <= row.num_bytes)
 
     # Data and model.
-    tokenizer = "bpe" if text.num_characters > _FEW_CHARACTERS else row.tokenizer
-    if text.num_words < row.vocab_size and text.num_characters <= _FEW_CHARACTERS:
-        tokenizer = "char"  # so few words may not give a BPE its vocabulary
-    data: dict[str, Any] = {"tokenizer": tokenizer, "vocab_size": row.vocab_size}
+    data: dict[str, Any] = {
+        "tokenizer": _choose_tokenizer(row, text),
+        "vocab_size": row.vocab_size,
+    }
+    values = data | typed
     if held_out:
         data["validation_fraction"] = held_out
+    if text.conversation and values["tokenizer"] in TRAINED:  # others bring their own
+        data["chat_template"] = "chatml"
+    context, batch = _fit_conversations(row, text, _count_bytes_per_token(values, text))
     model: dict[str, Any] = {
         "n_layer": _LAYERS,
         **_fit_width(row, typed),
-        "block_size": row.context,
+        "block_size": context,
     }
     training = {
         "max_steps": row.steps,
-        "per_device_train_batch_size": row.batch,
-        "per_device_eval_batch_size": row.batch,
+        "per_device_train_batch_size": batch,
+        "per_device_eval_batch_size": batch,
     }
     sections = {"data": data, "model": model, "training": training}
 
@@ -184,6 +202,26 @@ def choose_recipe(text: Text, flags: Sequence[str] = ()) -> Choice:
 def _choose_fraction(num_bytes: int) -> float:
     """Return a tenth, or the share with one digit that makes `_HELD_OUT` bytes."""
     return min(0.1, float(f"{_HELD_OUT / num_bytes:.0e}"))
+
+
+def _choose_tokenizer(row: _Row, text: Text) -> str:
+    """Return a BPE only where the text gives it its vocabulary."""
+    if text.num_characters <= _FEW_CHARACTERS:
+        return "char" if text.num_words < row.vocab_size else row.tokenizer
+    are_rare = text.num_bytes / text.bytes_per_character < _RARE * text.num_characters
+    return "char" if are_rare else "bpe"
+
+
+def _fit_conversations(row: _Row, text: Text, bytes_per_token: float) -> tuple[int, int]:
+    """Return a row's context and batch; a longer context and fewer rows for longer conversations.
+
+    What is left of a conversation when it is cut lacks the question.
+    """
+    context, batch = row.context, row.batch
+    tokens = text.conversation * text.bytes_per_character / bytes_per_token
+    while context <= tokens and context < LONGEST:
+        context, batch = 2 * context, max(1, batch // 2)
+    return context, batch
 
 
 def _fit_width(row: _Row, typed: Mapping[str, Any]) -> dict[str, int]:
@@ -201,14 +239,15 @@ def _count_passes(values: Mapping[str, Any], num_bytes: float, text: Text) -> fl
     """Return how often the steps of a run go over the text."""
     if values.get("max_steps", -1) < 0:  # as Trainer reads it
         return values.get("num_train_epochs", 3)
-    tokenizer, per_token = values["tokenizer"], 1.0
-    if tokenizer == "char":
-        per_token = text.bytes_per_character
-    elif tokenizer != "byte":
-        per_token = _BPE_BYTES.get(values["vocab_size"], 3.0)
     blocks = values["per_device_train_batch_size"] * values.get("gradient_accumulation_steps", 1)
     tokens = values["max_steps"] * blocks * values.get("max_position_embeddings", 1024)
-    return tokens * per_token / num_bytes
+    return tokens * _count_bytes_per_token(values, text) / num_bytes
+
+
+def _count_bytes_per_token(values: Mapping[str, Any], text: Text) -> float:
+    """Return the bytes of text that a token stands for; of a BPE about so many."""
+    by_kind = {"byte": 1.0, "char": text.bytes_per_character}
+    return by_kind.get(values["tokenizer"], _BPE_BYTES.get(values["vocab_size"], 3.0))
 
 
 def _choose_dropout(passes: float) -> float:
@@ -232,15 +271,14 @@ def _explain(
     if values["tokenizer"] != "bpe":
         del values["vocab_size"]
     is_short = num_bytes <= _TABLE[-2].num_bytes
+    what = " of conversations" if text.conversation else ""
     lines = {
-        ("tokenizer", "vocab_size"): f"{_say_size(num_bytes)} to train on, with "
-        f"{text.num_characters:,} different characters",
+        ("tokenizer", "vocab_size", "chat_template"): f"{_say_size(num_bytes)}{what} to train on, "
+        f"with {text.num_characters:,} different characters",
         ("n_embd", "block_size", "max_steps"): "a larger model would learn so short a text by heart"
         if is_short
         else "as much as a few minutes on 2 CPU cores allow",
-        ("dropout",): f"the steps go over the text {passes:.2g} times"
-        if passes >= 1
-        else f"the steps see {passes:.1%} of the text; more of them learn more",
+        ("dropout",): _explain_dropout(passes),
     }
     shown = {
         reason: [n for n in names if NanoGPTConfig.attribute_map.get(n, n) in kept and n in values]
@@ -251,6 +289,14 @@ def _explain(
         for reason, names in shown.items()
         if names
     )
+
+
+def _explain_dropout(passes: float) -> str:
+    """Say what the passes over the text mean; how many they are, the plan says exactly."""
+    if passes < 1:
+        return "the steps see only a part of the text; more of them learn more"
+    often = "often enough to learn it by heart" if passes >= _FEW_PASSES else "only a few times"
+    return f"the steps go over the text {often}"
 
 
 def _say_size(num_bytes: float) -> str:
