@@ -218,7 +218,7 @@ def test_the_summary_shows_before_and_after_side_by_side(base, text, tmp_path, c
     before = metrics["before"]["eval_loss"]
     assert list(map(float, figures)) == pytest.approx([before, metrics["eval_loss"]], abs=1e-4)
     assert metrics["settings"]["Learning rate"] == 2e-3  # of the recipe, with --lora
-    assert "From 'def ', before and after:\n  | def" in printed
+    assert "Samples before and after, from 'def ':\n  | def" in printed
 
 
 @pytest.mark.parametrize("lora", [False, pytest.param(True, marks=pytest.mark.slow)])

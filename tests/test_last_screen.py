@@ -37,6 +37,7 @@ def show(**changes) -> str:
     result = SimpleNamespace(
         output_dir=Path("runs/mine"), metrics=metrics, prompt="To be", sample=metrics["samples"][0]
     )
+    result.question = ""
     return " ".join(render_last_screen(result, "hf-nanogpt").split())
 
 
@@ -82,6 +83,27 @@ def test_three_samples_are_shown_three_lines_each():
     told = show()
     assert "Samples, from 'To be': | To be | or not. | To be | a | b | To be long" in told
     assert told.endswith("hf-nanogpt info runs/mine")
+
+
+@pytest.mark.parametrize("before", [None, {"sample": "<u>Who?<a>It."}])
+def test_of_a_chat_the_question_and_the_answers_are_shown(before):
+    """Three lines of a sample would all be the question."""
+    answers = ["I am.", "Nobody."]
+    figures = {name: METRICS[name] for name in ("eval_loss", "perplexity", "bits_per_byte")}
+    metrics = METRICS | {"samples": [f"<u>Who?<a>{answer}" for answer in answers], "is_chat": True}
+    result = SimpleNamespace(
+        output_dir=Path("runs/mine"),
+        metrics=metrics | ({"before": before | figures} if before else {}),
+        prompt="<u>Who?<a>",
+        sample=metrics["samples"][0],
+        question="a\nuser\nWho?\nassistant\n",
+    )
+    told = " ".join(render_last_screen(result, "hf-nanogpt").split())
+    said = "in answer to: > user > Who? > assistant | "
+    if before:
+        assert f"Samples before and after, {said}It. | I am." in told
+    else:
+        assert f"Samples, {said}I am. | Nobody." in told
 
 
 def corpus(train: list[str], validation: list[str], **changes) -> Corpus:

@@ -1,12 +1,19 @@
 """The prompt of the samples: whole words, or whole characters, that leave room to write."""
 
 import pytest
-from conftest import CORPUS
+import torch
+from conftest import CORPUS, tiny_model
 from datasets import Dataset
 
-from hf_nanogpt import DataArguments, NanoGPTTrainingArguments, add_chat_template, train_tokenizer
+from hf_nanogpt import (
+    DataArguments,
+    NanoGPTTrainingArguments,
+    add_chat_template,
+    generate_text,
+    train_tokenizer,
+)
 from hf_nanogpt.data.packing import pack_documents
-from hf_nanogpt.training.samples import choose_prompt
+from hf_nanogpt.training.samples import choose_prompt, draw_sample, read_prompt
 
 STORY = "Once upon a time there was a model. " * 9
 
@@ -55,6 +62,48 @@ def test_a_prompt_of_a_trained_tokenizer_takes_a_quarter_at_most(block_size):
 def test_a_prompt_is_not_the_rest_of_a_word_where_a_text_was_cut():
     text = "rit there was a word\nand another line of them " + "x " * 99
     assert choose({"text": [text]}, train_tokenizer([], kind="byte"), 256) == "and another line"
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        (["Anna has two.", "Ben has 3 pears here."], "Ben has"),  # of the second: half of five
+        (["Anna has two.", "Ben runs."], "Anna"),
+        (["Yes.", "No."], "Ye"),
+        (["吾輩は猫である。", "猫"], "吾輩は猫"),
+    ],
+)
+def test_a_prompt_is_at_most_half_of_a_document(rows, expected):
+    """After a whole one, a model has learnt to end the text, and the sample would be empty."""
+    assert choose({"text": rows}, train_tokenizer([], kind="byte"), 256) == expected
+
+
+def test_a_sample_has_a_token_although_the_model_would_end_at_once():
+    tokenizer = train_tokenizer([], kind="byte")
+    add_chat_template(tokenizer)
+    model = tiny_model(vocab_size=len(tokenizer))
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, len(tokenizer) - 1]
+    with torch.no_grad():  # an end gets all the probability
+        model.get_output_embeddings().weight.zero_()
+    ends = torch.zeros(len(tokenizer))
+    ends[model.generation_config.eos_token_id] = 1e4
+
+    def add(module, args, output):
+        output.logits += ends
+
+    model.register_forward_hook(add)
+    assert generate_text(model, tokenizer, "a", max_new_tokens=9) == ["a"]
+    sample = draw_sample(model, tokenizer, "a", max_new_tokens=9, seed=1)
+    ids = tokenizer(sample)["input_ids"]
+    assert sample.startswith("a") and len(sample) == 2 and len(ids) == 2
+
+
+def test_the_prompt_of_a_chat_is_read_without_special_tokens():
+    tokenizer = train_tokenizer([], kind="byte")
+    assert read_prompt("<|endoftext|>Who?", tokenizer) == "<|endoftext|>Who?"
+    add_chat_template(tokenizer)
+    prompt = "<|endoftext|><|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n"
+    assert read_prompt(prompt, tokenizer) == "user\nWho?\nassistant\n"
 
 
 def test_a_prompt_that_is_given_stays_and_that_of_code_fits():

@@ -111,23 +111,27 @@ def _tell_choice(metrics: dict[str, Any]) -> list[str]:
 def _show_samples(result: Any) -> str:
     if not result.sample:
         return ""
+    asked, cut = f"from {result.prompt!r}:\n", ""
+    if result.question:  # of a chat: it comes once, above the answers
+        question = _mark(_wrap(result.question)[-_LINES:], ">")
+        asked, cut = f"in answer to:\n{question}\n\n", result.prompt
+    samples = [text.removeprefix(cut) for text in result.metrics["samples"]]
     if before := result.metrics.get("before"):
-        columns = _lay_side_by_side(before["sample"], result.sample)
-        return f"From {result.prompt!r}, before and after:\n{columns}\n\n"
-    samples = "\n\n".join(map(_shorten, result.metrics["samples"]))
-    return f"Samples, from {result.prompt!r}:\n{samples}\n\n"
+        columns = _lay_side_by_side(before["sample"].removeprefix(cut), samples[0])
+        return f"Samples before and after, {asked}{columns}\n\n"
+    shown = "\n\n".join(_mark(_wrap(text)[:_LINES]) for text in samples)
+    return f"Samples, {asked}{shown}\n\n"
 
 
-def _shorten(text: str) -> str:
-    lines = [row for line in text.splitlines() for row in textwrap.wrap(line, 90)]
-    return "\n".join(f"  | {line}" for line in lines[:_LINES])
+def _wrap(text: str, width: int = 90) -> list[str]:
+    return [row for line in text.splitlines() for row in textwrap.wrap(line, width)]
+
+
+def _mark(lines: list[str], mark: str = "|") -> str:
+    return "\n".join(f"  {mark} {line}" for line in lines)
 
 
 def _lay_side_by_side(left: str, right: str) -> str:
     width = (min(shutil.get_terminal_size().columns, 120) - 7) // 2
-    columns = [
-        [row for line in text.splitlines() for row in textwrap.wrap(line, width)]
-        for text in (left, right)
-    ]
-    rows = itertools.zip_longest(*columns, fillvalue="")
+    rows = itertools.zip_longest(_wrap(left, width), _wrap(right, width), fillvalue="")
     return "\n".join(f"  | {a:<{width}} | {b}" for a, b in rows)

@@ -43,7 +43,7 @@ from .preparing import Blocks, load_start, prepare_blocks, prepare_config, prepa
 from .progress import show
 from .recipes import Choice, as_flags
 from .run_settings import check_settings_match, describe_settings
-from .samples import SampleCallback, choose_prompt, draw_sample, set_sampling
+from .samples import SampleCallback, choose_prompt, draw_sample, read_prompt, set_sampling
 from .stopping import name_missing_ranks, stop_on_signals
 from .trainer import NanoGPTTrainer
 
@@ -54,13 +54,15 @@ logger = logging.get_logger(__name__)
 class TrainingResult:
     """Where the checkpoint is, the content of its `metrics.json`, and a sample of its writing.
 
-    `metrics["samples"]` has three; `sample` is the first.
+    `metrics["samples"]` has three; `sample` is the first. The `question` is the prompt of a chat as
+    people read it, without special tokens.
     """
 
     output_dir: Path
     metrics: dict[str, Any]
     prompt: str
     sample: str
+    question: str = ""
 
 
 def train(
@@ -343,4 +345,5 @@ def _write_folder(trainer: NanoGPTTrainer, metrics: dict[str, Any], prompt: str)
         title = f"{output_dir.name}: loss"
         final = metrics["kept_tokens"], metrics["eval_loss"], metrics["bits_per_byte"]
         plot_losses(trainer.state.log_history, folder / "loss.png", title=title, final=final)
-    return TrainingResult(output_dir, metrics, prompt, samples[0])
+    question = read_prompt(prompt, trainer.processing_class) if metrics["learnt_answers"] else ""
+    return TrainingResult(output_dir, metrics, prompt, samples[0], question)

@@ -3,12 +3,18 @@
 import json
 import math
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import regex
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import (
+    MinNewTokensLengthLogitsProcessor,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+)
 from transformers.utils import logging
 
 from ..analysis.plots import replace_file
@@ -16,7 +22,7 @@ from ..data.documents import DataArguments
 from ..data.encoding import decode_ids, is_learnt, is_start
 from ..data.sources import STDLIB
 from ..errors import UserError, printable
-from ..generation import encode_prompt, generate_text
+from ..generation import encode_prompt, find_ends, generate_text
 from .arguments import NanoGPTTrainingArguments
 from .callbacks import SpeedCallback, warn_if_unwritable
 from .progress import show
@@ -92,7 +98,9 @@ class SampleCallback(TrainerCallback):
                 replace_file(self.path, "".join(self.rows).encode())
             if not args.disable_tqdm:
                 with warn_if_unwritable("A sample"):
-                    show(printable(_shorten(text, self.prompt)))
+                    shown = read_prompt(self.prompt, processing_class)
+                    text = shown + text.removeprefix(self.prompt)
+                    show(printable(_shorten(text, shown)))
         self.drawn = time.perf_counter()
         self.cost = self.drawn - start
 
@@ -122,7 +130,8 @@ def choose_prompt(
 ) -> str:
     """Return the prompt of the samples: the user's, or words of the held-out text.
 
-    It is the first words of a line, at most three; or a conversation until its first answer. It
+    It is the first words of a document or of a line in it: at most three, and at most half of it,
+    as after a whole document the model ends the text; or a conversation until its first answer. It
     takes at most a quarter of the context, so that the model has room to write. `held_out` is the
     first block, (T,).
     """
@@ -133,11 +142,22 @@ def choose_prompt(
         return _choose_question(tokenizer, held_out, most)
     if data_args.data == STDLIB:
         return _shorten_prompt("def main(", tokenizer, most)
-    text = cast(str, tokenizer.decode(decode_ids(held_out), skip_special_tokens=True))
+    parts = np.split(held_out, np.flatnonzero(is_start(held_out, tokenizer.eos_token_id)))
+    decode = partial(tokenizer.decode, skip_special_tokens=True)
+    documents = [cast(str, decode(decode_ids(part))) for part in parts]
+    return _shorten_prompt(_begin_document(documents), tokenizer, most)
+
+
+def _begin_document(documents: list[str]) -> str:
+    """Return the beginning of the first document of more than three words, or of the longest."""
+    text = next((t for t in documents if len(t.split()) > 3), max(documents, key=len))
     # The end of a text is held out, which may begin within a word: prefer the next line.
     after = text.partition("\n")[2].split()
-    words = after if len(after) > 3 else text.split()  # a block may end within a word
-    return _shorten_prompt(" ".join(words[:3]), tokenizer, most)
+    words = after if len(after) > 3 else text.split()
+    if len(words) > 1:
+        return " ".join(words[: min(3, len(words) // 2)])
+    characters = regex.findall(r"\X", text.strip())
+    return "".join(characters[: (len(characters) + 1) // 2])
 
 
 def _choose_question(tokenizer: PreTrainedTokenizerBase, held_out: np.ndarray, most: int) -> str:
@@ -170,6 +190,13 @@ def _shorten_prompt(text: str, tokenizer: PreTrainedTokenizerBase, most: int) ->
     return ""
 
 
+def read_prompt(prompt: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return a prompt as people read it: that of a chat without the template's special tokens."""
+    if tokenizer.chat_template is None:
+        return prompt
+    return cast(str, tokenizer.decode(tokenizer(prompt)["input_ids"], skip_special_tokens=True))
+
+
 def set_sampling(model: PreTrainedModel) -> None:
     """Let `generate()` of the checkpoint sample as here, and stop before it leaves the context.
 
@@ -190,20 +217,25 @@ def draw_sample(
 ) -> str:
     """Return the prompt with what the model writes after it, shorter if the context is short.
 
-    If the prompt fills the context or the weights have become NaN, a warning says so and the result
-    is empty: training does not fail because of a sample.
+    The model writes at least one token: an end at once would show nothing. If the prompt fills the
+    context or the weights have become NaN, a warning says so and the result is empty: training does
+    not fail because of a sample.
     """
     was_training = model.training
     try:
         # Leave at least one token of the context to write into.
         used = encode_prompt(model, tokenizer, prompt).shape[1]
         room = model.config.max_position_embeddings - used
+        ends, not_at_once = find_ends(model, tokenizer), []
+        if ends is not None:
+            not_at_once = [MinNewTokensLengthLogitsProcessor(used, 1, ends, str(model.device))]
         [text] = generate_text(
             model.eval(),
             tokenizer,
             prompt,
             max_new_tokens=max(1, min(max_new_tokens, room)),
             seed=seed,
+            logits_processor=not_at_once,
             **SAMPLING,
         )
         return text
