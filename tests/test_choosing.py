@@ -1,9 +1,11 @@
 """What `train` chooses for a text when no recipe is named: from its size, its script, the flags."""
 
+import filecmp
 import gzip
 import json
 import random
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -18,14 +20,10 @@ from hf_nanogpt.data.documents import DataArguments
 from hf_nanogpt.data.packing import tokenize_documents
 from hf_nanogpt.data.stored import prepare_data
 from hf_nanogpt.errors import UserError
+from hf_nanogpt.hub.staging import Release, stage_step
 from hf_nanogpt.training.arguments import parse_settings, read_flags
-from hf_nanogpt.training.choosing import (
-    Text,
-    choose_recipe,
-    look_at,
-    settle_recipe,
-    store_recipe,
-)
+from hf_nanogpt.training.choosing import choose_recipe, settle_recipe, store_recipe
+from hf_nanogpt.training.looking import Text, look_at
 from hf_nanogpt.training.origins import explain_settings
 from hf_nanogpt.training.preparing import make_config
 from hf_nanogpt.training.recipes import as_flags
@@ -184,6 +182,20 @@ def test_a_run_stores_what_was_chosen_and_resumes_with_it(tmp_path, monkeypatch,
     assert again.sections["model"]["dropout"] == 0.15
     assert again.sections["training"]["output_dir"] == "runs/my-text"
     assert settle_recipe(None, flags).sections["model"]["dropout"] == 0.3
+    # A checkpoint alone, as it is copied or pushed, has what was chosen too.
+    last = max(Path("runs/my-text").glob("checkpoint-*"))
+    shutil.copytree(last, Path("copied", last.name))
+    alone = settle_recipe(None, [*flags, "--output_dir=copied"], resume=True)
+    assert alone.sections["data"] == again.sections["data"]
+    assert alone.sections["model"] == again.sections["model"] | {"dropout": 0.0}  # as it was chosen
+    (staged := Path("staged")).mkdir()
+    stage_step(last, Release(staged, "user/gpt", branch="x"), 1)
+    assert filecmp.cmp(last / "chosen_recipe.yaml", "staged/chosen_recipe.yaml", shallow=False)
+    # Whoever wrote it can set only what is chosen.
+    stored["training"] |= {"push_to_hub": True, "hub_model_id": "somebody/else"}
+    Path("copied", last.name, "chosen_recipe.yaml").write_text(yaml.safe_dump(stored))
+    with pytest.raises(UserError, match="sets hub_model_id, push_to_hub, which is never chosen"):
+        settle_recipe(None, [*flags, "--output_dir=copied"], resume=True)
     # A named recipe takes the place of the stored one.
     train(
         "quickstart",

@@ -88,14 +88,17 @@ def test_every_pushed_revision_loads_and_only_branches_have_the_training_state(
 
 
 @pytest.mark.slow
-def test_resuming_elsewhere_from_the_hub_equals_an_uninterrupted_run(hub, text_file, tmp_path):
+@pytest.mark.parametrize("recipe", ["quickstart", None])
+def test_resuming_elsewhere_from_the_hub_equals_an_uninterrupted_run(
+    hub, recipe, text_file, tmp_path
+):
     whole, again = tmp_path / "whole", tmp_path / "again"
     options = PUSH | {"hub_strategy": "checkpoint", "hub_always_push": True}
-    train("quickstart", data=text_file, output_dir=str(whole), **SMALL, **options)
+    train(recipe, data=text_file, output_dir=str(whole), **SMALL, **options)
     branch = hub.repos["user/gpt"].branches["last-checkpoint"]
     folder = pull_checkpoint(f"user/gpt@{branch[-2]}", again, verify=True)
     assert folder == again / "checkpoint-4"  # as if the machine had been lost after step 5
-    train("quickstart", data=text_file, output_dir=str(again), resume=True, **SMALL)
+    train(recipe, data=text_file, output_dir=str(again), resume=True, **SMALL)
     assert same(weights(again), weights(whole))
     histories = [
         json.loads((run / "checkpoint-6/trainer_state.json").read_text())["log_history"]

@@ -68,12 +68,16 @@ def run_pull(argv: list[str]) -> None:
     args = parse_flags("pull", VERBS["pull"], _PULL, argv)
 
     load_libraries()
+    from ..checkpoint.writing import RECIPE
     from ..hub import pull_checkpoint
 
     folder = pull_checkpoint(args.checkpoint, args.destination, verify=args.verify)
     print(f"{folder} is ready" + (", and every checksum matches." if args.verify else "."))
     print("\nNext:")
     if folder.name.startswith("checkpoint-"):
-        print(f"  hf-nanogpt train RECIPE --resume --output_dir {shlex.quote(str(folder.parent))}")
+        # A run that chose its settings has them in the checkpoint.
+        recipe = "--data DATA" if (folder / RECIPE).is_file() else "RECIPE"
+        run = shlex.quote(str(folder.parent))
+        print(f"  hf-nanogpt train {recipe} --resume --output_dir {run}")
     else:
         print(f"  hf-nanogpt generate {shlex.quote(str(folder))} 'Once upon a time'")

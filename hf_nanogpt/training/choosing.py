@@ -6,30 +6,24 @@ comes of it, compared with counting and with a compressor.
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import yaml
-from datasets import Dataset
 
 from ..checkpoint.steps import list_steps
 from ..checkpoint.writing import RECIPE, explain_write_errors
 from ..configuration_nanogpt import NanoGPTConfig
-from ..data.conversations import MESSAGES
-from ..data.documents import DataArguments, open_table
-from ..data.reading import find_format, read_pieces
-from ..data.sources import STDLIB, find_files, name_file
-from ..data.stored import holds_tokens
+from ..data.sources import STDLIB
 from ..data.tokenization import TRAINED
-from ..errors import without_secrets
+from ..errors import UserError, without_secrets
+from ..untrusted import path_inside
 from .arguments import LONGEST, choose_defaults, parse_settings, read_flags
+from .looking import Text, look_at
 from .recipes import Choice, read_sections
 
 QUICKSTART = "quickstart"
-_LOOK = 4_000_000  # characters that are read to see what a text is like
 _HELD_OUT = 500_000  # bytes; with more, the exact evaluation at the end would take long
 
 
@@ -58,23 +52,17 @@ _TABLE = (
     _Row(math.inf, "bpe", 2048, 192, 3, 256, 8, 700),  # as the quickstart
 )
 _LAYERS = 4
+_CHOSEN = {  # all that is ever chosen
+    *("tokenizer", "vocab_size", "chat_template", "validation_fraction"),
+    *("n_layer", "n_embd", "n_head", "block_size", "dropout"),
+    *("max_steps", "per_device_train_batch_size", "per_device_eval_batch_size"),
+}
 _FEW_CHARACTERS = 400  # at most so many different ones make a good vocabulary
 _RARE = 3  # times that each character comes, on average, if a BPE can join more than its bytes
 # Dropout grows with the passes over the text. The best of 0, 0.1, 0.2, 0.3 and 0.4 was 0 after 2
 # passes, 0.1 after 9, 0.2 after 18 and 0.3 after 27 and more.
 _FEW_PASSES, _PASSES, _MOST_DROPOUT = 4, 90, 0.3
 _BPE_BYTES = {512: 2.0, 1024: 2.5, 2048: 3.0}  # that a token of a vocabulary stands for, about
-
-
-@dataclass(frozen=True)
-class Text:
-    """The size of a text, which is a guess if it is long, and how many units it is made of."""
-
-    num_bytes: int
-    bytes_per_character: float
-    num_characters: int  # different ones
-    num_words: int  # different ones, between blanks
-    conversation: int = 0  # characters that nine of ten conversations have at most; 0 of other text
 
 
 def settle_recipe(
@@ -100,8 +88,8 @@ def settle_recipe(
     if data.data == STDLIB:
         return QUICKSTART
     folder = Path(read_flags(flags).get("output_dir") or _name_folder(data.data))
-    if resume and (folder / RECIPE).is_file():
-        return _add_folder(read_sections(folder / RECIPE), folder)
+    if resume and (stored := _find_stored(folder)):
+        return _add_folder(_read_stored(stored), folder)
     if resume and list_steps(folder):  # of version 0.1.0, which chose nothing
         return QUICKSTART
     text = look_at(data)
@@ -111,51 +99,22 @@ def settle_recipe(
     return _add_folder(choice.sections, folder, choice.reasons)
 
 
-def look_at(data: DataArguments) -> Text | None:
-    """Return what the text of `data` is like, by its beginning; None if there is none to look at.
-
-    Raises:
-        UserError: the source cannot be read.
-    """
-    if data.streaming or holds_tokens(Path(data.data)):
-        return None
-    files = find_files(data.data)
-    size = sum(file.stat().st_size for file in files)
-    texts: Iterable[str]
-    are_chats = False
-    if files and not find_format(files[0]):
-        named = ((file, name_file(data.data, file)) for file in files)
-        texts = (piece for file, name in named for piece in read_pieces(file, name, 100_000))
-    else:
-        table = open_table(data.data, files, data)
-        are_chats = "text" not in (table.column_names or [])
-        texts = (_spell(row[MESSAGES]) if are_chats else row["text"] for row in table)
-        # Files may be compressed, and those of the Hub are elsewhere.
-        size = max(size, table.data.nbytes) if isinstance(table, Dataset) else size
-    return _measure(texts, size, are_chats)
+def _find_stored(folder: Path) -> Path | None:
+    """Return the file with what a run chose: in its folder, or in its last checkpoint, alone."""
+    places = (folder, *reversed(list_steps(folder)))
+    return next((place / RECIPE for place in places if (place / RECIPE).is_file()), None)
 
 
-def _spell(messages: list[dict[str, Any]]) -> str:
-    """Return a conversation as chatml writes it, with a blank for each of its two tokens."""
-    return "".join(f" {m['role']}\n{m['content']} \n" for m in messages)
-
-
-def _measure(texts: Iterable[str], size: int, are_chats: bool) -> Text | None:
-    """Count what texts are made of. If they are long, take `size` for their bytes."""
-    characters, words, lengths = set[str](), set[str](), list[int]()
-    num_bytes = length = 0
-    for text in texts:
-        characters.update(text)
-        words.update(text.split())
-        lengths.append(len(text))
-        num_bytes, length = num_bytes + len(text.encode()), length + len(text)
-        if length > _LOOK:
-            num_bytes = max(num_bytes, size)
-            break
-    if not length:
-        return None
-    longest = int(np.quantile(lengths, 0.9)) if are_chats else 0
-    return Text(num_bytes, num_bytes / length, len(characters), len(words), longest)
+def _read_stored(path: Path) -> dict[str, dict[str, Any]]:
+    """Return what a run chose; whoever wrote its checkpoint could not set anything else."""
+    sections = read_sections(path_inside(path.parent, path.name))
+    names = {name for part in sections.values() for name in part}
+    if unknown := sorted(names - _CHOSEN):
+        raise UserError(
+            f"{path} sets {', '.join(unknown)}, which is never chosen: give that as flags, or name "
+            f"the file, if you trust it: hf-nanogpt train {path} --resume."
+        )
+    return sections
 
 
 def choose_recipe(text: Text, flags: Sequence[str] = ()) -> Choice:
