@@ -15,6 +15,7 @@ from conftest import CORPUS
 
 from hf_nanogpt import train, train_tokenizer
 from hf_nanogpt.checkpoint.writing import check_output_dir
+from hf_nanogpt.cli import main
 from hf_nanogpt.data.corpus import prepare_tokenizer
 from hf_nanogpt.data.documents import DataArguments
 from hf_nanogpt.data.packing import tokenize_documents
@@ -191,6 +192,8 @@ def test_a_run_stores_what_was_chosen_and_resumes_with_it(tmp_path, monkeypatch,
     (staged := Path("staged")).mkdir()
     stage_step(last, Release(staged, "user/gpt", branch="x"), 1)
     assert filecmp.cmp(last / "chosen_recipe.yaml", "staged/chosen_recipe.yaml", shallow=False)
+    with pytest.raises(UserError, match="output_dir=copied .* another text: give its --data again"):
+        settle_recipe(None, ["--output_dir=copied"], resume=True)
     # Whoever wrote it can set only what is chosen.
     stored["training"] |= {"push_to_hub": True, "hub_model_id": "somebody/else"}
     Path("copied", last.name, "chosen_recipe.yaml").write_text(yaml.safe_dump(stored))
@@ -296,6 +299,23 @@ def test_the_corpus_is_an_origin_of_settings(tmp_path):
     assert shown["num_hidden_layers"] == (2, "flag")
     assert shown["streaming"] == (False, "default")
     assert {"use_cpu", "dropout"} <= shown.keys() and read_flags(flags).keys() <= shown.keys()
+    # Only a BPE has a size that is asked for.
+    for tokenizer, has_size in (("char", False), ("byte", False), ("bpe", True)):
+        shown = {s.name for s in explain_settings(None, [*flags, f"--tokenizer={tokenizer}"])}
+        assert ("vocab_size" in shown) == has_size
+    tuned = {s.name for s in explain_settings("finetune", flags[:1], start_from="somewhere")}
+    assert not tuned & {"tokenizer", "vocab_size"} and "validation_fraction" in tuned
+
+
+def test_show_prints_the_reasons(tmp_path, capsys):
+    path = tmp_path / "my.txt"
+    path.write_text(CORPUS, encoding="utf-8")
+    assert main(["train", "--show", f"--data={path}"]) == 0
+    _, _, told = capsys.readouterr().out.partition("\nchosen from the corpus:\n")
+    assert told.splitlines() == [
+        f"  {reason}" for reason in settle_recipe(None, [f"--data={path}"]).reasons
+    ]
+    assert len(told.splitlines()) == 3
 
 
 def test_tables_with_other_columns_are_refused_in_a_sentence(tmp_path):

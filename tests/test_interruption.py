@@ -289,8 +289,10 @@ def test_an_interrupted_run_saves_prints_how_to_resume_and_resumes(
     assert {path.name for path in folder.iterdir()} == {last, RECIPE}
     assert f"To resume from {folder / last}:" in printed
     assert printed.rstrip().endswith("--resume") and f"--output_dir={folder}" in printed
-    again, printed = run(folder, "--resume")
+    again, printed = run(folder, "--resume", disable_tqdm=False)
     assert again == 0, printed
+    step = last.removeprefix("checkpoint-")
+    assert printed.count(f"\nResumed from step {step} of 17.\n") == 1
     _assert_same(folder, whole)
 
 

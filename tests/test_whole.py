@@ -56,6 +56,17 @@ def test_no_answer_is_learnt_without_the_beginning_of_its_conversation(context_l
     assert not (anywhere[:, 0] == EOS).all()
 
 
+def test_the_blocks_say_how_many_of_their_tokens_only_fill_them():
+    for lengths, context_length in (([50, 60, 70], 128), ([127], 128), ([200, 46], 256)):
+        documents = Dataset.from_dict({"messages": [conversation(n) for n in lengths]})
+        blocks = pack_documents(documents, TOKENIZER, context_length=context_length)
+        # With an eos in front of each, and one at the end of all.
+        assert blocks.num_tokens - blocks.num_padding == sum(lengths) + 1
+        assert (blocks.num_tokens - 1) % (context_length - 1) == 0
+    texts = Dataset.from_dict({"text": ["a text"]})
+    assert pack_documents(texts, TOKENIZER, context_length=4).num_padding == 0
+
+
 def test_conversations_of_all_lengths_stay_whole_and_longer_ones_take_several_blocks():
     lengths = [46 + 7 * i % 150 for i in range(150)]
     chats = [conversation(length) for length in lengths]

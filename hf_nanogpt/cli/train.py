@@ -67,10 +67,13 @@ def run_train(argv: list[str]) -> None:
 
 
 def _show_settings(recipe: str | None, flags: list[str], start_from: str | None) -> str:
-    """Return a line for each setting: name, value and where it comes from."""
+    """Return a line for each setting: name, value and where it comes from; and why."""
+    from ..training.choosing import settle_recipe
     from ..training.origins import explain_settings
+    from ..training.recipes import Choice
 
-    settings = explain_settings(recipe, flags, start_from=start_from)
+    chosen = settle_recipe(recipe, flags, start_from=start_from)
+    settings = explain_settings(chosen, flags, start_from=start_from)
     lines = []
     for group, rows in itertools.groupby(settings, lambda setting: setting.group):
         lines.append(f"{group}:")
@@ -79,6 +82,8 @@ def _show_settings(recipe: str | None, flags: list[str], start_from: str | None)
             lines.append(f"  {row.name:<30} {value:<40} {row.origin}")
     if start_from:
         lines.append(f"model:\n  that of {start_from}")
+    if isinstance(chosen, Choice):
+        lines += [f"{chosen}:", *(f"  {reason}" for reason in chosen.reasons)]
     return "\n".join(lines)
 
 

@@ -43,6 +43,7 @@ class PackedBlocks(torch_data.Dataset):
     """
 
     num_bytes: int | None = None  # of the text, if they were counted
+    num_padding = 0  # tokens between conversations that only fill blocks
 
     def __init__(self, pieces: Pieces, *, context_length: int, seed: int | None = None):
         self.open_pieces = pieces
@@ -173,12 +174,14 @@ def cut_blocks(
     """
     if isinstance(tokens, Conversations):
         with explain_cache_errors():
-            rows = tokens.fill_rows(context_length)
+            rows, text = tokens.fill_rows(context_length), tokens.rows
         # As before all others, the eos after the last one is not learnt.
         end = encode_unlearnt(np.array([] if eos_token_id is None else [eos_token_id], np.int32))
         eos_token_id = next(iter(end.tolist()), None)
         if isinstance(rows, Dataset):  # each block begins where a conversation does, or goes on
-            return PackedBlocks(partial(_open_arrow, rows, end), context_length=context_length)
+            blocks = PackedBlocks(partial(_open_arrow, rows, end), context_length=context_length)
+            blocks.num_padding = blocks.num_tokens - sum(map(len, _open_arrow(text, end)))
+            return blocks
         tokens = rows
     if isinstance(tokens, IterableDataset):
         return PackedStream(

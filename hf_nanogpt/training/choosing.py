@@ -66,7 +66,7 @@ _BPE_BYTES = {512: 2.0, 1024: 2.5, 2048: 3.0}  # that a token of a vocabulary st
 
 
 def settle_recipe(
-    recipe: str | Path | None,
+    recipe: str | Path | Choice | None,
     flags: Sequence[str],
     *,
     start_from: str | Path | None = None,
@@ -85,10 +85,13 @@ def settle_recipe(
     # The steps of the quickstart are not those of the run, which may have other limits.
     sections = {"data": read_sections(QUICKSTART)["data"]}
     data, _, _ = parse_settings(Choice(sections), flags)
+    folder = Path(read_flags(flags).get("output_dir") or _name_folder(data.data))
+    stored = _find_stored(folder) if resume else None
+    if stored and data.data == STDLIB:
+        raise UserError(f"output_dir={folder} was trained on another text: give its --data again.")
     if data.data == STDLIB:
         return QUICKSTART
-    folder = Path(read_flags(flags).get("output_dir") or _name_folder(data.data))
-    if resume and (stored := _find_stored(folder)):
+    if stored:
         return _add_folder(_read_stored(stored), folder)
     if resume and list_steps(folder):  # of version 0.1.0, which chose nothing
         return QUICKSTART

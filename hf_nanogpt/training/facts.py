@@ -18,13 +18,13 @@ from ..data.stored import holds_tokens
 from ..hub.publishable import publish_command, publish_place
 from .arguments import NanoGPTTrainingArguments
 from .held_out import count_tokens
-from .recipes import CHOSEN
+from .recipes import CHOSEN, Choice
 from .trainer import NanoGPTTrainer
 
 
 def describe_plan(
     trainer: NanoGPTTrainer,
-    recipe: str,
+    recipe: str | Path | Choice,
     start_from: str | Path | None,
     data_args: DataArguments,
     *,
@@ -35,7 +35,9 @@ def describe_plan(
     args, blocks, held_out = trainer.args, trainer.train_dataset, trainer.eval_dataset
     # A stream has no known size.
     learnt, measured = (
-        f"{side.num_tokens:,} tokens" if isinstance(side, PackedBlocks) else "a stream"
+        f"{side.num_tokens - side.num_padding:,} tokens"
+        if isinstance(side, PackedBlocks)
+        else "a stream"
         for side in (blocks, held_out)
     )
     passes = f", {steps / steps_per_epoch:,.2f} passes over the data"
@@ -55,9 +57,11 @@ def describe_plan(
         "model": f"{count:,} parameters{part}",
         "evaluation": evaluation,
         "steps": f"{steps:,}{passes if isinstance(blocks, PackedBlocks) else ''}",
-        "recipe": f"{Path(recipe).name}, {_name_optimizer(args)}, peak rate {args.learning_rate:g}",
+        "recipe": f"{Path(str(recipe)).name}, {_name_optimizer(args)}, peak rate {args.learning_rate:g}",
     }
-    return "\n".join(f"{name:<10} {fact}" for name, fact in facts.items() if fact)
+    reasons = recipe.reasons if isinstance(recipe, Choice) else ()
+    lines = [*facts.items(), *(("chosen", reason) for reason in reasons)]
+    return "\n".join(f"{name:<10} {fact}" for name, fact in lines if fact)
 
 
 def collect_metrics(

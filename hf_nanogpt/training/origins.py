@@ -7,6 +7,8 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from ..data.documents import DataArguments
+from ..data.stored import holds_tokens
 from ..presets import PRESETS
 from .arguments import (
     ModelArguments,
@@ -31,7 +33,10 @@ class Setting:
 
 
 def explain_settings(
-    recipe: str | Path | None, flags: Sequence[str] = (), *, start_from: str | Path | None = None
+    recipe: str | Path | Choice | None,
+    flags: Sequence[str] = (),
+    *,
+    start_from: str | Path | None = None,
 ) -> list[Setting]:
     """Return the settings that `train` would use with the same arguments, and train nothing.
 
@@ -50,7 +55,9 @@ def explain_settings(
             given |= dict.fromkeys(("attention_bias", "mlp_bias") if "bias" in given else ())
     preset = architecture.get("preset", "nano")
     in_preset: dict[str, Any] = {}
-    groups = {"data": vars(data)}
+    groups = {"data": dict(vars(data))}
+    for name in _list_unused(data, start_from) - typed.keys():
+        del groups["data"][name]
     if not start_from:
         config = make_config(architecture, vocab_size=data.vocab_size)
         names = [name for name in ModelArguments.__annotations__ if name not in ("preset", "bias")]
@@ -73,6 +80,14 @@ def explain_settings(
         for name, value in settings.items()
         if value is not None
     ]
+
+
+def _list_unused(data: DataArguments, start_from: str | Path | None) -> set[str]:
+    """Return the settings of the tokenizer that have no effect: only a BPE gets its size by one."""
+    if start_from:  # which brings its own tokenizer
+        return {"tokenizer", "vocab_size"}
+    is_made = data.tokenizer == "bpe" and not holds_tokens(Path(data.data))
+    return set() if is_made else {"vocab_size"}
 
 
 def _list_changed(args: NanoGPTTrainingArguments, given: Container[str]) -> dict[str, Any]:

@@ -113,7 +113,7 @@ def train(
         trainer, corpus, prompt = _prepare(
             data_args, architecture, args, start_from, last_checkpoint
         )
-        _show_plan(trainer, chosen, start_from, data_args)
+        _show_plan(trainer, chosen, start_from, data_args, last_checkpoint)
         before = None
         if start_from:
             trainer.add_callback(StartCallback(trainer))
@@ -266,6 +266,7 @@ def _show_plan(
     recipe: str | Path | Choice,
     start_from: str | Path | None,
     data_args: DataArguments,
+    last_checkpoint: str | None,
 ) -> None:
     """Check the loader and the schedule, and print what the training is about to do."""
     args = trainer.args
@@ -275,10 +276,10 @@ def _show_plan(
         )
     if args.process_index == 0 and not args.disable_tqdm:
         plan = describe_plan(
-            trainer, str(recipe), start_from, data_args, steps=steps, steps_per_epoch=per_epoch
+            trainer, recipe, start_from, data_args, steps=steps, steps_per_epoch=per_epoch
         )
-        for line in recipe.reasons if isinstance(recipe, Choice) else ():
-            plan += f"\n{'chosen':<10} {line}"
+        if last_checkpoint:
+            plan += f"\nResumed from step {last_checkpoint.rpartition('-')[2]} of {steps}."
         with warn_if_unwritable("The plan"):
             show(printable(plan))
 
