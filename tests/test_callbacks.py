@@ -291,12 +291,17 @@ def test_a_plot_tells_the_estimates_from_the_final_value(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(plots, "save_figure", lambda figure, path: drawn.append(figure))
     rows = [{"eval_loss": 3.0 - step, "step": step} for step in (1, 2)]
-    plot_losses(rows, tmp_path / "loss.png", final=(2, 1.25, 0.7))
+    plot_losses(rows, tmp_path / "loss.png", final=(2, 1.25))
     [axes] = drawn[0].axes
     estimates, final = axes.lines[1:]
     assert list(estimates.get_ydata()) == [2.0, 1.0] and list(final.get_ydata()) == [1.25]
     assert estimates.get_label() == "validation, estimated"
-    assert final.get_label() == "validation, all of it: 0.700 bits per byte"
+    assert final.get_label() == "validation, all of it: 1.250"
+    # One unit, which the axis names; and no words in front of the curves.
+    assert axes.get_ylabel() == "loss (nats per token)" and not axes.texts
+    drawn[0].draw_without_rendering()
+    [legend] = drawn[0].legends
+    assert legend.get_window_extent().y1 < axes.get_tightbbox().y0
     assert estimates.get_markerfacecolor() == "white" != final.get_markerfacecolor()
 
 

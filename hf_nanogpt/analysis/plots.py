@@ -19,12 +19,12 @@ def plot_losses(
     path: str | Path,
     *,
     title: str = "",
-    final: tuple[int, float, float] | None = None,
+    final: tuple[int, float] | None = None,
 ) -> None:
     """Draw training and validation loss against tokens seen, from `TrainerState.log_history`.
 
-    `final` is what the whole held-out text gave, drawn as one filled point: tokens seen, loss and
-    bits per byte. All others are then marked as estimates.
+    `final` is what the whole held-out text gave, drawn as one filled point: tokens seen and loss.
+    All others are then marked as estimates.
     """
     from matplotlib.ticker import EngFormatter
 
@@ -41,17 +41,15 @@ def plot_losses(
     open_circles = {"marker": "o", "markersize": 4, "markerfacecolor": "white"}
     axes.plot(*validation, color=ORANGE, linewidth=2, label=label, **open_circles)
     if final:
-        tokens, loss, bits = final
-        label = f"validation, all of it: {bits:.3f} bits per byte"
+        tokens, loss = final
+        label = f"validation, all of it: {loss:.3f}"
         axes.plot([tokens], [loss], color=ORANGE, marker="D", linestyle="none", label=label)
-        above = {"xytext": (0, 9), "textcoords": "offset points", "ha": "center"}
-        axes.annotate(f"{loss:.3f}", (tokens, loss), color=ORANGE, weight="bold", **above)
     axes.set(xlabel="tokens seen", ylabel="loss (nats per token)", title=title)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.margins(x=0.04)
     axes.grid(color=GREY, alpha=0.2)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="upper right")
+    figure.legend(frameon=False, loc="outside lower center", ncols=3)  # clear of the curves
     save_figure(figure, path)
 
 

@@ -57,7 +57,8 @@ def describe_plan(
         "model": f"{count:,} parameters{part}",
         "evaluation": evaluation,
         "steps": f"{steps:,}{passes if isinstance(blocks, PackedBlocks) else ''}",
-        "recipe": f"{Path(str(recipe)).name}, {_name_optimizer(args)}, peak rate {args.learning_rate:g}",
+        "recipe": f"{Path(str(recipe)).name}, {_name_optimizer(args)}, "
+        f"peak rate {args.learning_rate:g}",
     }
     reasons = recipe.reasons if isinstance(recipe, Choice) else ()
     lines = [*facts.items(), *(("chosen", reason) for reason in reasons)]

@@ -344,7 +344,7 @@ def _write_folder(trainer: NanoGPTTrainer, metrics: dict[str, Any], prompt: str)
         except UserError as error:  # keep the old card rather than lose the training
             logger.warning(str(error))
         title = f"{output_dir.name}: loss"
-        final = metrics["kept_tokens"], metrics["eval_loss"], metrics["bits_per_byte"]
+        final = metrics["kept_tokens"], metrics["eval_loss"]
         plot_losses(trainer.state.log_history, folder / "loss.png", title=title, final=final)
     question = read_prompt(prompt, trainer.processing_class) if metrics["learnt_answers"] else ""
     return TrainingResult(output_dir, metrics, prompt, samples[0], question)
