@@ -350,9 +350,10 @@ MISTAKES = {
     "train --data one.txt": "one.txt|too small",
     "train --data binary.bin": "binary.bin|UTF-8",
     "train --data blanks.txt": "blanks.txt|only blanks",
-    "train --data nul.txt": "nul.txt|NUL|remove them",
+    "train --data nul.txt": "nul.txt|binary|NUL byte at offset 9003|remove them",
+    "train --data late.txt": "late.txt|NUL|remove them",
     "train --data same.txt": "same.txt|one character|nothing to learn",
-    f"train --data same.txt --tokenizer=bpe {shlex.join(SIZE[:4])}": "vocab_size=|too large",
+    f"train --data same.txt --tokenizer=bpe {shlex.join(SIZE[:4])}": "vocab_size=|fewer",
     "train --data equal": "equal|repeated",
     "train --data line.txt": "tokens|give more text",
     "train --data good.txt --validation_data blanks.txt": "validation_data=blanks.txt|only blanks",
@@ -491,7 +492,8 @@ def _write_wrong_files(folder: Path) -> None:
     (folder / "one.txt").write_text("x")
     (folder / "binary.bin").write_bytes(bytes(range(256)) * 8)
     (folder / "blanks.txt").write_text(" \n" * 10_000)
-    (folder / "nul.txt").write_text(TEXT + "\0" + TEXT, encoding="utf-8")
+    (folder / "nul.txt").write_text("\n" * 9000 + "abc\0" + TEXT, encoding="utf-8")
+    (folder / "late.txt").write_text(TEXT + "\0" + TEXT, encoding="utf-8")
     (folder / "same.txt").write_text("a" * 20_000)
     (folder / "line.txt").write_text("Only one line, which is not long.\n")
     (folder / "equal").mkdir()

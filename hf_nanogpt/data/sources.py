@@ -90,7 +90,7 @@ def _choose(data: str, paths: Iterable[Path]) -> list[Path]:
     texts: list[Path] = []
     skipped = 0
     for path in sorted(p for p in paths if p.is_file()):
-        head = _read_head(path, path)
+        _, head = _read_head(path, path)
         if find_format(path) and not _is_blank(head):
             tables.append(path)
         elif _is_text(head) and not _is_blank(head):
@@ -106,7 +106,7 @@ def _choose(data: str, paths: Iterable[Path]) -> list[Path]:
     if not kinds:
         raise UserError(f"data={data} has no UTF-8 text and no {', '.join(TABLES)} file in it.")
     if skipped:
-        logger.warning(f"{skipped} files in {data} were skipped: they are not UTF-8 text.")
+        logger.warning(f"{skipped} files in {data} were skipped: they are not text in UTF-8.")
     return tables or texts
 
 
@@ -119,19 +119,27 @@ def _may_be_hub_id(data: str) -> bool:
 
 
 def _check_file(path: Path, name: str) -> None:
-    head = _read_head(path, name)
+    start, head = _read_head(path, name)
     if _is_blank(head):
         raise UserError(f"data={name} is empty, or has only blanks in it.")
-    if not find_format(path) and not _is_text(head):
+    if find_format(path):
+        return
+    if (place := head.find(b"\0")) >= 0 and _is_text(head[:place]):  # NUL is valid UTF-8
+        raise UserError(
+            f"data={name} looks like a binary file: it has a NUL byte at offset {start + place}. "
+            "Give UTF-8 text. If it is one, remove them: tr -d '\\000' < FILE > NEW_FILE."
+        )
+    if not _is_text(head):
         raise UserError(f"data={name} is not UTF-8 text: convert it to UTF-8, or give text.")
 
 
-def _read_head(path: Path, name: object) -> bytes:
-    """Return the first bytes that are not only blanks and empty lines; none if all are."""
+def _read_head(path: Path, name: object) -> tuple[int, bytes]:
+    """Return the first bytes that are not only blanks and empty lines, and where they are."""
+    start = 0
     with explain_read_errors(name), open_bytes(path) as file:
         while (head := file.read(_HEAD)) and _is_blank(head):
-            pass
-    return head
+            start += len(head)
+    return start, head
 
 
 def _is_blank(head: bytes) -> bool:
