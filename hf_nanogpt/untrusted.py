@@ -96,7 +96,7 @@ def parse_json(text: str, *, where: str) -> dict[str, Any]:
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """Reads YAML without aliases: a few lines of them can expand to gigabytes."""
+    """Reads YAML without aliases, a few lines of which can expand to gigabytes, and keys once."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
@@ -107,13 +107,24 @@ class _PlainLoader(yaml.SafeLoader):
             )
         return super().compose_node(parent, index)
 
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        names = [key.value for key in keys]
+        for place, key in enumerate(keys):
+            if key.value in names[:place]:  # the last one would win without a word
+                raise yaml.MarkedYAMLError(
+                    problem=f"{key.value} is there twice: keep one of them",
+                    problem_mark=key.start_mark,
+                )
+        return super().construct_mapping(node, deep)
+
 
 def parse_yaml(text: str, *, where: str) -> Any:
     """Return what a text in YAML describes, as plain values; errors call the text `where`.
 
     Raises:
-        UserError: the text is not YAML, is nested too deeply, has aliases or more than 2**20
-            characters.
+        UserError: the text is not YAML, is nested too deeply, has aliases, a key twice or more than
+            2**20 characters.
     """
     if len(text) > _LARGEST_YAML:
         raise UserError(f"{where} has more than {_LARGEST_YAML:,} characters, so it was not read.")

@@ -54,6 +54,33 @@ def test_the_tokenizer_completes_the_configuration_that_was_made_before_the_data
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id
 
 
+def test_a_plain_no_in_yaml_is_the_strategy_and_of_other_settings_false(tmp_path):
+    path = tmp_path / "mine.yaml"
+    names = ("eval_strategy", "logging_strategy", "save_strategy")
+    path.write_text(f"training: {{{': no, '.join(names)}: no, push_to_hub: no, keep_best: no}}")
+    _, _, args = parse_settings(path, use_cpu=True)
+    assert {str(getattr(args, name).value) for name in names} == {"no"}
+    assert args.push_to_hub is args.keep_best is False
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("training:\n  seed: 1\n  max_steps: 2\n  seed: 3\n", r"seed is there twice.*line 4,"),
+        ("data: {}\nmodel: {}\ndata: {}\n", r"data is there twice.*line 3,"),
+        ('{"training": {"seed": 1,\n "seed": 2}}', r"seed is there twice.*line 2,"),
+        ("model: {rope_parameters: {a: 1,\n a: 2}}", r"a is there twice.*line 2,"),
+        ("data: {seed: 1}\ntraining: {seed: 2}", "sets seed and seed, one setting"),
+        ("model: {n_embd: 8, hidden_size: 16}", "sets n_embd and hidden_size, one setting"),
+    ],
+)
+def test_a_setting_that_is_there_twice_is_refused(text, words, tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=words):
+        parse_settings(path, use_cpu=True)
+
+
 def test_the_peer_is_nanogpts_configuration():
     _, architecture, args = parse_settings("nanogpt_char")
     config = make_config(architecture, vocab_size=65)

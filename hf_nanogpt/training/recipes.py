@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..configuration_nanogpt import NanoGPTConfig
 from ..errors import UserError, did_you_mean
 from ..untrusted import parse_yaml
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 CHOSEN = "chosen from the corpus"
 _SECTIONS = ("data", "model", "training", "lora")
+_MAY_BE_NO = ("eval_strategy", "logging_strategy", "save_strategy")
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,26 @@ def read_sections(recipe: str | Path) -> dict[str, dict[str, Any]]:
             f"recipe={recipe} must have the sections {', '.join(_SECTIONS)}, each with settings, "
             "and no others."
         )
-    return {name: section or {} for name, section in sections.items()}
+    parts = [section or {} for part, section in sections.items() if part != "lora"]
+    _check_once(recipe, [str(name) for part in parts for name in part])
+    # YAML takes a plain `no` for False.
+    return {
+        part: {
+            name: "no" if value is False and name in _MAY_BE_NO else value
+            for name, value in (section or {}).items()
+        }
+        for part, section in sections.items()
+    }
+
+
+def _check_once(recipe: str | Path, names: list[str]) -> None:
+    """Refuse a setting in two sections, or by two of its names, as the last one would win."""
+    given: dict[str, list[str]] = {}
+    for name in names:
+        given.setdefault(NanoGPTConfig.attribute_map.get(name, name), []).append(name)
+    for same in given.values():
+        if len(same) > 1:
+            raise UserError(f"recipe={recipe} sets {' and '.join(same)}, one setting: keep one.")
 
 
 def _suggest(path: Path, known: list[str]) -> str:
