@@ -66,12 +66,12 @@ def test_a_plain_no_in_yaml_is_the_strategy_and_of_other_settings_false(tmp_path
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("training:\n  seed: 1\n  max_steps: 2\n  seed: 3\n", r"seed is there twice.*line 4,"),
-        ("data: {}\nmodel: {}\ndata: {}\n", r"data is there twice.*line 3,"),
-        ('{"training": {"seed": 1,\n "seed": 2}}', r"seed is there twice.*line 2,"),
-        ("model: {rope_parameters: {a: 1,\n a: 2}}", r"a is there twice.*line 2,"),
-        ("data: {seed: 1}\ntraining: {seed: 2}", "sets seed and seed, one setting"),
-        ("model: {n_embd: 8, hidden_size: 16}", "sets n_embd and hidden_size, one setting"),
+        ("training:\n  seed: 1\n  max_steps: 2\n  seed: 3\n", r"'seed' is there twice.*line 4,"),
+        ("data: {}\nmodel: {}\ndata: {}\n", r"'data' is there twice.*line 3,"),
+        ('{"training": {"seed": 1,\n "seed": 2}}', r"'seed' is there twice.*line 2,"),
+        ("model: {rope_parameters: {a: 1,\n a: 2}}", r"'a' is there twice.*line 2,"),
+        ("data: {seed: 1}\ntraining: {seed: 2}", r"one setting twice \(seed, seed\)"),
+        ("model: {n_embd: 8, hidden_size: 16}", r"twice \(n_embd, hidden_size\)"),
     ],
 )
 def test_a_setting_that_is_there_twice_is_refused(text, words, tmp_path):

@@ -92,7 +92,8 @@ def _check_once(recipe: str | Path, names: list[str]) -> None:
         given.setdefault(NanoGPTConfig.attribute_map.get(name, name), []).append(name)
     for same in given.values():
         if len(same) > 1:
-            raise UserError(f"recipe={recipe} sets {' and '.join(same)}, one setting: keep one.")
+            listed = ", ".join(same)
+            raise UserError(f"recipe={recipe} sets one setting twice ({listed}): keep one.")
 
 
 def _suggest(path: Path, known: list[str]) -> str:

@@ -1,6 +1,7 @@
 """What a resumed training restores besides what `Trainer` loads from a checkpoint."""
 
 import os
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from transformers import TrainerCallback, TrainerState
 from transformers.utils import logging
 
 from ..checkpoint.steps import RECORD, save_state
+from ..checkpoint.writing import RECIPE
 from ..data.packing import PackedBlocks
 from ..data.streams import PackedStream
 from ..errors import UserError
@@ -145,6 +147,12 @@ def check_shapes(optimizer: Optimizer) -> None:
                     f"{name} has the shape {tuple(state[name].shape)}, and its parameter "
                     f"{tuple(parameter.shape)}"
                 )
+
+
+def copy_recipe(run: str | Path, checkpoint: str | Path) -> None:
+    """Put what a run chose into a checkpoint, which may be copied, or pushed, by itself."""
+    if (recipe := Path(run) / RECIPE).is_file():
+        shutil.copyfile(recipe, Path(checkpoint) / RECIPE)
 
 
 def set_rates(schedule: LambdaLR) -> None:

@@ -8,7 +8,6 @@ does not fit, or that somebody else wrote, is refused in one sentence.
 
 import math
 import pickle
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,12 +25,12 @@ from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 from transformers.utils import logging
 
 from ..checkpoint.steps import RECORD, find_damage, find_last_checkpoint, save_state, sum_file
-from ..checkpoint.writing import RECIPE, explain_write_errors
+from ..checkpoint.writing import explain_write_errors
 from ..data.streams import PackedStream
 from ..errors import UserError, explain_errors
 from .arguments import NanoGPTTrainingArguments
 from .best import BestCallback
-from .restoring import RestoreCallback, check_shapes, set_rates
+from .restoring import RestoreCallback, check_shapes, copy_recipe, set_rates
 from .shards import check_shards
 
 logger = logging.get_logger(__name__)
@@ -206,9 +205,7 @@ class ResumableTrainer(Trainer):
             return
         if self.best:
             self.best.save(output_dir, self.state.global_step)
-        # A checkpoint may be copied, or pushed, without the folder of its run.
-        if (recipe := Path(self.args.output_dir) / RECIPE).is_file():
-            shutil.copyfile(recipe, Path(output_dir) / RECIPE)
+        copy_recipe(self.args.output_dir, output_dir)
         paths = sorted(p for p in Path(output_dir).rglob("*") if p.is_file())
         files = {p.relative_to(output_dir).as_posix(): p for p in paths}
         callbacks: Any = self.state.stateful_callbacks  # a dict; the annotation says list
