@@ -84,6 +84,31 @@ def test_the_card_shows_each_sample_and_what_the_figures_are_held_against():
     assert "| 1.9000 (5-gram, on 2,000,000 characters of the text) |" in card
 
 
+@pytest.mark.parametrize(
+    ("data", "revision", "needed"),
+    [
+        ("user/corpus", "v1", ":"),
+        ("python-stdlib", "v1", ":"),
+        ("https://host/book.txt", "v1", ":"),
+        ("book.txt", "v1", ", in a folder that has `book.txt`:"),
+        ("texts/book.txt", None, ", in a folder that has `mine` and `texts/book.txt`:"),
+        ("python-stdlib", None, ", in a folder that has `mine`:"),
+    ],
+)
+def test_the_card_says_where_the_command_to_repeat_the_evaluation_works(data, revision, needed):
+    metrics = METRICS | {
+        "data": data,
+        "datasets": [data] if data == "user/corpus" else [],
+        "eval_command": ["--data", data, "--held_out", "0.1"],
+    }
+    card = render_model_card(CONFIG, metrics, name="mine", revision=revision)
+    place = f"mine@{revision}" if revision else "mine"
+    assert (
+        f"To repeat this evaluation{needed}\n\n```bash\n"
+        f"hf-nanogpt eval {place} --data {data} --held_out 0.1\n```"
+    ) in card
+
+
 CONTINUES = "- It continues a text. It was not trained to answer"
 ANSWERS = "- It learnt to answer only from the conversations"
 

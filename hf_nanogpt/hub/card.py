@@ -11,6 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, constants
 from transformers import PreTrainedConfig
 
 from .card_edits import seal_card
+from .publishable import read_command
 
 STDLIB = "python-stdlib"
 _TEMPLATE = Path(__file__).parent.parent / "templates" / "model_card.md"
@@ -50,6 +51,7 @@ def render_model_card(
         native=native,
         prompt=metrics.get("prompt") or "Once upon a time",
         data=_name_data(metrics),
+        needed=[*([] if revision else [name]), *_list_files(metrics)],
         context_length=config.max_position_embeddings,
         architecture=_describe_architecture(config, metrics),
         training=_describe_training(metrics),
@@ -114,6 +116,15 @@ def _name_data(metrics: dict[str, Any]) -> str:
     if data == STDLIB:
         return "the source code of Python's standard library"
     return data if metrics.get("datasets") else Path(data).name
+
+
+def _list_files(metrics: dict[str, Any]) -> list[str]:
+    """Return the file that the evaluation reads, if it is neither on the Hub nor in the web."""
+    if not metrics.get("eval_command"):
+        return []
+    data = read_command(metrics["eval_command"]).get("data", STDLIB)
+    is_elsewhere = data == STDLIB or "://" in data or metrics.get("datasets")
+    return [] if is_elsewhere else [data]
 
 
 def _describe_architecture(config: PreTrainedConfig, metrics: dict[str, Any]) -> dict[str, Any]:
