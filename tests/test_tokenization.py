@@ -146,7 +146,7 @@ def test_too_small_a_vocab_size_is_refused(size):
 
 def test_a_vocab_size_that_the_text_cannot_give_is_refused():
     # "ab" twice: the 256 bytes, <|endoftext|> and the one merge that occurs at least twice.
-    with pytest.raises(ValueError, match="only 258 tokens, fewer than the 300 of vocab_size"):
+    with pytest.raises(ValueError, match="only 258 tokens, not vocab_size=300"):
         train_tokenizer(["ab", "ab"], vocab_size=300)
     assert len(train_tokenizer(["ab", "ab"], vocab_size=258)) == 258
 

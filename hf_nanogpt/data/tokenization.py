@@ -137,8 +137,8 @@ def _train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     tokenizer.train_from_iterator(_cut_runs(texts), trainer)
     if (size := tokenizer.get_vocab_size()) < vocab_size:
         raise UserError(
-            f"This text gives a BPE only {size} tokens, fewer than the {vocab_size} of vocab_size: "
-            f"give more text, tokenizer='char', or vocab_size={size} or less."
+            f"This text gives a BPE only {size} tokens, not vocab_size={vocab_size}: give more "
+            f"text, tokenizer='char', or vocab_size={size} or less."
         )
     return tokenizer
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..configuration_nanogpt import NanoGPTConfig
 from ..errors import UserError, did_you_mean
 from ..untrusted import parse_yaml
 
@@ -87,6 +86,8 @@ def read_sections(recipe: str | Path) -> dict[str, dict[str, Any]]:
 
 def _check_once(recipe: str | Path, names: list[str]) -> None:
     """Refuse a setting in two sections, or by two of its names, as the last one would win."""
+    from ..configuration_nanogpt import NanoGPTConfig  # slow to import
+
     given: dict[str, list[str]] = {}
     for name in names:
         given.setdefault(NanoGPTConfig.attribute_map.get(name, name), []).append(name)
