@@ -16,6 +16,7 @@ from conftest import CORPUS
 from hf_nanogpt import train, train_tokenizer
 from hf_nanogpt.checkpoint.writing import check_output_dir
 from hf_nanogpt.cli import main
+from hf_nanogpt.cli.last_screen import render_last_screen
 from hf_nanogpt.data.corpus import prepare_tokenizer
 from hf_nanogpt.data.documents import DataArguments
 from hf_nanogpt.data.packing import tokenize_documents
@@ -275,6 +276,21 @@ def test_conversations_get_a_template_characters_and_blocks_that_hold_one(tmp_pa
     named = settle_recipe(None, [*flags, "--tokenizer=gpt2"]).sections["data"]
     assert "chat_template" not in named  # the tokenizer brings its own
     assert settings_of(Text(9_000_000, 1.0, 90, 50_000, 200))["tokenizer"] == "bpe"
+
+
+@pytest.mark.slow
+def test_conversations_alone_train_a_model_that_answers(tmp_path):
+    path = write_chats(tmp_path / "chats.jsonl", 30)
+    settings = {name: TINY[name] for name in ("max_steps", "num_threads", "use_cpu")}
+    result = train(data=str(path), output_dir=str(tmp_path / "run"), n_layer=1, **settings)
+    metrics = result.metrics
+    assert metrics["is_chat"] and metrics["learnt_answers"]
+    answers = [sample.removeprefix(result.prompt) for sample in metrics["samples"]]
+    assert all(answers) and answers != metrics["samples"]
+    role, said, *_, last = result.question.splitlines()
+    assert (role, last) == ("user", "assistant") and said in path.read_text()
+    screen = render_last_screen(result, "hf-nanogpt")
+    assert "in answer to:\n  > user\n" in screen and "<|im_end|>" not in screen.split("Next:")[0]
 
 
 @pytest.mark.parametrize(("times", "kind"), [(1, "char"), (3, "bpe")])

@@ -16,12 +16,7 @@ from ..errors import UserError, did_you_mean
 Flags = list[tuple[Any, ...]]
 
 SAMPLING: Flags = [
-    (
-        "--temperature",
-        float,
-        None,
-        "0 is greedy (default: the checkpoint's, else 0.8)",
-    ),
+    ("--temperature", float, None, "0 is greedy (default: the checkpoint's, else 0.8)"),
     ("--top_k", int, None, "sample from the TOP_K most likely tokens only"),
     ("--top_p", float, None, "sample from the most likely tokens that reach this probability"),
     ("--min_p", float, None, "least probability, as a share of the most likely token's"),
