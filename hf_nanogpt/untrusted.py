@@ -89,14 +89,37 @@ def read_json(path: str | Path) -> dict[str, Any]:
 def parse_json(text: str, *, where: str) -> dict[str, Any]:
     """Return the object that a text in JSON describes; errors call the text `where`."""
     with explain_errors(f"{where} cannot be read as JSON"):
-        content = json.loads(text)
+        content = load_json(text)
     if not isinstance(content, dict):
         raise UserError(f"{where} must hold a JSON object, not a {type(content).__name__}.")
     return content
 
 
+def load_json(text: str) -> Any:
+    """Return what a text in JSON describes; raise a `ValueError` if a name has two values.
+
+    Python's reader would take the last one without a word, and other programs the first.
+    """
+    return json.loads(text, object_pairs_hook=_make_object)
+
+
+def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        for name, value in pairs:
+            if content[name] != value:
+                raise ValueError(
+                    f"{name!r:.80} is there twice, as {value!r:.80} and as {content[name]!r:.80}: "
+                    "leave one out"
+                )
+    return content
+
+
 class _PlainLoader(yaml.SafeLoader):
-    """Reads YAML without aliases: a few lines of them can expand to gigabytes."""
+    """Reads YAML without aliases, as a few lines of them can expand to gigabytes.
+
+    A name that is there twice is refused: the last value would win without a word.
+    """
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
@@ -106,6 +129,15 @@ class _PlainLoader(yaml.SafeLoader):
                 problem_mark=event.start_mark,
             )
         return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key.value, str) and key.value in seen:
+                problem = f"{key.value!r:.80} is there twice: leave one out"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
 
 
 def parse_yaml(text: str, *, where: str) -> Any:

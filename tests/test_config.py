@@ -187,6 +187,9 @@ REPLACED = [
     {"bias": True},
     {"n_layer": 3},
     {"block_size": 8, "n_head": 2, "num_key_value_heads": 1, "head_dim": 8},
+    {"n_head": 8},
+    {"n_embd": 64},
+    {"n_embd": 48, "n_head": 3, "mlp_type": "mlp"},
     {"rope_theta": 500.0},
     {"rope_scaling": LINEAR},
     {"rope_scaling": LINEAR, "rope_theta": 500.0},
@@ -205,6 +208,13 @@ def test_a_field_replaced_while_loading_means_what_it_means_in_a_new_config(repl
         found = load(tmp_path, **copy.deepcopy(replaced))
         found._name_or_path = ""
         assert expected.items() <= found.to_dict().items()
+
+
+def test_a_saved_size_that_was_given_stays_when_another_is_replaced(tmp_path):
+    given = {"num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 40}
+    NanoGPTConfig(n_layer=2, n_embd=32, n_head=4, **given).save_pretrained(tmp_path)
+    found = NanoGPTConfig.from_pretrained(tmp_path, n_head=8, n_embd=64).to_dict()
+    assert given.items() <= found.items()
 
 
 @pytest.mark.parametrize(

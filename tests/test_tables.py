@@ -153,9 +153,9 @@ BROKEN = {
     "quote.csv": ('n,text\n1,"one\n', "is not CSV: unexpected end of data"),
     "scalar.jsonl": ('{"text": "a"}\n5\n', "row 2 is 5, not an object"),
     "both.jsonl": ('{"text": "a"}\n{"messages": []}\n', "row 2 has messages, but no text"),
-    "deep.jsonl": ('{"text": "a"}\n' + "[" * 99_999 + "\n", "line 2 is not JSON"),
+    "deep.jsonl": ('{"text": "a"}\n' + "[" * 99_999 + "\n", "line 2 cannot be read as JSON"),
     "cut.jsonl.gz": (gzip.compress(as_jsonl(ROWS).encode())[:90], "cannot be read: Truncated"),
-    "prose.json": ("Once upon a time.", "line 1 is not JSON"),
+    "prose.json": ("Once upon a time.", "line 1 cannot be read as JSON"),
 }
 
 

@@ -115,7 +115,7 @@ def check_request(body: dict[str, Any], *, chat: bool, vocab_size: int) -> Compl
     echo = _check_type("echo", fields.get("echo", False), bool)
     stream = _check_type("stream", fields.get("stream", False), bool)
     n = int(_check_number("n", fields.get("n", 1), _COUNT))
-    if fields.get("best_of", n) != n:
+    if _check_number("best_of", fields.get("best_of", n), _COUNT) != n:
         raise _invalid("best_of", fields["best_of"], f"equal to n, which is {n}; leave it out")
     prompts: list[Any] = (
         [_check_messages(fields.get("messages"))]

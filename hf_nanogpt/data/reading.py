@@ -21,6 +21,7 @@ from datasets.fingerprint import Hasher
 from pyarrow import parquet
 
 from ..errors import UserError, one_line
+from ..untrusted import load_json
 
 # What the end of a name says, in any case: `rows.JSONL`, `rows.csv.gz`, `book.txt.zst`.
 TABLES = {
@@ -217,9 +218,9 @@ def _read_json(file: TextIO, name: object) -> Iterator[dict[str, Any]]:
 
 def _parse(text: str, line: int, name: object) -> Any:
     try:
-        return json.loads(text)
+        return load_json(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"data={name}: line {line} is not JSON: {one_line(error)}.") from error
+        raise UserError(f"data={name}: line {line} cannot be read as JSON: {one_line(error)}.") from error
 
 
 def _read_document(text: str, name: object) -> list[Any]:
