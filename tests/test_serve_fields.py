@@ -375,6 +375,24 @@ def test_a_chat_that_leaves_no_room_for_an_answer_is_refused(length, client):
     assert (error.value.code, error.value.param) == ("context_length_exceeded", "messages")
 
 
+NUMBERS = "n best_of max_tokens seed temperature top_p presence_penalty frequency_penalty logprobs"
+
+
+@pytest.mark.parametrize("field", NUMBERS.split())
+@pytest.mark.parametrize("value", [True, "1", [1]])
+def test_a_number_is_a_number(field, value, printed):
+    body = {"model": "talker", "prompt": "a", field: value}
+    status, text = post(printed, "/v1/completions", body)
+    assert (status, json.loads(text)["error"]["param"]) == (400, field)
+
+
+def test_a_field_with_two_values_is_refused(printed):
+    body = b'{"model": "talker", "prompt": "a", "max_tokens": 3, "max_tokens": 4}'
+    status, text = post(printed, "/v1/completions", body)
+    message = json.loads(text)["error"]["message"]
+    assert status == 400 and "'max_tokens' is there twice, as 3 and as 4" in message
+
+
 def test_too_many_choices_and_both_lengths_are_refused(client):
     with pytest.raises(openai.BadRequestError, match="n=2 is invalid"):
         client.completions.create(model="talker", prompt=["a"] * 100, n=2)
