@@ -22,11 +22,14 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging
 
 from .. import auto  # noqa: F401 (importing it registers the Auto classes)
 from ..errors import UserError, explain_errors
 from ..untrusted import check_links, read_json
 from .weights import open_weights
+
+logger = logging.get_logger(__name__)
 
 CONFIG = "config.json"
 _GENERATION = "generation_config.json"
@@ -186,7 +189,21 @@ def read_model(folder: Path) -> PreTrainedModel:
     if missing := sorted(report["missing_keys"]):
         raise UserError(f"{folder} is not complete: it has no {', '.join(missing[:3])}.")
     check_finite(model.named_parameters(), folder)
+    _warn_of_unknown_tokens(model, folder)
     return model
+
+
+def _warn_of_unknown_tokens(model: PreTrainedModel, folder: Path) -> None:
+    """Warn of special tokens outside the vocabulary; transformers does so for some in CONFIG."""
+    size, settings = model.get_input_embeddings().num_embeddings, model.generation_config
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        found = getattr(settings, name, None)
+        ids = found if isinstance(found, list) else [found]
+        if any(i is not None and not 0 <= i < size for i in ids):
+            logger.warning(
+                f"{folder} has {name}={found}, but the model has {size} tokens: "
+                f"such a token never comes. Correct it in {_GENERATION}."
+            )
 
 
 def make_skeleton(config: PreTrainedConfig, where: Path) -> PreTrainedModel:

@@ -69,6 +69,11 @@ def describe_tokenizer(
         "merges": [" ".join(merge) for merge in parts["model"]["merges"]] or _NO_MERGES,
     }
     keys |= _special_tokens(tokenizer, tokenizer.eos_token_id if ends is None else ends)
+    for name, token in keys.items():
+        if name.endswith("_token_id") and token >= vocab_size:
+            raise UserError(
+                f"GGUF: {name}={token} is outside the vocabulary of {vocab_size} tokens."
+            )
     return {f"tokenizer.ggml.{k}": v for k, v in keys.items()} | _chat_templates(tokenizer)
 
 
