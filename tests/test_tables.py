@@ -155,6 +155,14 @@ BROKEN = {
     "both.jsonl": ('{"text": "a"}\n{"messages": []}\n', "row 2 has messages, but no text"),
     "deep.jsonl": ('{"text": "a"}\n' + "[" * 99_999 + "\n", "line 2 cannot be read as JSON"),
     "cut.jsonl.gz": (gzip.compress(as_jsonl(ROWS).encode())[:90], "cannot be read: Truncated"),
+    "two.jsonl": (
+        '{"text": "a"}\n{"text": "b", "text": "c"}\n',
+        "line 2 cannot be read as JSON: 'text' is there twice, as 'b' and as 'c'",
+    ),
+    "turns.jsonl": (
+        '{"messages": [{"role": "user", "role": "assistant", "content": "a"}]}\n',
+        "line 1 cannot be read as JSON: 'role' is there twice",
+    ),
     "prose.json": ("Once upon a time.", "line 1 cannot be read as JSON"),
 }
 

@@ -220,7 +220,9 @@ def _parse(text: str, line: int, name: object) -> Any:
     try:
         return load_json(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"data={name}: line {line} cannot be read as JSON: {one_line(error)}.") from error
+        raise UserError(
+            f"data={name}: line {line} cannot be read as JSON: {one_line(error)}."
+        ) from error
 
 
 def _read_document(text: str, name: object) -> list[Any]:
