@@ -13,6 +13,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 from datasets import Dataset, config
+from pyarrow import parquet
 
 from hf_nanogpt import DataArguments, load_documents, load_text, pack_documents, train_tokenizer
 from hf_nanogpt.data.conversations import get_text
@@ -173,6 +174,13 @@ def test_a_broken_table_is_refused_with_the_place(tmp_path, name):
     source = write(tmp_path / name, content)
     with pytest.raises(ValueError, match=f"data={source}.*{message}"):
         load_text(str(source))
+
+
+def test_a_parquet_file_with_two_columns_of_one_name_is_refused(tmp_path):
+    table = pa.table([pa.array(["one"]), pa.array(["two"])], names=["text", "text"])
+    parquet.write_table(table, tmp_path / "twice.parquet")
+    with pytest.raises(ValueError, match="has several columns of the name 'text': rename"):
+        load_text(str(tmp_path / "twice.parquet"))
 
 
 def test_a_folder_of_tables_of_two_formats_is_refused(tmp_path):
