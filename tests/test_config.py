@@ -7,8 +7,10 @@ import pytest
 import torch
 from conftest import FAMILIES, tiny_config
 from transformers import AutoConfig, LlamaConfig, Qwen3Config
+from transformers.utils import logging
 
 from hf_nanogpt import NanoGPTConfig, NanoGPTForCausalLM, list_presets, load_preset, presets
+from hf_nanogpt.cli import main
 from hf_nanogpt.errors import UserError
 
 SHORT = {
@@ -325,6 +327,22 @@ def test_preset_with_a_smaller_vocabulary_has_no_token_outside_it():
     assert (small.bos_token_id, small.eos_token_id) == (None, None)
     assert load_preset("gpt2", vocab_size=1000, eos_token_id=7).eos_token_id == 7
     assert load_preset("gpt2", vocab_size=50304).eos_token_id == 50256  # nanoGPT's padded one
+
+
+@pytest.mark.slow
+def test_no_command_warns_of_tokens_that_a_smaller_tokenizer_lacks(tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("The cat sat on the mat. " * 400)
+    logging.get_logger("transformers").warning_once.cache_clear()  # it may have been said already
+    sizes = "--n_layer 1 --n_head 2 --n_embd 16 --block_size 32 --max_steps 2".split()
+    for preset in ("gpt2", "llama-7b", "qwen3-0.6b"):
+        given = ["--data", "text.txt", "--preset", preset, "--tokenizer", "char", *sizes]
+        assert main(["train", *given, "--use_cpu", "--output_dir", preset]) == 0
+        for words in (["info", preset], ["generate", preset, "The"], ["info", "gpt2"]):
+            assert main(words) == 0
+    assert "within the vocabulary" not in caplog.text and "never comes" not in caplog.text
+    NanoGPTConfig(vocab_size=300, bos_token_id=50256)
+    assert "within the vocabulary" in caplog.text  # it would have been seen
 
 
 def test_preset_without_a_sliding_layer_has_no_window():
