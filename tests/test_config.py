@@ -334,7 +334,7 @@ def test_no_command_warns_of_tokens_that_a_smaller_tokenizer_lacks(tmp_path, mon
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text("The cat sat on the mat. " * 400)
     logging.get_logger("transformers").warning_once.cache_clear()  # it may have been said already
-    sizes = "--n_layer 1 --n_head 2 --n_embd 16 --block_size 32 --max_steps 2".split()
+    sizes = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=32", "--max_steps=2"]
     for preset in ("gpt2", "llama-7b", "qwen3-0.6b"):
         given = ["--data", "text.txt", "--preset", preset, "--tokenizer", "char", *sizes]
         assert main(["train", *given, "--use_cpu", "--output_dir", preset]) == 0

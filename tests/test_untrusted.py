@@ -144,6 +144,17 @@ def put(path: Path, value: float) -> None:
     save_file(weights, path, metadata={"format": "pt"})
 
 
+def change(rename: Callable, more: dict[str, int] | None = None) -> Callable[[Path], None]:
+    """Return what stores each tensor by another name or type, and zeros of some sizes."""
+
+    def write_weights(path: Path) -> None:
+        weights = dict(rename(name, tensor) for name, tensor in load_file(path).items())
+        weights |= {name: torch.zeros(size) for name, size in (more or {}).items()}
+        save_file(weights, path, metadata={"format": "pt"})
+
+    return write_weights
+
+
 def shard(path: Path, content: str) -> None:
     path.with_name("model.safetensors").unlink()
     path.write_text(content)
@@ -213,6 +224,9 @@ HOSTILE: dict[str, tuple[str, Callable[[Path], None]]] = {
     "index of numbers": (INDEX, lambda path: shard(path, '{"weight_map": {"a": 5}}')),
     "NaN": (WEIGHTS, lambda path: put(path, float("nan"))),
     "infinity": (WEIGHTS, lambda path: put(path, float("inf"))),
+    "whole numbers": (WEIGHTS, change(lambda name, tensor: (name, tensor.to(torch.int8)))),
+    "a bias": (WEIGHTS, change(lambda name, tensor: (name, tensor), {"lm_head.bias": 257})),
+    "compiled": (WEIGHTS, change(lambda name, tensor: (f"_orig_mod.{name}", tensor))),
     "adapter": ("adapter_config.json", write('{"base_model_name_or_path": "evil/base"}')),
 }
 
