@@ -367,6 +367,19 @@ def test_errors_have_the_codes_of_openai(given, status, code, field, client):
     assert error.value.param == field
 
 
+@pytest.mark.parametrize("empty", [{"tool_calls": []}, {"annotations": [], "refusal": None}])
+def test_an_answer_may_be_repeated_with_empty_parts(empty, client):
+    answer = {"role": "assistant", "content": "hello"}
+    given = {"model": "talker", "temperature": 0, "max_tokens": 5}
+    texts = {
+        client.chat.completions.create(messages=[user("a"), message, user("b")], **given)
+        .choices[0]
+        .message.content
+        for message in (answer, answer | empty)
+    }
+    assert len(texts) == 1
+
+
 @pytest.mark.parametrize("length", [{}, {"max_tokens": 3}])
 def test_a_chat_that_leaves_no_room_for_an_answer_is_refused(length, client):
     given = {"model": "talker", "messages": [user("a" * 250)]}

@@ -60,6 +60,8 @@ _NEUTRAL: dict[str, list[Any]] = {
     "verbosity": ["medium"],
     "store": [False],
 }
+# Clients send these in the answers that they repeat.
+_EMPTY = [("tool_calls", []), ("annotations", [])]
 
 
 class RequestError(UserError):
@@ -307,6 +309,7 @@ def _check_messages(messages: Any) -> list[dict[str, str]]:
 
 def _check_message(message: Any, where: str) -> dict[str, str]:
     message = _without_nulls(_check_type(where, message, dict))
+    message = {name: value for name, value in message.items() if (name, value) not in _EMPTY}
     _check_names(where, message, {"role", "content"})
     role, content = message.get("role"), message.get("content")
     if role not in _ROLES:
