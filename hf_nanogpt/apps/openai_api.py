@@ -61,7 +61,7 @@ _NEUTRAL: dict[str, list[Any]] = {
     "store": [False],
 }
 # Clients send these in the answers that they repeat.
-_EMPTY = [("tool_calls", []), ("annotations", [])]
+_EMPTY: list[tuple[str, Any]] = [("tool_calls", []), ("annotations", [])]
 
 
 class RequestError(UserError):
