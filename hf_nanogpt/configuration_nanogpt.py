@@ -138,7 +138,7 @@ class NanoGPTConfig(PreTrainedConfig):
         names = own | {*cls.attribute_map, "bias", *_OLDER_ROPE}
         given = cls.resolve_names({name: kwargs.pop(name) for name in names & kwargs.keys()})
         if given:
-            derived = super().from_dict(config_dict)._derive()
+            derived = super().from_dict(dict(config_dict))._derive()
             saved = cls.resolve_names(config_dict)
             saved = {name: saved[name] for name in saved if derived.get(name, ...) != saved[name]}
             if len(set(saved.get("layer_types") or [])) == 1:
@@ -216,14 +216,10 @@ class NanoGPTConfig(PreTrainedConfig):
     def _derive(self) -> dict[str, int | None]:
         """Return the sizes that follow from others; `None` where they do not."""
         width, heads = self.hidden_size, self.num_attention_heads
-        return {
-            "head_dim": None if width % heads else width // heads,
-            "num_key_value_heads": heads,
-            # 8/3 of the width: three matrices then cost as much as two of 4 times the width.
-            "intermediate_size": 32 * math.ceil(width / 12)
-            if self.mlp_type == "glu"
-            else 4 * width,
-        }
+        # 8/3 of the width: three matrices then cost as much as two of 4 times the width.
+        inner = 32 * math.ceil(width / 12) if self.mlp_type == "glu" else 4 * width
+        head_dim = None if width % heads else width // heads
+        return {"head_dim": head_dim, "num_key_value_heads": heads, "intermediate_size": inner}
 
     def _derive_missing(self):
         """Fill in every field that was left at `None`."""
