@@ -131,13 +131,16 @@ class NanoGPTConfig(PreTrainedConfig):
         """Put overrides of a saved configuration in its place, under any name, and check them.
 
         The base class would assign them afterwards, unchecked, and ignore names without a field.
+        A saved value that was derived is derived again: other heads have another size.
         """
         inherited = {field.name for field in fields(PreTrainedConfig)}
         own = {field.name for field in fields(cls)} - inherited
         names = own | {*cls.attribute_map, "bias", *_OLDER_ROPE}
         given = cls.resolve_names({name: kwargs.pop(name) for name in names & kwargs.keys()})
         if given:
+            derived = super().from_dict(dict(config_dict))._derive()
             saved = cls.resolve_names(config_dict)
+            saved = {name: saved[name] for name in saved if derived.get(name, ...) != saved[name]}
             if len(set(saved.get("layer_types") or [])) == 1:
                 del saved["layer_types"]  # derived again, for another number of layers or window
             if "rope_parameters" in given:
@@ -210,23 +213,25 @@ class NanoGPTConfig(PreTrainedConfig):
             if value is not None and value < least:
                 raise ValueError(f"{name}={value} must be a whole number, at least {least}.")
 
+    def _derive(self) -> dict[str, int | None]:
+        """Return the sizes that follow from others; `None` where they do not."""
+        width, heads = self.hidden_size, self.num_attention_heads
+        # 8/3 of the width: three matrices then cost as much as two of 4 times the width.
+        inner = 32 * math.ceil(width / 12) if self.mlp_type == "glu" else 4 * width
+        head_dim = None if width % heads else width // heads
+        return {"head_dim": head_dim, "num_key_value_heads": heads, "intermediate_size": inner}
+
     def _derive_missing(self):
         """Fill in every field that was left at `None`."""
+        for name, value in self._derive().items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
         if self.head_dim is None:
-            if self.hidden_size % self.num_attention_heads:
-                raise ValueError(
-                    f"hidden_size (n_embd)={self.hidden_size} must be a multiple of "
-                    f"num_attention_heads (n_head)={self.num_attention_heads}. Change one of them, "
-                    "or set head_dim."
-                )
-            self.head_dim = self.hidden_size // self.num_attention_heads
-        if self.num_key_value_heads is None:
-            self.num_key_value_heads = self.num_attention_heads
-        if self.intermediate_size is None and self.mlp_type == "glu":
-            # 8/3 of the width: three matrices then cost as much as two of 4 times the width.
-            self.intermediate_size = 32 * math.ceil(self.hidden_size / 12)
-        elif self.intermediate_size is None:
-            self.intermediate_size = 4 * self.hidden_size
+            raise ValueError(
+                f"hidden_size (n_embd)={self.hidden_size} must be a multiple of "
+                f"num_attention_heads (n_head)={self.num_attention_heads}. Change one of them, "
+                "or set head_dim."
+            )
         if self.layer_types is None:
             full = self.sliding_window is None
             layer_type = "full_attention" if full else "sliding_attention"

@@ -1,15 +1,17 @@
 """Requests that are written together: each gets what it gets alone, in fewer steps."""
 
 import asyncio
+import random
 
 import pytest
 import torch
 from conftest import TWO_SOON
 from test_chat import END, TOKENIZER, talker
 
-from hf_nanogpt import export_checkpoint, load_checkpoint, stream_text
-from hf_nanogpt.apps.batching import EndedError, Writer
+from hf_nanogpt import export_checkpoint, load_checkpoint, stream_text, train_tokenizer
+from hf_nanogpt.apps.batching import EndedError, StoppingDecoder, Writer
 from hf_nanogpt.modeling_nanogpt import NanoGPTRotaryEmbedding
+from hf_nanogpt.streaming import TextDecoder
 
 PROMPTS = ["the cat", "a", "dogs bark at the moon", "the cat sat"]
 GREEDY = {"max_new_tokens": 12, "temperature": 0, "top_k": 0, "top_p": 1.0}
@@ -170,3 +172,22 @@ def test_native_models_are_written_together_too(family, tmp_path):
         return await asyncio.gather(*(take(writer, prompt) for prompt in PROMPTS))
 
     assert run(model, work) == [alone(model, prompt) for prompt in PROMPTS]
+
+
+def test_stop_texts_cut_at_the_same_character_whatever_the_tokens_are():
+    text = "naïve 東京 🦊🦊 and the end, the end"
+    bpe = train_tokenizer([text] * 9, kind="bpe", vocab_size=275)
+    tokenizers = [bpe, *(train_tokenizer([text], kind=kind) for kind in ("byte", "char"))]
+    assert len({len(tokenizer(text).input_ids) for tokenizer in tokenizers}) == 3
+    draw = random.Random(0)
+    for _ in range(100):
+        places = [draw.randrange(len(text)) for _ in range(draw.randrange(1, 5))]
+        stops = [text[place : place + draw.randrange(1, 7)] for place in places]
+        _, first = min((text.index(stop) + len(stop), text.index(stop)) for stop in stops)
+        for tokenizer in tokenizers:
+            decoder = StoppingDecoder(TextDecoder(tokenizer), stops)
+            pieces = [
+                decoder.add(token) for token in tokenizer(text).input_ids if not decoder.stopped
+            ]
+            assert "".join(pieces) + decoder.finish() == text[:first]
+            assert decoder.stopped

@@ -7,8 +7,10 @@ import pytest
 import torch
 from conftest import FAMILIES, tiny_config
 from transformers import AutoConfig, LlamaConfig, Qwen3Config
+from transformers.utils import logging
 
 from hf_nanogpt import NanoGPTConfig, NanoGPTForCausalLM, list_presets, load_preset, presets
+from hf_nanogpt.cli import main
 from hf_nanogpt.errors import UserError
 
 SHORT = {
@@ -187,6 +189,9 @@ REPLACED = [
     {"bias": True},
     {"n_layer": 3},
     {"block_size": 8, "n_head": 2, "num_key_value_heads": 1, "head_dim": 8},
+    {"n_head": 8},
+    {"n_embd": 64},
+    {"n_embd": 48, "n_head": 3, "mlp_type": "mlp"},
     {"rope_theta": 500.0},
     {"rope_scaling": LINEAR},
     {"rope_scaling": LINEAR, "rope_theta": 500.0},
@@ -205,6 +210,13 @@ def test_a_field_replaced_while_loading_means_what_it_means_in_a_new_config(repl
         found = load(tmp_path, **copy.deepcopy(replaced))
         found._name_or_path = ""
         assert expected.items() <= found.to_dict().items()
+
+
+def test_a_saved_size_that_was_given_stays_when_another_is_replaced(tmp_path):
+    given = {"num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 40}
+    NanoGPTConfig(n_layer=2, n_embd=32, n_head=4, **given).save_pretrained(tmp_path)
+    found = NanoGPTConfig.from_pretrained(tmp_path, n_head=8, n_embd=64).to_dict()
+    assert given.items() <= found.items()
 
 
 @pytest.mark.parametrize(
@@ -315,6 +327,22 @@ def test_preset_with_a_smaller_vocabulary_has_no_token_outside_it():
     assert (small.bos_token_id, small.eos_token_id) == (None, None)
     assert load_preset("gpt2", vocab_size=1000, eos_token_id=7).eos_token_id == 7
     assert load_preset("gpt2", vocab_size=50304).eos_token_id == 50256  # nanoGPT's padded one
+
+
+@pytest.mark.slow
+def test_no_command_warns_of_tokens_that_a_smaller_tokenizer_lacks(tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("The cat sat on the mat. " * 400)
+    logging.get_logger("transformers").warning_once.cache_clear()  # it may have been said already
+    sizes = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=32", "--max_steps=2"]
+    for preset in ("gpt2", "llama-7b", "qwen3-0.6b"):
+        given = ["--data", "text.txt", "--preset", preset, "--tokenizer", "char", *sizes]
+        assert main(["train", *given, "--use_cpu", "--output_dir", preset]) == 0
+        for words in (["info", preset], ["generate", preset, "The"], ["info", "gpt2"]):
+            assert main(words) == 0
+    assert "within the vocabulary" not in caplog.text and "never comes" not in caplog.text
+    NanoGPTConfig(vocab_size=300, bos_token_id=50256)
+    assert "within the vocabulary" in caplog.text  # it would have been seen
 
 
 def test_preset_without_a_sliding_layer_has_no_window():

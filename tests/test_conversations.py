@@ -231,6 +231,10 @@ BAD = {
         [{"role": "assistant", "content": "4.", "reasoning_content": "2 + 2"}],
         "row 2 has a message with reasoning_content='2 . 2', which is not read",
     ),
+    "images": (
+        [{"role": "user", "content": "What is it?", "images": ["cat.png"]}],
+        "row 2 has a message with images=.* which is not read",
+    ),
     "empty": ([], "row 2 has messages=\\[\\]: give a list of messages"),
 }
 

@@ -106,12 +106,18 @@ def test_a_tied_head_that_differs_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("model_type", "nearest"),
-    [("gpt_neox", "gpt_neo"), ("llama4", "llama"), ("qwen2_moe", "qwen2"), ("bert", None)],
+    [("gpt3_neo", "gpt_neo"), ("llama_7b", "llama"), ("my_model", None)],
 )
-def test_another_architecture_is_answered_with_the_nearest(model_type, nearest, source):
+def test_an_unknown_architecture_is_answered_with_the_nearest(model_type, nearest, source):
     edit(source / "config.json", model_type=model_type)
     hint = rf" Did you mean {nearest}\?" if nearest else " Supported are"
     refuse(source, rf"model of type '{model_type}', which cannot be converted\.{hint}")
+
+
+@pytest.mark.parametrize("model_type", ["gpt_neox", "llama4", "qwen2_moe", "bert"])
+def test_no_other_format_is_suggested_for_an_architecture_of_transformers(model_type, source):
+    edit(source / "config.json", model_type=model_type)
+    refuse(source, rf"model of type '{model_type}', which cannot be converted: it .*nanogpt\.$")
 
 
 def test_a_format_can_be_forced_and_then_its_tensors_must_be_there(source, tmp_path):

@@ -310,7 +310,7 @@ def test_bad_data_is_refused_with_its_name(tmp_path, name, streaming):
 
 def test_a_corrupt_table_is_refused_with_its_cause(tmp_path):
     source = write_files(tmp_path, BAD_FILES) / "cut.jsonl"
-    with pytest.raises(ValueError, match=r"cut\.jsonl: line 2 is not JSON: Expecting"):
+    with pytest.raises(ValueError, match=r"cut\.jsonl: line 2 cannot be read as JSON: Expecting"):
         load(source)
 
 

@@ -69,6 +69,10 @@ def test_a_tokenizer_that_llama_cpp_would_read_differently_is_refused():
     for message, tokenizer in cases.items():
         with pytest.raises(ValueError, match=message):
             describe_tokenizer(tokenizer, vocab_size=999)
+    with pytest.raises(ValueError, match="eos_token_id=999 is outside the vocabulary of 999"):
+        describe_tokenizer(ours, vocab_size=999, ends=[999, 7])
+    with pytest.raises(ValueError, match="eot_token_id=1000 is outside the vocabulary of 999"):
+        describe_tokenizer(ours, vocab_size=999, ends=[7, 1000])
     ours.eos_token = None
     for ends in (None, []):
         with pytest.raises(ValueError, match=r"no eos_token_id .*: set it in"):

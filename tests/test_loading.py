@@ -124,6 +124,18 @@ def test_dtype_of_the_folder_is_kept_and_rotary_frequencies_stay_exact(family, t
     torch.testing.assert_close(logits.float(), model(tokens).logits, rtol=0, atol=0.2)
 
 
+def test_a_field_replaced_while_a_model_loads_is_what_the_model_computes_with(tokens, tmp_path):
+    model = tiny_model("llama", num_key_value_heads=4)
+    model.save_pretrained(tmp_path)
+    replaced = {"n_head": 8, "rope_theta": 500.0, "bias": True}
+    for load in (NanoGPTForCausalLM.from_pretrained, AutoModelForCausalLM.from_pretrained):
+        loaded = load(tmp_path, **replaced)
+        expected = NanoGPTForCausalLM(tiny_config("llama", num_key_value_heads=8, **replaced))
+        expected.load_state_dict(model.state_dict(), strict=False)  # new biases are zero
+        assert_same(loaded(tokens).logits, expected.eval()(tokens).logits)
+        assert not torch.allclose(loaded(tokens).logits, model(tokens).logits, atol=1e-2)
+
+
 def load_without(folder, name):
     """Take one tensor out of a saved model and return what loading makes of it."""
     weights = load_file(folder / "model.safetensors")

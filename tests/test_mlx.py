@@ -63,6 +63,17 @@ def test_mlx_gives_the_logits_and_tokens_of_our_models(tmp_path):
         assert found["tokens"] == ids[len(PROMPT) :] and len(found["tokens"]) == 20
 
 
+@pytest.mark.parametrize(
+    ("family", "overrides"), [("gpt2", {"tie_word_embeddings": False}), ("nanochat", {})]
+)
+def test_mlx_refuses_what_its_page_leaves_out(family, overrides, tmp_path):
+    save(family, tmp_path / "ours", **overrides)
+    export_checkpoint(tmp_path / "ours", tmp_path / "native")
+    command = [str(MLX / "bin" / "python"), "-c", SCRIPT, json.dumps(PROMPT)]
+    done = subprocess.run([*command, str(tmp_path / "native")], capture_output=True, text=True)
+    assert done.returncode == 1 and "parameters not in model" in done.stderr, done.stderr
+
+
 def test_mlx_writes_the_text(workplace, monkeypatch):
     monkeypatch.chdir(workplace)
     ours, theirs = map(shlex.split, blocks("MLX", "bash").splitlines())

@@ -367,12 +367,43 @@ def test_errors_have_the_codes_of_openai(given, status, code, field, client):
     assert error.value.param == field
 
 
+@pytest.mark.parametrize("empty", [{"tool_calls": []}, {"annotations": [], "refusal": None}])
+def test_an_answer_may_be_repeated_with_empty_parts(empty, client):
+    answer = {"role": "assistant", "content": "hello"}
+    given = {"model": "talker", "temperature": 0, "max_tokens": 5}
+    texts = {
+        client.chat.completions.create(messages=[user("a"), message, user("b")], **given)
+        .choices[0]
+        .message.content
+        for message in (answer, answer | empty)
+    }
+    assert len(texts) == 1
+
+
 @pytest.mark.parametrize("length", [{}, {"max_tokens": 3}])
 def test_a_chat_that_leaves_no_room_for_an_answer_is_refused(length, client):
     given = {"model": "talker", "messages": [user("a" * 250)]}
     with pytest.raises(openai.BadRequestError, match="context is 256") as error:
         client.chat.completions.create(**given | length)
     assert (error.value.code, error.value.param) == ("context_length_exceeded", "messages")
+
+
+NUMBERS = "n best_of max_tokens seed temperature top_p presence_penalty frequency_penalty logprobs"
+
+
+@pytest.mark.parametrize("field", NUMBERS.split())
+@pytest.mark.parametrize("value", [True, "1", [1]])
+def test_a_number_is_a_number(field, value, printed):
+    body = {"model": "talker", "prompt": "a", field: value}
+    status, text = post(printed, "/v1/completions", body)
+    assert (status, json.loads(text)["error"]["param"]) == (400, field)
+
+
+def test_a_field_with_two_values_is_refused(printed):
+    body = b'{"model": "talker", "prompt": "a", "max_tokens": 3, "max_tokens": 4}'
+    status, text = post(printed, "/v1/completions", body)
+    message = json.loads(text)["error"]["message"]
+    assert status == 400 and "'max_tokens' is there twice, as 3 and as 4" in message
 
 
 def test_too_many_choices_and_both_lengths_are_refused(client):

@@ -13,6 +13,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 from datasets import Dataset, config
+from pyarrow import parquet
 
 from hf_nanogpt import DataArguments, load_documents, load_text, pack_documents, train_tokenizer
 from hf_nanogpt.data.conversations import get_text
@@ -153,9 +154,17 @@ BROKEN = {
     "quote.csv": ('n,text\n1,"one\n', "is not CSV: unexpected end of data"),
     "scalar.jsonl": ('{"text": "a"}\n5\n', "row 2 is 5, not an object"),
     "both.jsonl": ('{"text": "a"}\n{"messages": []}\n', "row 2 has messages, but no text"),
-    "deep.jsonl": ('{"text": "a"}\n' + "[" * 99_999 + "\n", "line 2 is not JSON"),
+    "deep.jsonl": ('{"text": "a"}\n' + "[" * 99_999 + "\n", "line 2 cannot be read as JSON"),
     "cut.jsonl.gz": (gzip.compress(as_jsonl(ROWS).encode())[:90], "cannot be read: Truncated"),
-    "prose.json": ("Once upon a time.", "line 1 is not JSON"),
+    "two.jsonl": (
+        '{"text": "a"}\n{"text": "b", "text": "c"}\n',
+        "line 2 cannot be read as JSON: 'text' is there twice, as 'b' and as 'c'",
+    ),
+    "turns.jsonl": (
+        '{"messages": [{"role": "user", "role": "assistant", "content": "a"}]}\n',
+        "line 1 cannot be read as JSON: 'role' is there twice",
+    ),
+    "prose.json": ("Once upon a time.", "line 1 cannot be read as JSON"),
 }
 
 
@@ -165,6 +174,13 @@ def test_a_broken_table_is_refused_with_the_place(tmp_path, name):
     source = write(tmp_path / name, content)
     with pytest.raises(ValueError, match=f"data={source}.*{message}"):
         load_text(str(source))
+
+
+def test_a_parquet_file_with_two_columns_of_one_name_is_refused(tmp_path):
+    table = pa.table([pa.array(["one"]), pa.array(["two"])], names=["text", "text"])
+    parquet.write_table(table, tmp_path / "twice.parquet")
+    with pytest.raises(ValueError, match="has several columns of the name 'text': rename"):
+        load_text(str(tmp_path / "twice.parquet"))
 
 
 def test_a_folder_of_tables_of_two_formats_is_refused(tmp_path):

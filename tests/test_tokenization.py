@@ -5,10 +5,11 @@ import random
 import unicodedata
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoTokenizer,
     DataCollatorForLanguageModeling,
+    GemmaTokenizer,
     GPT2Tokenizer,
     PreTrainedTokenizerFast,
     Qwen2Tokenizer,
@@ -267,3 +268,23 @@ def test_ordinary_text_is_given_to_the_trainer_as_it_is(text):
 def test_the_trainer_shows_progress_on_a_terminal_only(capfd):
     train_tokenizer(CORPUS, vocab_size=300)
     assert capfd.readouterr() == ("", "")
+
+
+def test_runs_of_blanks_that_gemma_adds_count_as_blanks():
+    vocabulary = [
+        "<pad>",
+        "<eos>",
+        "<bos>",
+        "<unk>",
+        "<mask>",
+        "▁",
+        "▁▁",
+        "a",
+        *map("<0x{:02X}>".format, range(256)),
+    ]
+    tokenizer = GemmaTokenizer({token: i for i, token in enumerate(vocabulary)}, [("▁", "▁")])
+    tokenizer.add_tokens(AddedToken("▁▁", normalized=False))
+    text = "a   aé  "
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert ids.count(6) == 2 and tokenizer.decode(ids) == text
+    assert token_byte_counts(tokenizer)[ids].sum() == len(text.encode())

@@ -144,6 +144,17 @@ def put(path: Path, value: float) -> None:
     save_file(weights, path, metadata={"format": "pt"})
 
 
+def change(rename: Callable, more: dict[str, int] | None = None) -> Callable[[Path], None]:
+    """Return what stores each tensor by another name or type, and zeros of some sizes."""
+
+    def write_weights(path: Path) -> None:
+        weights = dict(rename(name, tensor) for name, tensor in load_file(path).items())
+        weights |= {name: torch.zeros(size) for name, size in (more or {}).items()}
+        save_file(weights, path, metadata={"format": "pt"})
+
+    return write_weights
+
+
 def shard(path: Path, content: str) -> None:
     path.with_name("model.safetensors").unlink()
     path.write_text(content)
@@ -151,6 +162,11 @@ def shard(path: Path, content: str) -> None:
 
 def write(content: str) -> Callable[[Path], None]:
     return lambda path: path.write_text(content)
+
+
+def twice(field: str) -> Callable[[Path], None]:
+    """Return what adds a field to a file that has it already."""
+    return lambda path: path.write_text(path.read_text().replace("{", "{" + field + ",", 1))
 
 
 def fields(**given) -> Callable[[Path], None]:
@@ -191,6 +207,9 @@ HOSTILE: dict[str, tuple[str, Callable[[Path], None]]] = {
     "many answers": (GENERATION, fields(num_return_sequences=10**9)),
     "eos a text": (GENERATION, fields(eos_token_id="0")),
     "eos texts": (GENERATION, fields(eos_token_id=["0"])),
+    "a name with two values": (CONFIG, twice('"vocab_size": 5')),
+    "settings with two values": (GENERATION, twice('"eos_token_id": 5')),
+    "words with two values": ("tokenizer_config.json", twice('"eos_token": "a"')),
     "tokenizer deep": ("tokenizer.json", write(DEEP)),
     "tokenizer a list": ("tokenizer.json", write("[]")),
     "tokenizer without a model": ("tokenizer.json", fields(model=5)),
@@ -205,6 +224,9 @@ HOSTILE: dict[str, tuple[str, Callable[[Path], None]]] = {
     "index of numbers": (INDEX, lambda path: shard(path, '{"weight_map": {"a": 5}}')),
     "NaN": (WEIGHTS, lambda path: put(path, float("nan"))),
     "infinity": (WEIGHTS, lambda path: put(path, float("inf"))),
+    "whole numbers": (WEIGHTS, change(lambda name, tensor: (name, tensor.to(torch.int8)))),
+    "a bias": (WEIGHTS, change(lambda name, tensor: (name, tensor), {"lm_head.bias": 257})),
+    "compiled": (WEIGHTS, change(lambda name, tensor: (f"_orig_mod.{name}", tensor))),
     "adapter": ("adapter_config.json", write('{"base_model_name_or_path": "evil/base"}')),
 }
 
@@ -364,6 +386,8 @@ def test_no_pickle_of_a_checkpoint_is_opened(folder):
         ("[" * 100_000, "nested too deeply"),
         ("a: !!python/object/apply:os.system [true]\n", "could not determine a constructor"),
         ("a: 2026-99-99\n", "month must be"),
+        ("training: {seed: 1, seed: 1}\n", "'seed' is there twice: leave one out"),
+        ("data: {data: a}\nmodel: {}\ndata: {data: b}\n", "'data' is there twice.* line 3"),
         ("data: [1\n", "not valid YAML"),
         ("# " + "x" * 2**20, "more than 1,048,576 characters"),
     ],
@@ -383,6 +407,16 @@ def test_a_hostile_setting_is_refused_by_name():
 def test_plain_yaml_and_json_are_read():
     assert parse_yaml("a: [1, yes, x]\n", where="here") == {"a": [1, True, "x"]}
     assert parse_json('{"a": [1]}', where="here") == {"a": [1]}
+    assert parse_json('{"a": 1, "b": {"a": 2}, "a": 1}', where="here") == {"a": 1, "b": {"a": 2}}
+
+
+def test_a_token_outside_the_vocabulary_is_warned_of(folder, caplog):
+    for ends, count in ((5, 0), ([0, 5], 0), (len(TOKENIZER), 1), ([0, 9999], 1)):
+        caplog.clear()
+        edit(folder / GENERATION, eos_token_id=ends)
+        load_checkpoint(folder)
+        warning = f"eos_token_id={ends}, but the model has 257 tokens"
+        assert caplog.text.count(warning) == caplog.text.count("such a token never") == count
 
 
 def test_a_tokenizer_whose_expression_never_ends_is_stopped_by_its_library(folder):

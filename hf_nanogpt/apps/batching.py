@@ -223,9 +223,10 @@ class StoppingDecoder:
     def _release(self, text: str) -> str:
         """Return the text up to a stop text, without an end that may become one."""
         text, self.held = self.held + text, ""
-        if places := [text.index(stop) for stop in self.stops if stop in text]:
+        # The stop text that ends first counts, however the text came in pieces.
+        if ends := [(text.index(s) + len(s), text.index(s)) for s in self.stops if s in text]:
             self.stopped = True
-            return text[: min(places)]
+            return text[: min(ends)[1]]
         longest = max(map(len, self.stops), default=0)
         for start in range(max(0, len(text) - longest), len(text)):
             if any(stop.startswith(text[start:]) for stop in self.stops):

@@ -60,6 +60,8 @@ _NEUTRAL: dict[str, list[Any]] = {
     "verbosity": ["medium"],
     "store": [False],
 }
+# Clients send these in the answers that they repeat.
+_EMPTY: list[tuple[str, Any]] = [("tool_calls", []), ("annotations", [])]
 
 
 class RequestError(UserError):
@@ -115,7 +117,7 @@ def check_request(body: dict[str, Any], *, chat: bool, vocab_size: int) -> Compl
     echo = _check_type("echo", fields.get("echo", False), bool)
     stream = _check_type("stream", fields.get("stream", False), bool)
     n = int(_check_number("n", fields.get("n", 1), _COUNT))
-    if fields.get("best_of", n) != n:
+    if _check_number("best_of", fields.get("best_of", n), _COUNT) != n:
         raise _invalid("best_of", fields["best_of"], f"equal to n, which is {n}; leave it out")
     prompts: list[Any] = (
         [_check_messages(fields.get("messages"))]
@@ -307,6 +309,7 @@ def _check_messages(messages: Any) -> list[dict[str, str]]:
 
 def _check_message(message: Any, where: str) -> dict[str, str]:
     message = _without_nulls(_check_type(where, message, dict))
+    message = {name: value for name, value in message.items() if (name, value) not in _EMPTY}
     _check_names(where, message, {"role", "content"})
     role, content = message.get("role"), message.get("content")
     if role not in _ROLES:

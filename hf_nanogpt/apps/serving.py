@@ -204,9 +204,9 @@ class _Server:
             gone.cancel()
 
     def check_key(self, request: Request) -> None:
-        sent = request.headers.get("authorization", "").encode("latin-1")
-        expected = f"Bearer {self.api_key}".encode()
-        if self.api_key and not hmac.compare_digest(sent, expected):
+        scheme, _, sent = request.headers.get("authorization", "").partition(" ")
+        same = hmac.compare_digest(sent.encode("latin-1"), (self.api_key or "").encode())
+        if self.api_key and not (same and scheme.lower() == "bearer"):
             message = "This server needs a key: send Authorization: Bearer KEY."
             raise RequestError(message, code="invalid_api_key", status=401)
 

@@ -22,11 +22,15 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging
 
 from .. import auto  # noqa: F401 (importing it registers the Auto classes)
+from ..configuration_nanogpt import NanoGPTConfig
 from ..errors import UserError, explain_errors
 from ..untrusted import check_links, read_json
 from .weights import open_weights
+
+logger = logging.get_logger(__name__)
 
 CONFIG = "config.json"
 _GENERATION = "generation_config.json"
@@ -185,8 +189,27 @@ def read_model(folder: Path) -> PreTrainedModel:
         model, report = loaded  # a pair, because of output_loading_info
     if missing := sorted(report["missing_keys"]):
         raise UserError(f"{folder} is not complete: it has no {', '.join(missing[:3])}.")
+    if isinstance(config, NanoGPTConfig) and (unknown := sorted(report["unexpected_keys"])):
+        raise UserError(
+            f"{folder} has {', '.join(unknown[:3])}, which its {CONFIG} does not describe: they do "
+            "not belong together."
+        )
     check_finite(model.named_parameters(), folder)
+    _warn_of_unknown_tokens(model, folder)
     return model
+
+
+def _warn_of_unknown_tokens(model: PreTrainedModel, folder: Path) -> None:
+    """Warn of special tokens outside the vocabulary; transformers does so for some in CONFIG."""
+    size, settings = model.get_input_embeddings().num_embeddings, model.generation_config
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        found = getattr(settings, name, None)
+        ids = found if isinstance(found, list) else [found]
+        if any(i is not None and not 0 <= i < size for i in ids):
+            logger.warning(
+                f"{folder} has {name}={found}, but the model has {size} tokens: "
+                f"such a token never comes. Correct it in {_GENERATION}."
+            )
 
 
 def make_skeleton(config: PreTrainedConfig, where: Path) -> PreTrainedModel:
@@ -211,6 +234,11 @@ def _check_shapes(folder: Path, config: PreTrainedConfig) -> None:
             raise UserError(
                 f"{folder} has the weight {name!r} of shape {found[name].shape}, but its "
                 f"{CONFIG} describes {tuple(tensor.shape)}: they do not belong together."
+            )
+        if name in found and not found[name].is_float:
+            raise UserError(
+                f"{folder} has the weight {name!r} in whole numbers, as if quantized, but its "
+                f"{CONFIG} does not say how: give the checkpoint that it was made from."
             )
 
 

@@ -20,6 +20,7 @@ class LazyTensor:
 
     shape: tuple[int, ...]
     read: Callable[[], Tensor]
+    is_float: bool = True  # False for the whole numbers of quantized weights
 
 
 def open_weights(folder: Path) -> dict[str, LazyTensor]:
@@ -50,11 +51,14 @@ def _weight_files(folder: Path) -> Iterable[Path]:
 def _open_file(path: Path) -> dict[str, LazyTensor]:
     try:
         file = safe_open(path, framework="pt")
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         return {
             name: LazyTensor(
-                tuple(file.get_slice(name).get_shape()), partial(file.get_tensor, name)
+                tuple(part.get_shape()),
+                partial(file.get_tensor, name),
+                is_float=part.get_dtype().startswith(("F", "BF")),
             )
-            for name in file.keys()  # noqa: SIM118 (not a dict)
+            for name, part in slices.items()
         }
     except (OSError, SafetensorError) as error:
         raise UserError(
@@ -63,7 +67,7 @@ def _open_file(path: Path) -> dict[str, LazyTensor]:
 
 
 def check_tensors(found: Mapping[str, LazyTensor], expected: Shapes, *, where: Path) -> None:
-    """Raise a `UserError` that names tensors that are missing, unknown or of another shape."""
+    """Raise a `UserError` that names tensors that are missing, unknown or of another kind."""
     faults = {
         "missing": [repr(name) for name in expected if name not in found],
         "unknown": [repr(name) for name in found if name not in expected],
@@ -71,6 +75,9 @@ def check_tensors(found: Mapping[str, LazyTensor], expected: Shapes, *, where: P
             f"{name!r} is {found[name].shape} and should be {shape}"
             for name, shape in expected.items()
             if name in found and found[name].shape != shape
+        ],
+        "of whole numbers": [
+            repr(name) for name in expected if name in found and not found[name].is_float
         ],
     }
     named = [f"{fault}: {_shorten(names)}" for fault, names in faults.items() if names]

@@ -9,6 +9,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
+from transformers import CONFIG_MAPPING
+
 from ..checkpoint.loading import local_folder
 from ..configuration_nanogpt import NanoGPTConfig
 from ..errors import UserError, did_you_mean
@@ -23,7 +25,7 @@ from .folders import (
     write_folder,
 )
 from .models import export_native_model, import_nanogpt_model, import_native_model, read_our_config
-from .native import FORMATS, find_native_format, make_native_config
+from .native import FORMATS, OBSTACLES, find_native_format, make_native_config
 
 __all__ = ["Conversion", "convert_checkpoint", "export_checkpoint", "find_native_format"]
 
@@ -57,7 +59,8 @@ def convert_checkpoint(
         source: a folder or Hub id of a model that transformers wrote as one of `FORMATS`;
             or nanoGPT's `ckpt.pt`, or the folder with that file.
         destination: a folder that does not exist, or is empty.
-        source_format: one of `SOURCE_FORMATS`; by default `config.json` tells.
+        source_format: one of `SOURCE_FORMATS`, for a folder whose `config.json` names a type that
+            transformers does not know.
         tokenizer: a folder or Hub id of a tokenizer, or a `meta.pkl` of nanoGPT; by default that
             of the source (for nanoGPT see `nanogpt.find_tokenizer`).
 
@@ -122,26 +125,34 @@ def _recognise(source: str | Path, source_format: str | None) -> tuple[str, Path
     if is_nanogpt:
         return "nanogpt", path
     folder = local_folder(source)
-    return source_format or _read_format(folder), folder
+    return _read_format(folder, source_format), folder
 
 
-def _read_format(folder: Path) -> str:
-    """Return the format that a `config.json` names, or raise a `UserError` with the nearest."""
+def _read_format(folder: Path, given: str | None) -> str:
+    """Return the format that a `config.json` names, or the one that is given if it names none.
+
+    Raises:
+        UserError: it names a model that cannot be converted, or another one than is given.
+    """
     config = read_json(folder / "config.json")
     model_type, classes = config.get("model_type"), config.get("architectures")
-    classes = classes or ["no architecture"]
+    found = str(model_type or (classes or ["no architecture"])[0])
     for name, native in FORMATS.items():
-        if model_type == native.model_type or (
-            model_type is None and native.architecture in classes
-        ):
+        if found == (native.architecture if model_type is None else native.model_type):
+            if given not in (None, name):
+                raise UserError(f"source_format={given!r}, but {folder} is a {name}: leave it out.")
             return name
-    if model_type == NanoGPTConfig.model_type:
+    if found == NanoGPTConfig.model_type:
         raise UserError(f"{folder} is already a checkpoint of ours: nothing to convert.")
-    found = str(model_type or classes[0])
+    refusal = f"{folder} is a model of type {found!r:.80}, which cannot be converted"
+    supported = f"Supported are {', '.join(SOURCE_FORMATS)}."
+    if found in CONFIG_MAPPING:  # never as another: tensors may have the same names by chance
+        raise UserError(f"{refusal}: {OBSTACLES.get(found, 'it is another model')}. {supported}")
+    if given is not None:
+        return given
     hint = did_you_mean(found, [native.model_type for native in FORMATS.values()])
     raise UserError(
-        f"{folder} is a model of type {found!r}, which cannot be converted.{hint} Supported are "
-        f"{', '.join(SOURCE_FORMATS)}. If it is one of them under another name, say which (--from)."
+        f"{refusal}.{hint} {supported} If it is one of them under another name, say which (--from)."
     )
 
 

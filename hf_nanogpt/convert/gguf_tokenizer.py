@@ -68,7 +68,13 @@ def describe_tokenizer(
         "token_type": types,
         "merges": [" ".join(merge) for merge in parts["model"]["merges"]] or _NO_MERGES,
     }
-    keys |= _special_tokens(tokenizer, tokenizer.eos_token_id if ends is None else ends)
+    special = _special_tokens(tokenizer, tokenizer.eos_token_id if ends is None else ends)
+    for name, token in special.items():
+        if name.endswith("_token_id") and token >= vocab_size:
+            raise UserError(
+                f"GGUF: {name}={token} is outside the vocabulary of {vocab_size} tokens."
+            )
+    keys |= special
     return {f"tokenizer.ggml.{k}": v for k, v in keys.items()} | _chat_templates(tokenizer)
 
 

@@ -74,7 +74,10 @@ def read_checkpoint(path: Path) -> tuple[NanoGPTConfig, dict[str, LazyTensor]]:
         )
     bias = "transformer.ln_f.bias" in weights  # older versions always have it and do not say so
     config = _read_config({"bias": bias} | args, path)
-    return config, {name: LazyTensor(tuple(t.shape), t.detach) for name, t in weights.items()}
+    return config, {
+        name: LazyTensor(tuple(t.shape), t.detach, t.is_floating_point())
+        for name, t in weights.items()
+    }
 
 
 def _load(path: Path) -> Any:

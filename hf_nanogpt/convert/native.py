@@ -21,6 +21,19 @@ FORMATS: dict[str, Format] = {
     "opt": opt.FORMAT,
     "nanochat": nanochat.FORMAT,
 }
+# What NanoGPTConfig has no field for, in well-known models that are not among these.
+OBSTACLES = {
+    "gemma": "it scales its embeddings and adds 1 to the weights of its norms",
+    "gemma2": "it has attn_logit_softcapping, query_pre_attn_scalar and norms after each sublayer",
+    "gemma3": "it reads images, too",
+    "gemma3_text": "it has query_pre_attn_scalar, two RoPE bases and norms after each sublayer",
+    "gpt_neox": "it has use_parallel_residual and rotary_pct",
+    "gptj": "its attention and MLP are parallel, and it has rotary_dim",
+    "mistral": "its layers slide; where sliding_window is null, set model_type to llama",
+    "phi": "its attention and MLP are parallel, and it has partial_rotary_factor",
+    "phi3": "its matrices are fused (qkv_proj, gate_up_proj)",
+    "smollm3": "it has no_rope_layers, which have no positions",
+}
 _TRAINING_ONLY = {"dropout", "initializer_range", "use_cache"}
 _INITS = {"initializer_range", "init_std"}
 _BIASES = {"attention_bias", "mlp_bias"}  # where we have none, the export fills in zeros

@@ -26,7 +26,10 @@ logger = logging.get_logger(__name__)
 MESSAGES = "messages"  # the column of a table that holds conversations
 ROLES = ("system", "user", "assistant")
 # Parts of what is said that templates write in ways of their own, and that are not read here.
-_NOT_READ = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
+_NOT_READ = (
+    *("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking"),
+    *("images", "videos", "audio"),
+)
 _MESSAGE = {"role": Value("string"), "content": Value("string"), "weight": Value("int8")}
 _FEATURES = Features({MESSAGES: List(_MESSAGE)})
 _CHATML = Path(__file__).parent.parent / "templates" / "chatml.jinja"

@@ -8,7 +8,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -21,6 +21,7 @@ from datasets.fingerprint import Hasher
 from pyarrow import parquet
 
 from ..errors import UserError, one_line
+from ..untrusted import load_json
 
 # What the end of a name says, in any case: `rows.JSONL`, `rows.csv.gz`, `book.txt.zst`.
 TABLES = {
@@ -33,7 +34,7 @@ TABLES = {
 }
 _COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
 
-VERSION = 3  # of what is read from a file; a new number ignores what is in the cache
+VERSION = 4  # of what is read from a file; a new number ignores what is in the cache
 
 _AT_ONCE = 2**20  # bytes
 _LONGEST_FIELD = 2**31 - 1  # of a CSV file; Python's own limit is 131,072
@@ -158,7 +159,7 @@ def read_rows(path: Path, name: object, column: str | None = None) -> Iterator[d
     """
     with explain_read_errors(name):
         if find_format(path) == "parquet":
-            yield from _read_parquet(path, column)
+            yield from _read_parquet(path, name, column)
             return
         with open_text(path) as file:
             if find_format(path) == "csv":
@@ -167,8 +168,16 @@ def read_rows(path: Path, name: object, column: str | None = None) -> Iterator[d
                 yield from _read_json(file, name)
 
 
-def _read_parquet(path: Path, column: str | None) -> Iterator[dict[str, Any]]:
+def _check_columns(columns: Sequence[str], name: object) -> None:
+    if twice := [column for column in columns if column and columns.count(column) > 1]:
+        raise UserError(
+            f"data={name} has several columns of the name {twice[0]!r}: rename all but one."
+        )
+
+
+def _read_parquet(path: Path, name: object, column: str | None) -> Iterator[dict[str, Any]]:
     with parquet.ParquetFile(path) as file:
+        _check_columns(file.schema_arrow.names, name)
         columns = [column] if column in file.schema_arrow.names else None
         for batch in file.iter_batches(batch_size=1000, columns=columns):
             yield from batch.to_pylist()
@@ -178,11 +187,7 @@ def _read_csv(file: TextIO, name: object, delimiter: str) -> Iterator[dict[str, 
     csv.field_size_limit(_LONGEST_FIELD)
     rows = csv.DictReader(file, delimiter=delimiter, strict=True)
     try:
-        columns = rows.fieldnames or []
-        if twice := [column for column in columns if column and columns.count(column) > 1]:
-            raise UserError(
-                f"data={name} has several columns of the name {twice[0]!r}: rename all but one."
-            )
+        _check_columns(rows.fieldnames or [], name)
         for number, row in enumerate(rows, 1):
             if None in row or None in row.values():
                 what = "more" if None in row else "fewer"
@@ -217,9 +222,11 @@ def _read_json(file: TextIO, name: object) -> Iterator[dict[str, Any]]:
 
 def _parse(text: str, line: int, name: object) -> Any:
     try:
-        return json.loads(text)
+        return load_json(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"data={name}: line {line} is not JSON: {one_line(error)}.") from error
+        raise UserError(
+            f"data={name}: line {line} cannot be read as JSON: {one_line(error)}."
+        ) from error
 
 
 def _read_document(text: str, name: object) -> list[Any]:

@@ -208,10 +208,15 @@ def token_speller(tokenizer: PreTrainedTokenizerBase) -> Callable[[int], bytes]:
 
     An id without a token spells nothing.
     """
-    added = {i: token.content.encode() for i, token in tokenizer.added_tokens_decoder.items()}
+    is_byte_level = _is_byte_level(tokenizer)
+    # Gemma adds runs of blanks, which it writes as it does in other tokens: they are decoded.
+    added = {
+        i: token.content.encode()
+        for i, token in tokenizer.added_tokens_decoder.items()
+        if token.special or is_byte_level
+    }
     tokens = {i: token for token, i in tokenizer.get_vocab().items()}
     byte_of = {symbol: bytes([byte]) for byte, symbol in bytes_to_unicode().items()}
-    is_byte_level = _is_byte_level(tokenizer)
     # Others are decoded behind another token, as decoders drop the space at the start of a text.
     anchor = min(tokens.keys() - added.keys(), default=0)
     decode: Callable[[list[int]], Any] = tokenizer.decode  # a text, or of batches a list
