@@ -40,25 +40,43 @@ def fail_in_turn(faults: list[str], folder: Path) -> None:
     NanoGPTTrainer.training_step = training_step
 
 
-def note_readers(folder: Path) -> None:
-    """Write a byte into the file of this process for each block that it reads from a stream."""
-    cut = PackedStream._cut
+def note_reading() -> None:
+    """Write down what this process reads of a stream while it trains, next to its output folder.
+
+    A byte for each block, and the name of each table that it opens.
+    """
+    cut, train, rank = PackedStream._cut, NanoGPTTrainer.train, os.environ["RANK"]
+    runs: list[str] = []
+
+    def note(what: str, text: str) -> None:
+        if runs:
+            with open(f"{runs[-1]} {what} {rank}", "a", encoding="utf-8") as file:
+                file.write(text)
 
     def _cut(self, *args):
         for block in cut(self, *args):
-            if self.seed is not None:  # to train on
-                with (folder / f"reader {os.environ['RANK']}").open("a") as file:
-                    file.write(".")
+            note("blocks", ".")
             yield block
 
-    PackedStream._cut = _cut
+    def train_noting(self, *args, **kwargs):
+        runs.append(self.args.output_dir)
+        result = train(self, *args, **kwargs)
+        runs.pop()
+        return result
+
+    def note_table(event: str, arguments: tuple) -> None:
+        if event == "open" and str(arguments[0]).endswith(".jsonl"):
+            note("tables", f"{Path(arguments[0]).name}\n")
+
+    PackedStream._cut, NanoGPTTrainer.train = _cut, train_noting
+    sys.addaudithook(note_table)
 
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
     plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
     fail_in_turn(plan["faults"], folder)
-    note_readers(folder)
+    note_reading()
     for flags in plan["runs"]:
         if code := main(["train", *flags]):
             sys.exit(code)

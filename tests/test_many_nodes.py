@@ -25,6 +25,7 @@ pytestmark = [forked, pytest.mark.slow, pytest.mark.timeout(900)]
 STEPS = 7  # into the second epoch of 5
 NODES = 2
 SOURCES = ("corpus", "tokens", "stream")
+OWN_SHARDS = {"accelerator_config": '{"dispatch_batches": false}'}
 FAULTS = ("killed worker", "stalled", "killed launcher")
 RUN = {
     "n_layer": 2,
@@ -43,14 +44,14 @@ RUN = {
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory) -> dict[str, dict]:
-    """The same kind of text as a file, as a folder of tokens, and as a stream of two shards."""
+    """The same kind of text as a file, as a folder of tokens, and as a stream of four shards."""
     folder, text = tmp_path_factory.mktemp("data"), (ROOT / "LICENSE").read_text(encoding="utf-8")
     (folder / "text.txt").write_text(text[:1260])
     corpus = {"data": str(folder / "text.txt"), "tokenizer": "char"}
     tokenize_corpus(DataArguments(**corpus), folder / "tokens")
     (folder / "rows").mkdir()
-    for shard in range(2):
-        rows = [json.dumps({"text": line}) for line in text.splitlines()[shard::2] if line.strip()]
+    for shard in range(4):
+        rows = [json.dumps({"text": line}) for line in text.splitlines()[shard::4] if line.strip()]
         (folder / "rows" / f"{shard}.jsonl").write_text("\n".join(rows))
     stream = {"data": str(folder / "rows"), "tokenizer": "byte", "streaming": True}
     tokens = {"data": str(folder / "tokens")}
@@ -95,6 +96,7 @@ def uninterrupted(sources, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("nodes")
     shares = {"per_device_train_batch_size": 2}
     runs = [sources[name] | shares | {"output_dir": str(folder / name)} for name in SOURCES]
+    runs.append(runs[-1] | OWN_SHARDS | {"output_dir": str(folder / "own shards")})
     for done in launch(folder, runs):
         assert done.returncode == 0, done.stderr[-3000:]
     return folder
@@ -110,17 +112,40 @@ def test_two_machines_give_the_losses_and_weights_of_one_process(
     sources, uninterrupted, tmp_path, name
 ):
     train(output_dir=str(tmp_path / "one"), per_device_train_batch_size=8, **sources[name])
-    assert _losses(uninterrupted / name) == pytest.approx(_losses(tmp_path / "one"), abs=1e-5)
-    expected = load_file(tmp_path / "one" / "model.safetensors")
-    for key, weight in load_file(uninterrupted / name / "model.safetensors").items():
-        torch.testing.assert_close(weight, expected[key], rtol=0, atol=1e-4)
+    assert_same_run(uninterrupted / name, tmp_path / "one")
+
+
+def test_machines_that_read_their_own_shards_equal_one_process_with_as_many_workers(
+    sources, uninterrupted, tmp_path
+):
+    turns = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    turns["dataloader_num_workers"] = 4
+    train(output_dir=str(tmp_path / "one"), **sources["stream"], **turns)
+    assert_same_run(uninterrupted / "own shards", tmp_path / "one")
+
+
+def assert_same_run(found: Path, expected: Path) -> None:
+    assert _losses(found) == pytest.approx(_losses(expected), abs=1e-5)
+    weights = load_file(expected / "model.safetensors")
+    for key, weight in load_file(found / "model.safetensors").items():
+        torch.testing.assert_close(weight, weights[key], rtol=0, atol=1e-4)
 
 
 def test_one_process_reads_a_stream_for_all_machines(uninterrupted):
-    blocks = {path.name: path.stat().st_size for path in uninterrupted.glob("reader *")}
-    # All read eight, by which a resumed run recognises the data.
-    assert blocks.pop("reader 0") >= STEPS * 8 + 8
-    assert blocks == {"reader 1": 8, "reader 2": 8, "reader 3": 8}
+    [blocks] = uninterrupted.glob("stream blocks *")
+    assert blocks.name == "stream blocks 0" and blocks.stat().st_size >= STEPS * 8
+    assert _list_tables(uninterrupted / "stream", 0) == {f"{shard}.jsonl" for shard in range(4)}
+
+
+def test_each_process_reads_only_its_own_shards_if_batches_are_not_dispatched(uninterrupted):
+    for rank in range(4):
+        blocks = (uninterrupted / f"own shards blocks {rank}").stat().st_size
+        assert STEPS * 2 <= blocks < STEPS * 2 + 8  # a few in advance
+        assert _list_tables(uninterrupted / "own shards", rank) == {f"{rank}.jsonl"}
+
+
+def _list_tables(run: Path, rank: int) -> set[str]:
+    return set(Path(f"{run} tables {rank}").read_text(encoding="utf-8").split())
 
 
 @pytest.fixture(scope="module")
