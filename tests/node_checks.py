@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 
 from hf_nanogpt import NanoGPTTrainer
@@ -15,9 +16,13 @@ from hf_nanogpt.cli import main
 from hf_nanogpt.data.streams import PackedStream
 
 STEP, RANK = 5, "3"  # after the first checkpoint; a worker of the second machine
+WRITER = "0"  # the worker that has locked output_dir
 
 
 def fail(fault: str) -> None:
+    if fault == "lost launcher":
+        os.kill(os.getppid(), signal.SIGKILL)
+        return time.sleep(5)  # a long step
     if fault == "stalled":
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # else torchrun waits 30 seconds to kill it
         threading.Event().wait()
@@ -27,12 +32,13 @@ def fail(fault: str) -> None:
 
 
 def fail_in_turn(faults: list[str], folder: Path) -> None:
-    """Make worker `RANK` fail each time it begins the step after `STEP`, by each fault once."""
+    """Make a worker fail each time it begins the step after `STEP`, by each fault once."""
     train_step = NanoGPTTrainer.training_step
 
     def training_step(self, *args, **kwargs):
         left = [fault for fault in faults if not (folder / fault).exists()]
-        if left and self.state.global_step == STEP and os.environ["RANK"] == RANK:
+        rank = WRITER if left == ["lost launcher"] else RANK
+        if left and self.state.global_step == STEP and os.environ["RANK"] == rank:
             (folder / left[0]).touch()
             fail(left[0])
         return train_step(self, *args, **kwargs)

@@ -59,10 +59,13 @@ def sources(tmp_path_factory) -> dict[str, dict]:
     return {name: RUN | data for name, data in found.items()}
 
 
-def launch(folder: Path, runs: list[dict], *, faults: tuple[str, ...] = ()) -> list:
+def launch(
+    folder: Path, runs: list[dict], *, faults: tuple[str, ...] = ()
+) -> list[tuple[int, str]]:
     """Train by one launcher for each machine, as examples/slurm/train.sbatch starts them.
 
-    A launcher that was killed is started again, as whatever looks after a cluster does.
+    A launcher that was killed is started again at once, as whatever looks after a cluster does.
+    Return the exit code of each launcher, and what was printed.
     """
     flags = [["--resume", *(f"--{key}={value}" for key, value in run.items())] for run in runs]
     plan = {"runs": flags, "faults": faults}
@@ -77,13 +80,15 @@ def launch(folder: Path, runs: list[dict], *, faults: tuple[str, ...] = ()) -> l
     # As in train.sbatch, which says why.
     environment |= {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
-    def run(node: int) -> list[subprocess.CompletedProcess]:
-        starts = []
-        while not starts or starts[-1].returncode == -signal.SIGKILL:
-            done = subprocess.run(
-                command, capture_output=True, text=True, timeout=800, cwd=folder, env=environment
-            )
-            starts.append(done)
+    def run(node: int) -> list[tuple[int, str]]:
+        starts: list[tuple[int, str]] = []
+        while not starts or starts[-1][0] == -signal.SIGKILL:
+            # Into a file: a pipe would stay open for as long as a worker has it.
+            log = folder / f"log {node} {len(starts)}"
+            with log.open("w") as file:
+                given = {"stdout": file, "stderr": subprocess.STDOUT, "cwd": folder}
+                done = subprocess.run(command, timeout=800, env=environment, check=False, **given)
+            starts.append((done.returncode, log.read_text(encoding="utf-8")))
         return starts
 
     with ThreadPoolExecutor(NODES) as pool:
@@ -97,8 +102,8 @@ def uninterrupted(sources, tmp_path_factory) -> Path:
     shares = {"per_device_train_batch_size": 2}
     runs = [sources[name] | shares | {"output_dir": str(folder / name)} for name in SOURCES]
     runs.append(runs[-1] | OWN_SHARDS | {"output_dir": str(folder / "own shards")})
-    for done in launch(folder, runs):
-        assert done.returncode == 0, done.stderr[-3000:]
+    for code, printed in launch(folder, runs):
+        assert code == 0, printed[-3000:]
     return folder
 
 
@@ -154,8 +159,7 @@ def interrupted(sources, tmp_path_factory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("deaths")
     run = sources["corpus"] | {"per_device_train_batch_size": 2, "ddp_timeout": 30}
     starts = launch(folder, [run | {"output_dir": str(folder / "run")}], faults=FAULTS)
-    printed = "".join(start.stdout + start.stderr for start in starts)
-    codes = sorted(start.returncode for start in starts)
+    codes, printed = sorted(code for code, _ in starts), "".join(text for _, text in starts)
     assert codes == [-signal.SIGKILL, 0, 0], printed[-5000:]
     assert all((folder / fault).exists() for fault in FAULTS)
     return folder / "run", printed
@@ -163,11 +167,15 @@ def interrupted(sources, tmp_path_factory) -> tuple[Path, str]:
 
 def test_three_deaths_change_nothing_in_the_result(interrupted, uninterrupted):
     run, expected = interrupted[0], uninterrupted / "corpus"
-    assert _losses(run) == pytest.approx(_losses(expected), abs=1e-6)
     before, after = (
         load_file(folder / "checkpoint-4" / "model.safetensors") for folder in (run, expected)
     )
     assert all(before[name].equal(weight) for name, weight in after.items())
+    assert_nothing_changed(run, expected)
+
+
+def assert_nothing_changed(run: Path, expected: Path) -> None:
+    assert _losses(run) == pytest.approx(_losses(expected), abs=1e-6)
     # Not the same bits: more than two processes may add up gradients in another order.
     ours, theirs = (load_file(folder / "model.safetensors") for folder in (run, expected))
     for name, weight in theirs.items():
@@ -181,3 +189,16 @@ def test_a_killed_worker_is_reported(interrupted):
 def test_a_stalled_worker_is_named_within_the_time_limit(interrupted):
     assert "Step 6 does not end, because a process is gone or stalled: " in interrupted[1]
     assert "Ranks 3 failed to pass monitoredBarrier" in interrupted[1]
+
+
+def test_workers_that_have_lost_their_launcher_stop_for_the_next_start(
+    sources, uninterrupted, tmp_path
+):
+    run = sources["corpus"] | {"per_device_train_batch_size": 2, "ddp_timeout": 60}
+    run["output_dir"] = str(tmp_path / "run")
+    starts = launch(tmp_path, [run], faults=("lost launcher",))
+    codes, printed = sorted(code for code, _ in starts), "".join(text for _, text in starts)
+    assert codes == [-signal.SIGKILL, 0, 0], printed[-5000:]
+    # They saved a checkpoint together, after the step in which the launcher died.
+    assert (tmp_path / "run" / "checkpoint-6").is_dir()
+    assert_nothing_changed(tmp_path / "run", uninterrupted / "corpus")
