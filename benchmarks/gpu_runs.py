@@ -28,7 +28,7 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
             "warmup_steps": 0.1,
             "lr_scheduler_type": "cosine",
         }
-        for rate in (1.2e-3, 2.4e-3)
+        for rate in (2.4e-3, 1.2e-3)
     },
 }
 

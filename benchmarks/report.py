@@ -302,15 +302,19 @@ few blocks hold several: with short documents the cost may be larger.
 
 def loss_memory() -> str:
     report = read_results("loss_memory")
-    rows = [[way, f"{peak:,} MB"] for way, peak in report["peak_megabytes"].items()]
-    return f"""## Memory of the loss
+    rows = []
+    for way, peak in report["peak_megabytes"].items():
+        low, middle, high = report["seconds"][way]
+        rows.append([way, f"{peak:,} MB", f"{middle:.2f} s ({low:.2f} to {high:.2f})"])
+    return f"""## Memory and time of the loss
 
 A step of GPT-2 with one layer on {report["rows"]} x {report["tokens"]} tokens, in float32: the loss
 from all logits at once, and in chunks (`linear_cross_entropy`, what training uses for large
-vocabularies). Memory is what the step adds to the process at its peak. The time of a step was not
-measured: the machine was too busy.
+vocabularies). Memory is what the step adds to the process at its peak. Time is the processor's for
+a step, forward and backward, in one thread: the median (minimum to maximum) of {report["rounds"]}
+turns each.
 
-{table(["", "memory"], rows)}
+{table(["", "memory", "time of a step"], rows)}
 {header(report, "python benchmarks/loss_memory.py")}"""
 
 

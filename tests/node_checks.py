@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 
 from hf_nanogpt import NanoGPTTrainer
@@ -15,9 +16,13 @@ from hf_nanogpt.cli import main
 from hf_nanogpt.data.streams import PackedStream
 
 STEP, RANK = 5, "3"  # after the first checkpoint; a worker of the second machine
+WRITER = "0"  # the worker that has locked output_dir
 
 
 def fail(fault: str) -> None:
+    if fault == "lost launcher":
+        os.kill(os.getppid(), signal.SIGKILL)
+        return time.sleep(5)  # a long step
     if fault == "stalled":
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # else torchrun waits 30 seconds to kill it
         threading.Event().wait()
@@ -27,12 +32,13 @@ def fail(fault: str) -> None:
 
 
 def fail_in_turn(faults: list[str], folder: Path) -> None:
-    """Make worker `RANK` fail each time it begins the step after `STEP`, by each fault once."""
+    """Make a worker fail each time it begins the step after `STEP`, by each fault once."""
     train_step = NanoGPTTrainer.training_step
 
     def training_step(self, *args, **kwargs):
         left = [fault for fault in faults if not (folder / fault).exists()]
-        if left and self.state.global_step == STEP and os.environ["RANK"] == RANK:
+        rank = WRITER if left == ["lost launcher"] else RANK
+        if left and self.state.global_step == STEP and os.environ["RANK"] == rank:
             (folder / left[0]).touch()
             fail(left[0])
         return train_step(self, *args, **kwargs)
@@ -40,25 +46,43 @@ def fail_in_turn(faults: list[str], folder: Path) -> None:
     NanoGPTTrainer.training_step = training_step
 
 
-def note_readers(folder: Path) -> None:
-    """Write a byte into the file of this process for each block that it reads from a stream."""
-    cut = PackedStream._cut
+def note_reading() -> None:
+    """Write down what this process reads of a stream while it trains, next to its output folder.
+
+    A byte for each block, and the name of each table that it opens.
+    """
+    cut, train, rank = PackedStream._cut, NanoGPTTrainer.train, os.environ["RANK"]
+    runs: list[str] = []
+
+    def note(what: str, text: str) -> None:
+        if runs:
+            with open(f"{runs[-1]} {what} {rank}", "a", encoding="utf-8") as file:
+                file.write(text)
 
     def _cut(self, *args):
         for block in cut(self, *args):
-            if self.seed is not None:  # to train on
-                with (folder / f"reader {os.environ['RANK']}").open("a") as file:
-                    file.write(".")
+            note("blocks", ".")
             yield block
 
-    PackedStream._cut = _cut
+    def train_noting(self, *args, **kwargs):
+        runs.append(self.args.output_dir)
+        result = train(self, *args, **kwargs)
+        runs.pop()
+        return result
+
+    def note_table(event: str, arguments: tuple) -> None:
+        if event == "open" and str(arguments[0]).endswith(".jsonl"):
+            note("tables", f"{Path(arguments[0]).name}\n")
+
+    PackedStream._cut, NanoGPTTrainer.train = _cut, train_noting
+    sys.addaudithook(note_table)
 
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
     plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
     fail_in_turn(plan["faults"], folder)
-    note_readers(folder)
+    note_reading()
     for flags in plan["runs"]:
         if code := main(["train", *flags]):
             sys.exit(code)

@@ -25,6 +25,7 @@ pytestmark = [forked, pytest.mark.slow, pytest.mark.timeout(900)]
 STEPS = 7  # into the second epoch of 5
 NODES = 2
 SOURCES = ("corpus", "tokens", "stream")
+OWN_SHARDS = {"accelerator_config": '{"dispatch_batches": false}'}
 FAULTS = ("killed worker", "stalled", "killed launcher")
 RUN = {
     "n_layer": 2,
@@ -43,14 +44,14 @@ RUN = {
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory) -> dict[str, dict]:
-    """The same kind of text as a file, as a folder of tokens, and as a stream of two shards."""
+    """The same kind of text as a file, as a folder of tokens, and as a stream of four shards."""
     folder, text = tmp_path_factory.mktemp("data"), (ROOT / "LICENSE").read_text(encoding="utf-8")
     (folder / "text.txt").write_text(text[:1260])
     corpus = {"data": str(folder / "text.txt"), "tokenizer": "char"}
     tokenize_corpus(DataArguments(**corpus), folder / "tokens")
     (folder / "rows").mkdir()
-    for shard in range(2):
-        rows = [json.dumps({"text": line}) for line in text.splitlines()[shard::2] if line.strip()]
+    for shard in range(4):
+        rows = [json.dumps({"text": line}) for line in text.splitlines()[shard::4] if line.strip()]
         (folder / "rows" / f"{shard}.jsonl").write_text("\n".join(rows))
     stream = {"data": str(folder / "rows"), "tokenizer": "byte", "streaming": True}
     tokens = {"data": str(folder / "tokens")}
@@ -58,10 +59,13 @@ def sources(tmp_path_factory) -> dict[str, dict]:
     return {name: RUN | data for name, data in found.items()}
 
 
-def launch(folder: Path, runs: list[dict], *, faults: tuple[str, ...] = ()) -> list:
+def launch(
+    folder: Path, runs: list[dict], *, faults: tuple[str, ...] = ()
+) -> list[tuple[int, str]]:
     """Train by one launcher for each machine, as examples/slurm/train.sbatch starts them.
 
-    A launcher that was killed is started again, as whatever looks after a cluster does.
+    A launcher that was killed is started again at once, as whatever looks after a cluster does.
+    Return the exit code of each launcher, and what was printed.
     """
     flags = [["--resume", *(f"--{key}={value}" for key, value in run.items())] for run in runs]
     plan = {"runs": flags, "faults": faults}
@@ -76,13 +80,15 @@ def launch(folder: Path, runs: list[dict], *, faults: tuple[str, ...] = ()) -> l
     # As in train.sbatch, which says why.
     environment |= {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
-    def run(node: int) -> list[subprocess.CompletedProcess]:
-        starts = []
-        while not starts or starts[-1].returncode == -signal.SIGKILL:
-            done = subprocess.run(
-                command, capture_output=True, text=True, timeout=800, cwd=folder, env=environment
-            )
-            starts.append(done)
+    def run(node: int) -> list[tuple[int, str]]:
+        starts: list[tuple[int, str]] = []
+        while not starts or starts[-1][0] == -signal.SIGKILL:
+            # Into a file: a pipe would stay open for as long as a worker has it.
+            log = folder / f"log {node} {len(starts)}"
+            with log.open("w") as file:
+                given = {"stdout": file, "stderr": subprocess.STDOUT, "cwd": folder}
+                done = subprocess.run(command, timeout=800, env=environment, check=False, **given)
+            starts.append((done.returncode, log.read_text(encoding="utf-8")))
         return starts
 
     with ThreadPoolExecutor(NODES) as pool:
@@ -95,8 +101,9 @@ def uninterrupted(sources, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("nodes")
     shares = {"per_device_train_batch_size": 2}
     runs = [sources[name] | shares | {"output_dir": str(folder / name)} for name in SOURCES]
-    for done in launch(folder, runs):
-        assert done.returncode == 0, done.stderr[-3000:]
+    runs.append(runs[-1] | OWN_SHARDS | {"output_dir": str(folder / "own shards")})
+    for code, printed in launch(folder, runs):
+        assert code == 0, printed[-3000:]
     return folder
 
 
@@ -110,17 +117,40 @@ def test_two_machines_give_the_losses_and_weights_of_one_process(
     sources, uninterrupted, tmp_path, name
 ):
     train(output_dir=str(tmp_path / "one"), per_device_train_batch_size=8, **sources[name])
-    assert _losses(uninterrupted / name) == pytest.approx(_losses(tmp_path / "one"), abs=1e-5)
-    expected = load_file(tmp_path / "one" / "model.safetensors")
-    for key, weight in load_file(uninterrupted / name / "model.safetensors").items():
-        torch.testing.assert_close(weight, expected[key], rtol=0, atol=1e-4)
+    assert_same_run(uninterrupted / name, tmp_path / "one")
+
+
+def test_machines_that_read_their_own_shards_equal_one_process_with_as_many_workers(
+    sources, uninterrupted, tmp_path
+):
+    turns = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    turns["dataloader_num_workers"] = 4
+    train(output_dir=str(tmp_path / "one"), **sources["stream"], **turns)
+    assert_same_run(uninterrupted / "own shards", tmp_path / "one")
+
+
+def assert_same_run(found: Path, expected: Path) -> None:
+    assert _losses(found) == pytest.approx(_losses(expected), abs=1e-5)
+    weights = load_file(expected / "model.safetensors")
+    for key, weight in load_file(found / "model.safetensors").items():
+        torch.testing.assert_close(weight, weights[key], rtol=0, atol=1e-4)
 
 
 def test_one_process_reads_a_stream_for_all_machines(uninterrupted):
-    blocks = {path.name: path.stat().st_size for path in uninterrupted.glob("reader *")}
-    # All read eight, by which a resumed run recognises the data.
-    assert blocks.pop("reader 0") >= STEPS * 8 + 8
-    assert blocks == {"reader 1": 8, "reader 2": 8, "reader 3": 8}
+    [blocks] = uninterrupted.glob("stream blocks *")
+    assert blocks.name == "stream blocks 0" and blocks.stat().st_size >= STEPS * 8
+    assert _list_tables(uninterrupted / "stream", 0) == {f"{shard}.jsonl" for shard in range(4)}
+
+
+def test_each_process_reads_only_its_own_shards_if_batches_are_not_dispatched(uninterrupted):
+    for rank in range(4):
+        blocks = (uninterrupted / f"own shards blocks {rank}").stat().st_size
+        assert STEPS * 2 <= blocks < STEPS * 2 + 8  # a few in advance
+        assert _list_tables(uninterrupted / "own shards", rank) == {f"{rank}.jsonl"}
+
+
+def _list_tables(run: Path, rank: int) -> set[str]:
+    return set(Path(f"{run} tables {rank}").read_text(encoding="utf-8").split())
 
 
 @pytest.fixture(scope="module")
@@ -129,8 +159,7 @@ def interrupted(sources, tmp_path_factory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("deaths")
     run = sources["corpus"] | {"per_device_train_batch_size": 2, "ddp_timeout": 30}
     starts = launch(folder, [run | {"output_dir": str(folder / "run")}], faults=FAULTS)
-    printed = "".join(start.stdout + start.stderr for start in starts)
-    codes = sorted(start.returncode for start in starts)
+    codes, printed = sorted(code for code, _ in starts), "".join(text for _, text in starts)
     assert codes == [-signal.SIGKILL, 0, 0], printed[-5000:]
     assert all((folder / fault).exists() for fault in FAULTS)
     return folder / "run", printed
@@ -138,11 +167,15 @@ def interrupted(sources, tmp_path_factory) -> tuple[Path, str]:
 
 def test_three_deaths_change_nothing_in_the_result(interrupted, uninterrupted):
     run, expected = interrupted[0], uninterrupted / "corpus"
-    assert _losses(run) == pytest.approx(_losses(expected), abs=1e-6)
     before, after = (
         load_file(folder / "checkpoint-4" / "model.safetensors") for folder in (run, expected)
     )
     assert all(before[name].equal(weight) for name, weight in after.items())
+    assert_nothing_changed(run, expected)
+
+
+def assert_nothing_changed(run: Path, expected: Path) -> None:
+    assert _losses(run) == pytest.approx(_losses(expected), abs=1e-6)
     # Not the same bits: more than two processes may add up gradients in another order.
     ours, theirs = (load_file(folder / "model.safetensors") for folder in (run, expected))
     for name, weight in theirs.items():
@@ -156,3 +189,16 @@ def test_a_killed_worker_is_reported(interrupted):
 def test_a_stalled_worker_is_named_within_the_time_limit(interrupted):
     assert "Step 6 does not end, because a process is gone or stalled: " in interrupted[1]
     assert "Ranks 3 failed to pass monitoredBarrier" in interrupted[1]
+
+
+def test_workers_that_have_lost_their_launcher_stop_for_the_next_start(
+    sources, uninterrupted, tmp_path
+):
+    run = sources["corpus"] | {"per_device_train_batch_size": 2, "ddp_timeout": 60}
+    run["output_dir"] = str(tmp_path / "run")
+    starts = launch(tmp_path, [run], faults=("lost launcher",))
+    codes, printed = sorted(code for code, _ in starts), "".join(text for _, text in starts)
+    assert codes == [-signal.SIGKILL, 0, 0], printed[-5000:]
+    # They saved a checkpoint together, after the step in which the launcher died.
+    assert (tmp_path / "run" / "checkpoint-6").is_dir()
+    assert_nothing_changed(tmp_path / "run", uninterrupted / "corpus")

@@ -7,12 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from children import forked, run_ranks
 from datasets import IterableDataset
 from torch.utils.data import DataLoader
 
 from hf_nanogpt import train
+from hf_nanogpt.checkpoint.steps import read_record
+from hf_nanogpt.cli import main
 from hf_nanogpt.data import streams
 from hf_nanogpt.data.streams import PackedStream
+from hf_nanogpt.errors import UserError
 
 EOS, LENGTH, BATCH = 0, 8, 2
 
@@ -137,6 +141,67 @@ def test_another_number_of_readers_is_refused():
         stream().load_state_dict(state, batch_size=4, num_workers=2)
 
 
+def test_readers_in_several_processes_take_turns_as_the_workers_of_one():
+    whole = batches_of(stream(7), 40, 3)
+    parts = [batches_of(share(7, process, 3), 20) for process in range(3)]
+    assert [batch for turn in zip(*parts, strict=True) for batch in turn][:40] == whole
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("before", "after"), [((2, 0), (2, 1)), ((2, 2), (4, 1)), ((2, 2), (1, 4))]
+)
+@pytest.mark.parametrize("done", [0, 3, 41])
+def test_what_several_processes_read_resumes_in_any_of_the_same_readers(before, after, done):
+    """`done` steps of `before` processes and workers, two batches each, then those of `after`."""
+    steps, readers = 60, before[0] * max(1, before[1])
+    whole = batches_of(stream(9), steps * 4, readers)
+    processes, workers = before
+    positions, total = [], done * 4
+    for process in range(processes):
+        packed = share(9, process, processes)
+        batches = batches_of(packed, total // processes + 3, workers)  # 3 read in advance
+        assert batches[: total // processes] == whole[process:total:processes]
+        given = {"batch_size": BATCH, "num_workers": workers}
+        positions.append(packed.state_dict(batches=total, **given))
+    position = json.loads(json.dumps(streams.merge_positions(positions)))
+    processes, workers = after
+    for process in range(processes):
+        packed = share(9, process, processes)
+        packed.load_state_dict(position, batch_size=BATCH, num_workers=workers)
+        expected = whole[total + process :: processes]
+        assert batches_of(packed, len(expected), workers) == expected
+
+
+def share(num_shards: int, process: int, processes: int, **settings) -> PackedStream:
+    packed = stream(num_shards, **settings)
+    packed.split(processes, process)
+    return packed
+
+
+def test_each_process_reads_the_documents_of_its_own_shards_only():
+    found = []
+    for process in range(2):
+        blocks = [block for batch in batches_of(share(5, process, 2), 60) for block in batch]
+        found.append({(token - 1) // 100 for block in blocks for token in block if token != EOS})
+    assert found == [{0, 2, 4}, {1, 3}]
+
+
+def test_processes_without_shards_or_documents_are_refused():
+    with pytest.raises(UserError, match="has 2 for 3 processes: leave it out"):
+        share(2, 0, 3)
+    with pytest.raises(UserError, match="some of these have no documents"):
+        list(share(2, 1, 2, shards=[0, 90]))
+
+
+def test_other_processes_than_before_are_refused():
+    position = share(4, 0, 2).state_dict(batches=0, batch_size=BATCH, num_workers=0)
+    with pytest.raises(UserError, match=r"_num_workers=0 in 4 processes .* as many processes"):
+        share(4, 0, 4).load_state_dict(position, batch_size=BATCH)
+    with pytest.raises(UserError, match="resume with dataloader_num_workers=2"):
+        stream(4).load_state_dict(position, batch_size=BATCH)
+
+
 SIZE = {"n_layer": 1, "n_embd": 16, "n_head": 2, "block_size": 16, "num_threads": 1}
 
 
@@ -186,3 +251,46 @@ def test_a_training_resumes_in_place_to_the_bit(num_workers, shards, tmp_path, m
         return
     with pytest.raises(ValueError, match="resume with dataloader_num_workers=1"):
         train(output_dir=str(folder), resume=True, **settings | {"dataloader_num_workers": 2})
+
+
+@forked
+@pytest.mark.slow
+def test_processes_that_read_their_own_shards_resume_in_place_to_the_bit(
+    shards, tmp_path, monkeypatch
+):
+    monkeypatch.undo()  # the processes know nothing of it
+    settings = SIZE | {
+        "data": shards,
+        "streaming": True,
+        "tokenizer": "byte",
+        "max_steps": 8,
+        "save_steps": 4,
+        "eval_steps": 8,
+        "logging_steps": 1,
+        "per_device_train_batch_size": 3,
+        "sample_steps": 0,
+        "use_cpu": True,
+    }
+    whole, folder, one = tmp_path / "whole", tmp_path / "run", tmp_path / "one"
+    flags = [f"--{name}={value}" for name, value in settings.items()]
+    flags.append('--accelerator_config={"dispatch_batches": false}')
+    for output_dir in (whole, folder):
+        if output_dir == folder:
+            shutil.copytree(whole, folder)
+            shutil.rmtree(folder / "checkpoint-8")  # as if it had been killed after step 4
+            shutil.copytree(folder, one)
+        ranks = run_ranks(2, main, ["train", *flags, f"--output_dir={output_dir}", "--resume"])
+        for done in ranks:
+            assert done.returncode == 0, done.stderr[-3000:]
+    position = read_record(folder / "checkpoint-4")["stream"]
+    assert position["blocks"] == [12, 12] and all(position["places"])
+    assert history(folder, 8) == history(whole, 8)
+    files = [path / "checkpoint-8" / "model.safetensors" for path in (whole, folder)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    # One process with as many readers is the same run.
+    shares = {"dataloader_num_workers": 2, "gradient_accumulation_steps": 2}
+    train(output_dir=str(one), resume=True, **settings | shares)
+    for ours, theirs in zip(history(one, 8), history(whole, 8), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+    with pytest.raises(UserError, match="resume with dataloader_num_workers=2"):
+        train(output_dir=str(one), resume=True, **settings | {"gradient_accumulation_steps": 2})

@@ -27,7 +27,7 @@ class PackedStream(torch_data.IterableDataset):
     order depends only on the seed and the number of readers. Each worker of a `DataLoader` is a
     reader, with its own part of the shards; workers beyond the number of shards read nothing. If
     several processes train, the first reads for all of them (Accelerate's default), so that no
-    document is read twice.
+    document is read twice. After `split`, each process reads its own shards.
 
     A seeded stream resumes in place. `datasets` restores its position in the documents exactly, but
     not the documents that wait in a shuffle buffer. So whole groups of documents are read and
@@ -48,7 +48,25 @@ class PackedStream(torch_data.IterableDataset):
         self.context_length = context_length
         self.eos = np.array([] if eos_token_id is None else [eos_token_id], dtype=np.int64)
         self.seed = seed
+        self.num_processes, self.process_index = 1, 0
         self._begin_at({})
+
+    def split(self, num_processes: int, process_index: int) -> None:
+        """Read only the shards of one of several processes, which has a `DataLoader` of its own.
+
+        All readers of all processes take turns: N processes with W workers each get, in turn, the
+        batches of one process with N * W workers.
+
+        Raises:
+            UserError: there are fewer shards than processes.
+        """
+        if self.tokens.num_shards < num_processes:
+            raise UserError(
+                f"dispatch_batches=False lets each process read its own shards, but the stream has "
+                f"{self.tokens.num_shards} for {num_processes} processes: leave it out, and the "
+                "first process reads for all."
+            )
+        self.num_processes, self.process_index = num_processes, process_index
 
     def _begin_at(self, state: dict[str, Any]) -> None:
         self._state = state
@@ -59,26 +77,34 @@ class PackedStream(torch_data.IterableDataset):
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
         worker = torch_data.get_worker_info()
         readers = self.count_readers(worker.num_workers if worker else 0)
-        if worker and worker.id >= readers:
+        own, turn = self._list_own(readers), worker.id if worker else 0
+        if turn >= len(own):
             return
-        # DataLoader takes batches from its workers in turn, and from worker 0 first.
-        number = ((worker.id if worker else 0) + self._state.get("turn", 0)) % readers
-        tokens = self.tokens
+        number, tokens = own[turn], self.tokens
         if readers > 1:
             tokens = tokens.shard(readers, number, contiguous=False)
         yield from self._cut(tokens, number)
 
     def count_readers(self, num_workers: int) -> int:
-        """Return how many readers share the shards in a `DataLoader` of so many workers."""
-        return max(1, min(num_workers, self.tokens.num_shards))
+        """Return how many readers share the shards, if each `DataLoader` has so many workers."""
+        most = self.tokens.num_shards // self.num_processes
+        return self.num_processes * max(1, min(num_workers, most))
+
+    def _list_own(self, readers: int) -> list[int]:
+        """Return the numbers of the readers in this process, in the order of its workers."""
+        # DataLoader takes batches from its workers in turn, and from worker 0 first.
+        first = self._state.get("turn", 0) + self.process_index
+        return [(first + i) % readers for i in range(0, readers, self.num_processes)]
 
     def state_dict(self, *, batches: int, batch_size: int, num_workers: int = 0) -> dict[str, Any]:
-        """Return the position after so many batches of the `DataLoader` that reads the stream.
+        """Return the position after so many batches, those of all processes together.
 
         The loader may have read more in advance. The result is ready for JSON. It has no `places`,
         so that a resumed training must read all again, if a reader has no documents in its shards.
+        The places of readers in other processes are None: see `merge_positions`.
         """
         readers = self.count_readers(num_workers)
+        own = self._list_own(readers)
         order = {"readers": readers, "batch_size": batch_size}
         while self._sent is not None and not self._sent.empty():
             number, place = self._sent.get()
@@ -86,7 +112,7 @@ class PackedStream(torch_data.IterableDataset):
         if any("ended" in places[-1] for places in self._places.values() if places):
             return order
         blocks = [len(range(number, batches, readers)) * batch_size for number in range(readers)]
-        places = [self._find_place(*item) for item in enumerate(blocks)]
+        places = [self._find_place(n, blocks[n]) if n in own else None for n in range(readers)]
         return order | {"turn": batches % readers, "blocks": blocks, "places": places}
 
     def _find_place(self, number: int, blocks: int) -> Place:
@@ -108,9 +134,12 @@ class PackedStream(torch_data.IterableDataset):
         """
         state, readers = state or {}, self.count_readers(num_workers)
         if state and readers != (was := state["readers"]):
+            workers, hint = f"dataloader_num_workers={num_workers}", f"dataloader_num_workers={was}"
+            if self.num_processes > 1:
+                workers += f" in {self.num_processes} processes"
+                hint = "as many processes, and workers in each, as before"
             raise UserError(
-                f"dataloader_num_workers={num_workers} would read the stream in another order than "
-                f"before: resume with dataloader_num_workers={was}."
+                f"{workers} would read the stream in another order than before: resume with {hint}."
             )
         if state and readers > 1 and batch_size != state["batch_size"]:
             raise UserError(
@@ -141,6 +170,11 @@ class PackedStream(torch_data.IterableDataset):
                     if blocks > done:
                         yield {"input_ids": rest[start : start + step + 1]}
                 rest = rest[whole:]
+        if self.num_processes > 1 and self.seed is not None:  # the other processes would wait
+            raise UserError(
+                "dispatch_batches=False lets each process read its own shards, but some of these "
+                "have no documents: leave it out, and the first process reads for all."
+            )
         self._record(number, begin | {"ended": True})
         if len(rest):
             yield {"input_ids": np.concatenate((rest, match_end(self.eos, rest)))}
@@ -184,6 +218,15 @@ class PackedStream(torch_data.IterableDataset):
         else:
             self._sent.cancel_join_thread()  # a worker may end before all is received
             self._sent.put((number, place))
+
+
+def merge_positions(positions: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the position of a stream that several processes read, from what each of them knows.
+
+    It is that of one process with as many readers.
+    """
+    places = zip(*(position["places"] for position in positions), strict=True)
+    return positions[0] | {"places": [next(filter(None, some)) for some in places]}
 
 
 def match_end(eos: np.ndarray, tokens: np.ndarray) -> np.ndarray:

@@ -15,7 +15,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from accelerate.data_loader import IterableDatasetShard
+from accelerate.utils import gather_object
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -26,7 +29,7 @@ from transformers.utils import logging
 
 from ..checkpoint.steps import RECORD, find_damage, find_last_checkpoint, save_state, sum_file
 from ..checkpoint.writing import explain_write_errors
-from ..data.streams import PackedStream
+from ..data.streams import PackedStream, merge_positions
 from ..errors import UserError, explain_errors
 from .arguments import NanoGPTTrainingArguments
 from .best import BestCallback
@@ -82,6 +85,23 @@ class ResumableTrainer(Trainer):
                 setattr(args, name, math.ceil(max_steps * share))
         return (*values, max_steps)
 
+    def get_train_dataloader(self) -> DataLoader:
+        """Let each process read its own shards of a stream, if `dispatch_batches` is False.
+
+        Accelerate would let each read all, and keep its share of the rows.
+        """
+        loader = super().get_train_dataloader()
+        stream, shard = self.train_dataset, loader.dataset
+        if (
+            isinstance(stream, PackedStream)
+            and stream.seed is not None  # one that ends would end sooner in one process
+            and isinstance(shard, IterableDatasetShard)
+            and not shard.split_batches
+        ):
+            stream.split(shard.num_processes, shard.process_index)
+            shard.num_processes, shard.process_index = 1, 0  # keep all rows
+        return loader
+
     def _init_training_state(self, max_steps, steps, epochs, checkpoint, trial) -> tuple[int, int]:
         """Return the epochs and batches to skip: no batches of a stream that resumes in place."""
         skipped = super()._init_training_state(max_steps, steps, epochs, checkpoint, trial)
@@ -99,11 +119,12 @@ class ResumableTrainer(Trainer):
         """Return the position of a stream after the steps done; without `places` to skip them."""
         if not isinstance(self.train_dataset, PackedStream):
             return None
-        # The first process reads the batches of all.
         batches = self.args.gradient_accumulation_steps * self.args.world_size
         position = self.train_dataset.state_dict(
             batches=batches * self.state.global_step, **self._describe_loader()
         )
+        if self.train_dataset.num_processes > 1:  # each knows only its own readers
+            return merge_positions(gather_object([position]))
         accelerator: Any = self.args.accelerator_config
         if accelerator.split_batches or accelerator.dispatch_batches is False:
             position.pop("places", None)  # other processes read too
@@ -201,6 +222,7 @@ class ResumableTrainer(Trainer):
         super()._save_rng_state(output_dir)
         # Only trainer_state.json is missing now: once it exists, all processes have written theirs.
         self.accelerator.wait_for_everyone()
+        stream = self._locate_stream()  # all processes take part
         if not self.args.should_save:
             return
         if self.best:
@@ -216,7 +238,7 @@ class ResumableTrainer(Trainer):
             "last_logged": self._globalstep_last_logged,
             "step_figures": [v if v is None else float(v) for v in self._step_figures],
             "epoch_ended": self._ended_step == self.state.global_step,
-            "stream": self._locate_stream(),
+            "stream": stream,
             "best": self.best and self.best.describe(),
             "sizes": {name: p.stat().st_size for name, p in files.items()},
             "checksums": {name: sum_file(p) for name, p in files.items()},

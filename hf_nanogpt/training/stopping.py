@@ -10,14 +10,18 @@ from typing import Any
 
 import torch
 from transformers import TrainerCallback
+from transformers.utils import logging
 
 from ..checkpoint.steps import find_last_checkpoint
 from ..errors import UserError
 from .resume import ResumableTrainer
 
+logger = logging.get_logger(__name__)
+
 _ANSWER = timedelta(seconds=15)  # less than torchrun leaves to processes that are to end
 # Schedules that look at the result of an evaluation.
 _FOLLOW_METRIC = ("reduce_lr_on_plateau", "greedy")
+_LOOK = 1.0  # seconds between two looks for the launcher
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -99,7 +103,7 @@ def stop_on_signals(trainer: InterruptibleTrainer) -> Iterator[None]:
     """Make Ctrl-C, SIGTERM and SIGHUP save a checkpoint and raise `TrainingInterrupted`.
 
     A second signal stops at once. Nothing changes outside the main thread, nor for a signal that
-    the process ignores.
+    the process ignores. A process that torchrun has started gets SIGTERM when torchrun is gone.
     """
 
     def handle(signum: int, frame) -> None:
@@ -108,10 +112,12 @@ def stop_on_signals(trainer: InterruptibleTrainer) -> Iterator[None]:
             raise TrainingInterrupted(signum, find_last_checkpoint(trainer.args.output_dir))
         trainer.signum = trainer.signum or signum
 
-    handlers, trainer.signum = {}, 0
+    handlers, trainer.signum, ended = {}, 0, threading.Event()
     if threading.current_thread() is threading.main_thread():
         heeded = [s for s in _SIGNALS if signal.getsignal(s) is not signal.SIG_IGN]
         handlers = {signum: signal.signal(signum, handle) for signum in heeded}
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            threading.Thread(target=_follow_launcher, args=(ended,), daemon=True).start()
     try:
         yield
     except BaseException:
@@ -122,8 +128,18 @@ def stop_on_signals(trainer: InterruptibleTrainer) -> Iterator[None]:
         if signum := trainer.agree_on_signal():  # it came after the last step
             raise TrainingInterrupted(signum, find_last_checkpoint(trainer.args.output_dir))
     finally:
+        ended.set()
         for signum, handler in handlers.items():
             signal.signal(signum, handler)
+
+
+def _follow_launcher(ended: threading.Event) -> None:
+    """Send this process SIGTERM if its parent dies: else it would keep output_dir and its GPU."""
+    launcher = os.getppid()
+    while not ended.wait(_LOOK):
+        if os.getppid() != launcher:
+            logger.warning("The launcher of this process is gone: training stops.")
+            return os.kill(os.getpid(), signal.SIGTERM)
 
 
 @contextmanager
