@@ -20,6 +20,7 @@ SIZES = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim"),
     *("num_attention_heads", "num_key_value_heads", "max_position_embeddings", "sliding_window"),
 )
+_DERIVED_FROM = ("hidden_size", "num_attention_heads", "mlp_type")  # three of the sizes
 _OLDER_ROPE = ("rope_theta", "rope_scaling")  # older names of what is in rope_parameters
 _BIASES = ("attention_bias", "mlp_bias")  # what nanoGPT's `bias` sets
 
@@ -138,8 +139,10 @@ class NanoGPTConfig(PreTrainedConfig):
         names = own | {*cls.attribute_map, "bias", *_OLDER_ROPE}
         given = cls.resolve_names({name: kwargs.pop(name) for name in names & kwargs.keys()})
         if given:
-            derived = super().from_dict(dict(config_dict))._derive()
             saved = cls.resolve_names(config_dict)
+            # Of these alone: a saved value that is not valid may be what an override corrects.
+            kept = {name: saved[name] for name in _DERIVED_FROM if name in saved}
+            derived = cls(**kept, head_dim=2)._derive()
             saved = {name: saved[name] for name in saved if derived.get(name, ...) != saved[name]}
             if len(set(saved.get("layer_types") or [])) == 1:
                 del saved["layer_types"]  # derived again, for another number of layers or window

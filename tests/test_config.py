@@ -212,6 +212,28 @@ def test_a_field_replaced_while_loading_means_what_it_means_in_a_new_config(repl
         assert expected.items() <= found.to_dict().items()
 
 
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [
+        ({"hidden_act": "newer"}, {"hidden_act": "gelu"}),
+        ({"rope_parameters": {"rope_type": "newer"}}, {"rope_parameters": None}),
+        ({"num_attention_heads": 3, "head_dim": None}, {"n_head": 8, "head_dim": None}),
+        ({"dropout": 1.5}, {"dropout": 0.5}),
+    ],
+)
+def test_a_saved_value_that_is_not_valid_can_be_replaced_while_loading(wrong, right, tmp_path):
+    sizes = {"n_layer": 2, "n_embd": 32, "n_head": 4}
+    NanoGPTConfig(**sizes).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | wrong))
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        NanoGPTConfig.from_pretrained(tmp_path)
+    found = NanoGPTConfig.from_pretrained(tmp_path, **right)
+    expected = NanoGPTConfig(**sizes | right)
+    for name in ("head_dim", *wrong):
+        assert getattr(found, name) == getattr(expected, name)
+
+
 def test_a_saved_size_that_was_given_stays_when_another_is_replaced(tmp_path):
     given = {"num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 40}
     NanoGPTConfig(n_layer=2, n_embd=32, n_head=4, **given).save_pretrained(tmp_path)

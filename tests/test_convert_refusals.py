@@ -128,6 +128,27 @@ def test_a_format_can_be_forced_and_then_its_tensors_must_be_there(source, tmp_p
     refuse(source, "not a file like nanoGPT's ckpt.pt", source_format="nanogpt")
 
 
+@pytest.mark.parametrize("architecture", ["GemmaForCausalLM", "GemmaModel"])
+def test_a_known_class_without_a_type_is_never_converted_as_another(architecture, source):
+    """The tensors of a Gemma have the names and shapes of a Llama's."""
+    fields = json.loads((source / "config.json").read_text())
+    fields |= {"architectures": [architecture], "model_type": None}
+    (source / "config.json").write_text(json.dumps(fields))
+    refuse(source, "type 'gemma', which cannot be converted: it scales", source_format="llama")
+
+
+@pytest.mark.parametrize("architectures", [["Foo", "GPT2LMHeadModel"], ["GPT2Model"]])
+def test_a_class_tells_the_format_where_there_is_no_type(architectures, source, tmp_path):
+    edit(source / "config.json", architectures=architectures, model_type=None)
+    assert convert_checkpoint(source, tmp_path / "ours").format == "gpt2"
+
+
+@pytest.mark.parametrize("architectures", [{"a": 1}, 5, [[]], [], "GPT2LMHeadModel"])
+def test_odd_architectures_are_refused(architectures, source):
+    edit(source / "config.json", architectures=architectures, model_type=None)
+    refuse(source, "which cannot be converted")
+
+
 def test_a_newer_nanochat_is_refused_by_the_name_of_what_is_new(tmp_path):
     make_reference("nanochat").save_pretrained(tmp_path / "source")
     weights = load_file(tmp_path / "source" / "model.safetensors")

@@ -8,8 +8,13 @@ and `folders.py` loads and writes.
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_MAPPING_NAMES,
+)
 
 from ..checkpoint.loading import local_folder
 from ..configuration_nanogpt import NanoGPTConfig
@@ -31,6 +36,11 @@ __all__ = ["Conversion", "convert_checkpoint", "export_checkpoint", "find_native
 
 SOURCE_FORMATS = [*FORMATS, "nanogpt"]
 TARGET_FORMATS = ["auto", *FORMATS]
+_TYPES = {
+    architecture: model_type
+    for names in (MODEL_MAPPING_NAMES, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    for model_type, architecture in names.items()
+}
 
 
 @dataclass(frozen=True)
@@ -128,17 +138,23 @@ def _recognise(source: str | Path, source_format: str | None) -> tuple[str, Path
     return _read_format(folder, source_format), folder
 
 
+def _read_type(config: dict[str, Any]) -> str:
+    """Return the `model_type` of a `config.json`; those of 2019 name only the class."""
+    names = config.get("architectures")
+    classes = [str(name) for name in names] if isinstance(names, list) else []
+    known = [_TYPES[name] for name in classes if name in _TYPES]
+    return str(config.get("model_type") or (known or classes or ["no architecture"])[0])
+
+
 def _read_format(folder: Path, given: str | None) -> str:
     """Return the format that a `config.json` names, or the one that is given if it names none.
 
     Raises:
         UserError: it names a model that cannot be converted, or another one than is given.
     """
-    config = read_json(folder / "config.json")
-    model_type, classes = config.get("model_type"), config.get("architectures")
-    found = str(model_type or (classes or ["no architecture"])[0])
+    found = _read_type(read_json(folder / "config.json"))
     for name, native in FORMATS.items():
-        if found == (native.architecture if model_type is None else native.model_type):
+        if found == native.model_type:
             if given not in (None, name):
                 raise UserError(f"source_format={given!r}, but {folder} is a {name}: leave it out.")
             return name

@@ -45,7 +45,6 @@ def export_config(config: NanoGPTConfig) -> dict[str, Any]:
 
 FORMAT = Format(
     model_type="openai-gpt",
-    architecture="OpenAIGPTLMHeadModel",
     rows=ROWS,
     import_config=import_config,
     export_config=export_config,

@@ -75,7 +75,6 @@ def export_config(config: NanoGPTConfig) -> dict[str, Any]:
 
 FORMAT = Format(
     model_type="gpt2",
-    architecture="GPT2LMHeadModel",
     rows=ROWS,
     import_config=import_config,
     export_config=export_config,

@@ -66,7 +66,6 @@ def export_config(config: NanoGPTConfig) -> dict[str, Any]:
 
 FORMAT = Format(
     model_type="gpt_neo",
-    architecture="GPTNeoForCausalLM",
     rows=ROWS,
     import_config=import_config,
     export_config=export_config,

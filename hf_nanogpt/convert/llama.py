@@ -63,7 +63,6 @@ def export_config(config: NanoGPTConfig) -> dict[str, Any]:
 
 FORMAT = Format(
     model_type="llama",
-    architecture="LlamaForCausalLM",
     rows=ROWS,
     import_config=import_config,
     export_config=export_config,

@@ -56,7 +56,6 @@ def export_config(config: NanoGPTConfig) -> dict[str, Any]:
 
 FORMAT = Format(
     model_type="nanochat",
-    architecture="NanoChatForCausalLM",
     rows=ROWS,
     import_config=import_config,
     export_config=export_config,

@@ -70,7 +70,6 @@ def export_config(config: NanoGPTConfig) -> dict[str, Any]:
 
 FORMAT = Format(
     model_type="opt",
-    architecture="OPTForCausalLM",
     rows=ROWS,
     import_config=import_config,
     export_config=export_config,

@@ -26,7 +26,6 @@ def export_config(config: NanoGPTConfig) -> dict[str, Any]:
 
 FORMAT = Format(
     model_type="qwen2",
-    architecture="Qwen2ForCausalLM",
     rows=llama.ROWS,
     import_config=import_config,
     export_config=export_config,

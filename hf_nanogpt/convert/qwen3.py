@@ -40,7 +40,6 @@ def export_config(config: NanoGPTConfig) -> dict[str, Any]:
 
 FORMAT = Format(
     model_type="qwen3",
-    architecture="Qwen3ForCausalLM",
     rows=ROWS,
     import_config=import_config,
     export_config=export_config,

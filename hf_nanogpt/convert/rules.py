@@ -73,7 +73,6 @@ class Format:
     """Another format: its class in transformers, its table, and how its configuration converts."""
 
     model_type: str
-    architecture: str
     rows: Rows
     import_config: Callable[[dict[str, Any]], dict[str, Any]]  # its fields -> NanoGPTConfig's
     export_config: Callable[[NanoGPTConfig], dict[str, Any]]  # the inverse
