@@ -103,7 +103,7 @@ def settle_recipe(
 
 
 def _find_stored(folder: Path) -> Path | None:
-    """Return the file with what a run chose: in its folder, or in its last checkpoint, alone."""
+    """Return what a run chose: in its folder, else in the last checkpoint that has the file."""
     places = (folder, *reversed(list_steps(folder)))
     return next((place / RECIPE for place in places if (place / RECIPE).is_file()), None)
 
