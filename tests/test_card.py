@@ -93,12 +93,13 @@ def test_the_card_shows_each_sample_and_what_the_figures_are_held_against():
         ("book.txt", "v1", ", in a folder that has `book.txt`:"),
         ("texts/book.txt", None, ", in a folder that has `mine` and `texts/book.txt`:"),
         ("python-stdlib", None, ", in a folder that has `mine`:"),
+        ("validation.txt", "v1", ", in a folder that has `validation.txt`:"),  # of a Hub dataset
     ],
 )
 def test_the_card_says_where_the_command_to_repeat_the_evaluation_works(data, revision, needed):
     metrics = METRICS | {
-        "data": data,
-        "datasets": [data] if data == "user/corpus" else [],
+        "data": "user/corpus" if data == "validation.txt" else data,
+        "datasets": ["user/corpus"] if data in ("user/corpus", "validation.txt") else [],
         "eval_command": ["--data", data, "--held_out", "0.1"],
     }
     card = render_model_card(CONFIG, metrics, name="mine", revision=revision)

@@ -198,7 +198,7 @@ def test_a_run_stores_what_was_chosen_and_resumes_with_it(tmp_path, monkeypatch,
     # Whoever wrote it can set only what is chosen.
     stored["training"] |= {"push_to_hub": True, "hub_model_id": "somebody/else"}
     Path("copied", last.name, "chosen_recipe.yaml").write_text(yaml.safe_dump(stored))
-    with pytest.raises(UserError, match="sets hub_model_id, push_to_hub, which is never chosen"):
+    with pytest.raises(UserError, match="sets hub_model_id, push_to_hub to a value that"):
         settle_recipe(None, [*flags, "--output_dir=copied"], resume=True)
     # A named recipe takes the place of the stored one.
     train(
@@ -211,6 +211,56 @@ def test_a_run_stores_what_was_chosen_and_resumes_with_it(tmp_path, monkeypatch,
         **quiet,
     )
     assert not Path("runs/my-text/chosen_recipe.yaml").exists()
+
+
+def test_a_stored_recipe_cannot_hide_flags_in_a_list(tmp_path):
+    (step := tmp_path / "checkpoint-5").mkdir()
+    for value in ("[4, '--push_to_hub=true', '--hub_model_id=somebody/else']", "{a: 4}", "null"):
+        (step / "chosen_recipe.yaml").write_text(f"model: {{n_layer: {value}}}")
+        with pytest.raises(UserError, match="sets n_layer to a value that is never chosen"):
+            settle_recipe(None, ["--data=x/y", f"--output_dir={tmp_path}"], resume=True)
+    (step / "chosen_recipe.yaml").write_text("model: {1: 4, a: 4}")
+    with pytest.raises(UserError, match="sets 1, a to a value"):
+        settle_recipe(None, ["--data=x/y", f"--output_dir={tmp_path}"], resume=True)
+
+
+def test_a_stored_recipe_that_is_named_to_resume_is_kept(tmp_path):
+    for content in ("model: {n_layer: 2}", "model: {n_layer: 3}"):
+        (path := tmp_path / "chosen_recipe.yaml").write_text(content)
+        store_recipe(path, tmp_path)
+        assert path.read_text() == content
+    store_recipe("quickstart", tmp_path)
+    assert not path.exists()
+
+
+def test_show_with_resume_prints_the_stored_settings(tmp_path, capsys):
+    (path := tmp_path / "my.txt").write_text(CORPUS, encoding="utf-8")
+    (folder := tmp_path / "run").mkdir()
+    (folder / "chosen_recipe.yaml").write_text("model: {dropout: 0.123}")
+    for resume, dropout in ((["--resume"], "0.123"), ([], "0.3")):
+        flags = [f"--data={path}", f"--output_dir={folder}", "--use_cpu", *resume]
+        assert main(["train", "--show", *flags]) == 0
+        told = capsys.readouterr().out
+        assert re.search(r"^  dropout +(\S+)", told, re.MULTILINE)[1] == dropout
+        assert ("\nchosen from the corpus:\n" in told) == (not resume)
+
+
+def test_the_size_of_the_whole_does_not_stretch_its_conversations(tmp_path, monkeypatch):
+    path = write_chats(tmp_path / "chats.jsonl", 1_000, 15)
+    size = path.stat().st_size
+    whole = look_at(DataArguments(data=str(path)))
+    monkeypatch.setattr("hf_nanogpt.training.looking._LOOK", size // 20)
+    start = look_at(DataArguments(data=str(path)))
+    assert start.num_bytes >= size > whole.num_bytes  # a guess, by the file
+    assert start.bytes_per_character == whole.bytes_per_character == 1.0  # as in ASCII
+    assert choose_recipe(start).sections["model"]["block_size"] == 256
+
+
+def test_reasons_name_the_vocabulary_only_of_a_bpe():
+    char = choose_recipe(english(5_000_000), ["--tokenizer=char"]).reasons
+    assert not any("vocab_size" in line for line in char)
+    bpe = choose_recipe(english(50_000), ["--tokenizer=bpe"]).reasons
+    assert bpe[0].startswith("vocab_size 512: ")
 
 
 def test_a_recipe_of_the_user_in_the_output_folder_stays(tmp_path):

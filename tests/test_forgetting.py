@@ -71,6 +71,14 @@ def test_a_text_is_found_from_elsewhere_and_the_folder_does_not_say_where(
     assert find_old_text("base").place == old.place
 
 
+def test_a_place_that_cannot_be_read_or_written_only_warns(tmp_path, monkeypatch):
+    (text := tmp_path / "book.txt").write_text(CORPUS, encoding="utf-8")
+    # A name that no file system takes fails in every step, as a forbidden folder does.
+    monkeypatch.setattr(forgetting, "_PLACES", tmp_path / ("a" * 300) / "texts.json")
+    forgetting.remember_place(str(text), {"eval_bytes": 3})
+    assert forgetting.find_place(str(tmp_path / ("a" * 300))) is None
+
+
 def test_the_text_that_is_trained_on_is_not_the_old_one_under_any_spelling(place, monkeypatch):
     monkeypatch.chdir(place)
     for data in ("old.txt", str(place / "old.txt"), "./old.txt"):

@@ -42,7 +42,8 @@ def run_train(argv: list[str]) -> None:
 
     load_libraries()
     if args.show:
-        print(printable(_show_settings(args.recipe or recipe, flags, getattr(args, "from"))))
+        chosen = args.recipe or recipe
+        print(printable(_show_settings(chosen, flags, getattr(args, "from"), args.resume)))
         return
     from ..training.run import train
     from ..training.stopping import TrainingInterrupted
@@ -66,13 +67,15 @@ def run_train(argv: list[str]) -> None:
         print(printable(render_last_screen(result, _program_name())))
 
 
-def _show_settings(recipe: str | None, flags: list[str], start_from: str | None) -> str:
+def _show_settings(
+    recipe: str | None, flags: list[str], start_from: str | None, resume: bool
+) -> str:
     """Return a line for each setting: name, value and where it comes from; and why."""
     from ..training.choosing import settle_recipe
     from ..training.origins import explain_settings
     from ..training.recipes import Choice
 
-    chosen = settle_recipe(recipe, flags, start_from=start_from)
+    chosen = settle_recipe(recipe, flags, start_from=start_from, resume=resume)
     settings = explain_settings(chosen, flags, start_from=start_from)
     lines = []
     for group, rows in itertools.groupby(settings, lambda setting: setting.group):
@@ -82,7 +85,7 @@ def _show_settings(recipe: str | None, flags: list[str], start_from: str | None)
             lines.append(f"  {row.name:<30} {value:<40} {row.origin}")
     if start_from:
         lines.append(f"model:\n  that of {start_from}")
-    if isinstance(chosen, Choice):
+    if isinstance(chosen, Choice) and chosen.reasons:
         lines += [f"{chosen}:", *(f"  {reason}" for reason in chosen.reasons)]
     return "\n".join(lines)
 

@@ -123,7 +123,7 @@ def _list_files(metrics: dict[str, Any]) -> list[str]:
     if not metrics.get("eval_command"):
         return []
     data = read_command(metrics["eval_command"]).get("data", STDLIB)
-    is_elsewhere = data == STDLIB or "://" in data or metrics.get("datasets")
+    is_elsewhere = data == STDLIB or "://" in data or data in metrics.get("datasets", [])
     return [] if is_elsewhere else [data]
 
 

@@ -103,7 +103,7 @@ def settle_recipe(
 
 
 def _find_stored(folder: Path) -> Path | None:
-    """Return the file with what a run chose: in its folder, or in its last checkpoint, alone."""
+    """Return what a run chose: in its folder, else in the last checkpoint that has the file."""
     places = (folder, *reversed(list_steps(folder)))
     return next((place / RECIPE for place in places if (place / RECIPE).is_file()), None)
 
@@ -111,11 +111,18 @@ def _find_stored(folder: Path) -> Path | None:
 def _read_stored(path: Path) -> dict[str, dict[str, Any]]:
     """Return what a run chose; whoever wrote its checkpoint could not set anything else."""
     sections = read_sections(path_inside(path.parent, path.name))
-    names = {name for part in sections.values() for name in part}
-    if unknown := sorted(names - _CHOSEN):
+    values = {name: value for part in sections.values() for name, value in part.items()}
+    # A list would become several flags, and its words could be flags of their own.
+    unknown = [
+        str(name)
+        for name, value in values.items()
+        if name not in _CHOSEN or not isinstance(value, str | int | float)
+    ]
+    if unknown:
         raise UserError(
-            f"{path} sets {', '.join(unknown)}, which is never chosen: give that as flags, or name "
-            f"the file, if you trust it: hf-nanogpt train {path} --resume."
+            f"{path} sets {', '.join(sorted(unknown))} to a value that is never chosen: "
+            f"give it as a flag, or name the file, if you trust it: hf-nanogpt train {path} "
+            "--resume --output_dir FOLDER."
         )
     return sections
 
@@ -230,8 +237,8 @@ def _explain(
     typed = read_flags(flags)
     kept = read_flags(choose_defaults(Choice(sections), flags)).keys() - typed.keys()
     values = {name: value for part in sections.values() for name, value in part.items()}
-    if values["tokenizer"] != "bpe":
-        del values["vocab_size"]
+    if typed.get("tokenizer", values["tokenizer"]) != "bpe":
+        del values["vocab_size"]  # which has no effect
     is_short = num_bytes <= _TABLE[-2].num_bytes
     what = " of conversations" if text.conversation else ""
     lines = {
@@ -291,7 +298,8 @@ def store_recipe(recipe: str | Path | Choice, output_dir: str | Path) -> None:
     """Write the recipe of a new run into its folder, if it was chosen: resuming reads it."""
     path = Path(output_dir) / RECIPE
     if not isinstance(recipe, Choice):
-        path.unlink(missing_ok=True)  # of an earlier run
+        if Path(recipe).resolve() != path.resolve():
+            path.unlink(missing_ok=True)  # of an earlier run
     elif recipe.reasons or not path.is_file():  # else it was read from there
         sections = {name: dict(part) for name, part in recipe.sections.items()}
         sections["training"].pop("output_dir", None)  # folders are moved

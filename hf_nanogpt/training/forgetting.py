@@ -5,6 +5,7 @@ this machine is kept in the cache folder of Hugging Face.
 """
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,7 @@ def find_place(data: str) -> str | None:
     An address, which somebody else may have written, is not on this machine.
     """
     path = Path(data).expanduser()
-    is_here = path.is_file() or path.is_dir()
+    is_here = os.path.exists(path)  # Path.exists raises where permissions forbid a look
     return data if data == STDLIB else str(path.resolve()) if is_here else None
 
 
@@ -93,7 +94,7 @@ def _identify(name: str, num_bytes: int) -> str:
 def _read_places() -> dict[str, str]:
     try:
         return read_json(_PLACES) if _PLACES.is_file() else {}
-    except UserError:  # damaged
+    except (UserError, OSError):  # damaged, or in a folder that may not be read
         return {}
 
 

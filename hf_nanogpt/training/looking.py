@@ -60,16 +60,16 @@ def _spell(messages: list[dict[str, Any]]) -> str:
 def _measure(texts: Iterable[str], size: int, are_chats: bool) -> Text | None:
     """Count what texts are made of. If they are long, take `size` for their bytes."""
     characters, words, lengths = set[str](), set[str](), list[int]()
-    num_bytes = length = 0
+    bytes_read = length = 0  # bytes and characters of what is read
     for text in texts:
         characters.update(text)
         words.update(text.split())
         lengths.append(len(text))
-        num_bytes, length = num_bytes + len(text.encode()), length + len(text)
+        bytes_read, length = bytes_read + len(text.encode()), length + len(text)
         if length > _LOOK:
-            num_bytes = max(num_bytes, size)
             break
     if not length:
         return None
+    num_bytes = max(bytes_read, size) if length > _LOOK else bytes_read
     longest = int(np.quantile(lengths, 0.9)) if are_chats else 0
-    return Text(num_bytes, num_bytes / length, len(characters), len(words), longest)
+    return Text(num_bytes, bytes_read / length, len(characters), len(words), longest)
