@@ -5,6 +5,7 @@ only the moment is arranged, by a function of the library that is made to send i
 """
 
 import json
+import multiprocessing
 import os
 import pickle
 import re
@@ -13,6 +14,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 import zlib
 from collections.abc import Callable
 from functools import partial
@@ -44,6 +46,7 @@ from hf_nanogpt.checkpoint.steps import (
 from hf_nanogpt.checkpoint.writing import RECIPE, clear_unfinished
 from hf_nanogpt.cli import main
 from hf_nanogpt.cli.train import _resume_command
+from hf_nanogpt.training import run as run_module
 from hf_nanogpt.training.stopping import stop_on_signals
 
 pytestmark = forked
@@ -704,3 +707,38 @@ def test_a_path_in_a_checkpoint_of_somebody_else_is_not_followed(run, part, tmp_
         assert ("is not a plain path inside that folder" in printed) == (step != 7)
     ours, theirs = (f / "model.safetensors" for f in (folder, part / "checkpoint-7"))
     assert ours.read_bytes() == theirs.read_bytes()
+
+
+@pytest.mark.slow
+def test_a_worker_whose_launcher_dies_while_the_data_are_prepared_stops_at_once(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text(CORPUS[:1300], encoding="utf-8")
+    settings = SETTINGS | {"data": str(text), "output_dir": str(tmp_path / "run")}
+    life, worker = multiprocessing.Pipe(duplex=False)
+    launcher = PROCESSES.Process(target=_launch, args=(settings, worker), daemon=True)
+    launcher.start()
+    worker.close()
+    launcher.join()
+    assert launcher.exitcode == KILLED
+    # The worker ends, and so closes the pipe, before its data are ready: it sends nothing.
+    assert life.poll(20)
+    with pytest.raises(EOFError):
+        life.recv()
+
+
+def _launch(settings: dict, worker) -> None:
+    """Start a worker as torchrun does, and be killed while it prepares its data."""
+    launcher = os.getpid()
+    if os.fork():
+        signal.pause()
+    os.environ["TORCHELASTIC_RUN_ID"] = "none"
+    prepare = run_module.prepare_data
+
+    def prepare_data(*args):
+        os.kill(launcher, signal.SIGKILL)
+        time.sleep(4)
+        worker.send("went on")
+        return prepare(*args)
+
+    run_module.prepare_data = prepare_data
+    run_module.train(**settings)

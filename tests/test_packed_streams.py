@@ -196,8 +196,11 @@ def test_processes_without_shards_or_documents_are_refused():
 
 def test_other_processes_than_before_are_refused():
     position = share(4, 0, 2).state_dict(batches=0, batch_size=BATCH, num_workers=0)
-    with pytest.raises(UserError, match=r"_num_workers=0 in 4 processes .* as many processes"):
+    with pytest.raises(UserError, match=r"_num_workers=0 in 4 processes .* with 2 workers in all"):
         share(4, 0, 4).load_state_dict(position, batch_size=BATCH)
+    one = stream(4).state_dict(batches=0, batch_size=BATCH)  # the first process read for all
+    with pytest.raises(UserError, match=r"leave out dispatch_batches=False and set .*_workers=1\."):
+        share(4, 0, 2).load_state_dict(one, batch_size=BATCH)
     with pytest.raises(UserError, match="resume with dataloader_num_workers=2"):
         stream(4).load_state_dict(position, batch_size=BATCH)
 

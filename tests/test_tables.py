@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from datasets import Dataset, config
+from datasets import Dataset, IterableDataset, config
 from pyarrow import parquet
 
 from hf_nanogpt import DataArguments, load_documents, load_text, pack_documents, train_tokenizer
@@ -307,3 +307,12 @@ def test_a_full_cache_is_one_sentence(tmp_path, monkeypatch):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_validation_data_of_a_stream_are_no_stream(tmp_path):
+    """Processes that share a stream would repeat its first rows at the end, and measure them."""
+    source = write(tmp_path / "t.jsonl", as_jsonl(ROWS))
+    given = {"data": str(source), "validation_data": str(source), "streaming": True}
+    train, held_out = load_documents(DataArguments(**given))
+    assert isinstance(train, IterableDataset) and isinstance(held_out, Dataset)
+    assert texts(train) == texts(held_out) == ROWS

@@ -5,7 +5,7 @@ import re
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -93,7 +93,8 @@ def load_documents(args: DataArguments) -> tuple[Documents, Documents]:
     if args.validation_data:
         train = _load_whole(args.data, args)
         with _named("validation_data"):
-            return train, _load_whole(args.validation_data, args)
+            # Never a stream: each evaluation reads all of it, and processes can share it evenly.
+            return train, _load_whole(args.validation_data, replace(args, streaming=False))
     files, name = find_files(args.data), without_secrets(args.data)
     with explain_cache_errors():
         if _are_texts(files):

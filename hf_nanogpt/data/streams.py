@@ -137,7 +137,8 @@ class PackedStream(torch_data.IterableDataset):
             workers, hint = f"dataloader_num_workers={num_workers}", f"dataloader_num_workers={was}"
             if self.num_processes > 1:
                 workers += f" in {self.num_processes} processes"
-                hint = "as many processes, and workers in each, as before"
+                hint = f"{was} workers in all processes (none counts as one), or leave out "
+                hint += f"dispatch_batches=False and set dataloader_num_workers={was}"
             raise UserError(
                 f"{workers} would read the stream in another order than before: resume with {hint}."
             )

@@ -44,7 +44,7 @@ from .progress import show
 from .recipes import Choice, as_flags
 from .run_settings import check_settings_match, describe_settings
 from .samples import SampleCallback, choose_prompt, draw_sample, read_prompt, set_sampling
-from .stopping import name_missing_ranks, stop_on_signals
+from .stopping import follow_launcher, name_missing_ranks, stop_on_signals
 from .trainer import NanoGPTTrainer
 
 logger = logging.get_logger(__name__)
@@ -104,7 +104,7 @@ def train(
     _check_start(start_from, args, data_args)
 
     lock = lock_output_dir(args.output_dir) if args.should_save else nullcontext()
-    with use_threads(args), lock, _explain_out_of_memory(args):
+    with follow_launcher(), use_threads(args), lock, _explain_out_of_memory(args):
         check_output_dir(args.output_dir, overwrite=overwrite, resume=resume)
         last_checkpoint = _find_checkpoint(args) if resume else None
         # Measure the model to start from before the first step, but not again when resuming.

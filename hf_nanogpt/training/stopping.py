@@ -103,7 +103,7 @@ def stop_on_signals(trainer: InterruptibleTrainer) -> Iterator[None]:
     """Make Ctrl-C, SIGTERM and SIGHUP save a checkpoint and raise `TrainingInterrupted`.
 
     A second signal stops at once. Nothing changes outside the main thread, nor for a signal that
-    the process ignores. A process that torchrun has started gets SIGTERM when torchrun is gone.
+    the process ignores.
     """
 
     def handle(signum: int, frame) -> None:
@@ -112,12 +112,10 @@ def stop_on_signals(trainer: InterruptibleTrainer) -> Iterator[None]:
             raise TrainingInterrupted(signum, find_last_checkpoint(trainer.args.output_dir))
         trainer.signum = trainer.signum or signum
 
-    handlers, trainer.signum, ended = {}, 0, threading.Event()
+    handlers, trainer.signum = {}, 0
     if threading.current_thread() is threading.main_thread():
         heeded = [s for s in _SIGNALS if signal.getsignal(s) is not signal.SIG_IGN]
         handlers = {signum: signal.signal(signum, handle) for signum in heeded}
-        if "TORCHELASTIC_RUN_ID" in os.environ:
-            threading.Thread(target=_follow_launcher, args=(ended,), daemon=True).start()
     try:
         yield
     except BaseException:
@@ -128,18 +126,31 @@ def stop_on_signals(trainer: InterruptibleTrainer) -> Iterator[None]:
         if signum := trainer.agree_on_signal():  # it came after the last step
             raise TrainingInterrupted(signum, find_last_checkpoint(trainer.args.output_dir))
     finally:
-        ended.set()
         for signum, handler in handlers.items():
             signal.signal(signum, handler)
 
 
-def _follow_launcher(ended: threading.Event) -> None:
-    """Send this process SIGTERM if its parent dies: else it would keep output_dir and its GPU."""
-    launcher = os.getppid()
-    while not ended.wait(_LOOK):
-        if os.getppid() != launcher:
-            logger.warning("The launcher of this process is gone: training stops.")
-            return os.kill(os.getpid(), signal.SIGTERM)
+@contextmanager
+def follow_launcher() -> Iterator[None]:
+    """Send this process SIGTERM if torchrun, which started it, dies.
+
+    Else it would keep output_dir and its GPU. It begins before the data are prepared: later, the
+    launcher may be gone already, and nothing would tell.
+    """
+    launcher, ended = os.getppid(), threading.Event()
+
+    def look() -> None:
+        while not ended.wait(_LOOK):
+            if os.getppid() != launcher:
+                logger.warning("The launcher of this process is gone: training stops.")
+                return os.kill(os.getpid(), signal.SIGTERM)
+
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        threading.Thread(target=look, daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
 
 
 @contextmanager
