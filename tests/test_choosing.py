@@ -104,6 +104,19 @@ def test_a_long_text_gets_the_quickstarts_settings_and_holds_out_half_a_megabyte
         assert chosen["validation_fraction"] == fraction
 
 
+@pytest.mark.parametrize(
+    ("num_bytes", "characters", "vocab_size", "steps"),
+    [(50_000, 1354, 1024, 40), (200_000, 2353, 2048, 150), (1_000_000, 3468, 4096, 500)],
+)
+def test_a_script_of_many_characters_gets_as_many_tokens_and_few_passes(
+    num_bytes, characters, vocab_size, steps
+):
+    sections = choose_recipe(Text(num_bytes, 3.0, characters, 10_000)).sections
+    chosen = {name: value for part in sections.values() for name, value in part.items()}
+    assert (chosen["tokenizer"], chosen["vocab_size"]) == ("bpe", vocab_size)
+    assert chosen["max_steps"] == steps and chosen["dropout"] <= 0.05
+
+
 def test_a_script_of_many_characters_gets_a_bpe_that_the_text_can_give(tmp_path):
     path = tmp_path / "chinese.txt"
     path.write_text(CHINESE, encoding="utf-8")

@@ -30,8 +30,9 @@ _HELD_OUT = 500_000  # bytes; with more, the exact evaluation at the end would t
 class _Row(NamedTuple):
     """The settings for texts of up to `num_bytes` to train on.
 
-    A text with few different characters gets the `tokenizer`. Another script, such as Chinese, gets
-    a BPE of `vocab_size`.
+    A text with few different characters gets the `tokenizer`, with `vocab_size` if it is a BPE.
+    Another script, such as Chinese, gets a BPE of about as many tokens as it has characters, and
+    fewer steps: it is learnt by heart sooner.
     """
 
     num_bytes: float
@@ -62,7 +63,8 @@ _RARE = 3  # times that each character comes, on average, if a BPE can join more
 # Dropout grows with the passes over the text. The best of 0, 0.1, 0.2, 0.3 and 0.4 was 0 after 2
 # passes, 0.1 after 9, 0.2 after 18 and 0.3 after 27 and more.
 _FEW_PASSES, _PASSES, _MOST_DROPOUT = 4, 90, 0.3
-_BPE_BYTES = {512: 2.0, 1024: 2.5, 2048: 3.0}  # that a token of a vocabulary stands for, about
+_MOST_PASSES = 5  # over another script; of Chinese, the loss turned up after 3 to 5
+_BPE_BYTES = {512: 2.0, 1024: 2.5, 2048: 3.0, 4096: 4.0}  # that a token stands for, about
 
 
 def settle_recipe(
@@ -141,7 +143,7 @@ def choose_recipe(text: Text, flags: Sequence[str] = ()) -> Choice:
     # Data and model.
     data: dict[str, Any] = {
         "tokenizer": _choose_tokenizer(row, text),
-        "vocab_size": row.vocab_size,
+        "vocab_size": _choose_vocab_size(row, text),
     }
     values = data | typed
     if held_out:
@@ -161,9 +163,13 @@ def choose_recipe(text: Text, flags: Sequence[str] = ()) -> Choice:
     }
     sections = {"data": data, "model": model, "training": training}
 
-    # Dropout, by what the run comes to with the settings that are typed.
+    # Steps and dropout, by what the run comes to with the settings that are typed.
     values = read_flags([*choose_defaults(Choice(sections), flags), *flags])
     passes = _count_passes(values, num_bytes, text)
+    if text.num_characters > _FEW_CHARACTERS and passes > _MOST_PASSES:
+        training["max_steps"] = max(10, 10 * round(row.steps * _MOST_PASSES / passes / 10))
+        values = read_flags([*choose_defaults(Choice(sections), flags), *flags])
+        passes = _count_passes(values, num_bytes, text)
     model["dropout"] = _choose_dropout(passes)
     return Choice(sections, _explain(sections, flags, text, num_bytes, passes))
 
@@ -179,6 +185,12 @@ def _choose_tokenizer(row: _Row, text: Text) -> str:
         return "char" if text.num_words < row.vocab_size else row.tokenizer
     are_rare = text.num_bytes / text.bytes_per_character < _RARE * text.num_characters
     return "char" if are_rare else "bpe"
+
+
+def _choose_vocab_size(row: _Row, text: Text) -> int:
+    if text.num_characters <= _FEW_CHARACTERS:
+        return row.vocab_size
+    return 2 ** round(math.log2(text.num_characters))
 
 
 def _fit_conversations(row: _Row, text: Text, bytes_per_token: float) -> tuple[int, int]:
