@@ -79,12 +79,11 @@ def _compare(metrics: dict[str, Any], ngram: dict[str, Any]) -> list[str]:
     ]
     if metrics["bits_per_byte"] < ngram["bits_per_byte"]:
         return told
-    longer = "" if kept < last else "train longer (--max_steps), "
-    return [
-        *told,
-        f"So the model is worse than counting: {longer}give it more text, or start from a trained "
-        "checkpoint (train finetune --from CHECKPOINT).",
-    ]
+    advice = [] if kept < last else ["train longer (--max_steps)"]
+    advice.append("give it more text")
+    if not metrics["start_from"]:
+        advice.append("start from a trained checkpoint (train finetune --from CHECKPOINT)")
+    return [*told, f"So the model is worse than counting: {', or '.join(advice)}."]
 
 
 def _count(characters: int) -> str:
