@@ -21,7 +21,6 @@ from transformers import (
     pipeline,
     set_seed,
 )
-from transformers.utils import logging
 
 from hf_nanogpt import generate_text, load_checkpoint, stream_text, train_tokenizer
 from hf_nanogpt.cli import main
@@ -458,7 +457,6 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_to_generate_is_one_sentence_and_exit_code_2(name, damage, capsys):
     fault, prompt, flags, words = BAD[name]
-    logging.set_verbosity_error()
     assert main(["generate", str(damage(fault)), prompt, *flags]) == 2
     output = capsys.readouterr()
     assert output.out == ""

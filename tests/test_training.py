@@ -137,6 +137,7 @@ def test_short_blocks_are_in_the_plan_and_the_card_repeats_their_figure(
         per_device_train_batch_size=1,
         num_threads=1,
         sample_steps=0,
+        disable_tqdm=False,
     )
     plan = capsys.readouterr().out
     said = r"^model .*; blocks of 1,024 tokens of its 3,000 \(--context_length\)$"
