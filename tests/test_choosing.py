@@ -300,7 +300,7 @@ def test_settings_are_checked_against_the_chosen_ones_not_against_the_quickstart
 
 
 def test_max_steps_of_minus_1_leaves_the_length_to_the_epochs():
-    # As in `TrainingArguments`, whose default is 3 epochs.
+    # The default of `TrainingArguments` is 3 epochs.
     for epochs, dropout in ((30, 0.3), (3, 0.0)):
         flags = ["--max_steps=-1", f"--num_train_epochs={epochs}"]
         choice = choose_recipe(english(50_000), flags)

@@ -76,8 +76,8 @@ def settle_recipe(
 ) -> str | Path | Choice:
     """Return the recipe that is named; or the one of the run to resume; or one that suits the text.
 
-    The quickstart's recipe stays for its own data, and where there is no text to look at: streams
-    and tokens. A model to start from needs a recipe of its own.
+    The quickstart's own data keep its recipe. So do streams and tokens, in which there is no text
+    to look at. A model to start from needs a recipe of its own.
 
     Raises:
         UserError: as `parse_settings`, or the data cannot be read.
@@ -164,12 +164,10 @@ def choose_recipe(text: Text, flags: Sequence[str] = ()) -> Choice:
     sections = {"data": data, "model": model, "training": training}
 
     # Steps and dropout, by what the run comes to with the settings that are typed.
-    values = read_flags([*choose_defaults(Choice(sections), flags), *flags])
-    passes = _count_passes(values, num_bytes, text)
-    if text.num_characters > _FEW_CHARACTERS and passes > _MOST_PASSES:
+    passes = _count_passes(sections, flags, num_bytes, text)
+    if _has_many_characters(text) and passes > _MOST_PASSES:
         training["max_steps"] = max(10, 10 * round(row.steps * _MOST_PASSES / passes / 10))
-        values = read_flags([*choose_defaults(Choice(sections), flags), *flags])
-        passes = _count_passes(values, num_bytes, text)
+        passes = _count_passes(sections, flags, num_bytes, text)
     model["dropout"] = _choose_dropout(passes)
     return Choice(sections, _explain(sections, flags, text, num_bytes, passes))
 
@@ -179,16 +177,22 @@ def _choose_fraction(num_bytes: int) -> float:
     return min(0.1, float(f"{_HELD_OUT / num_bytes:.0e}"))
 
 
+def _has_many_characters(text: Text) -> bool:
+    """Say whether the script is one like Chinese, rather than an alphabet."""
+    return text.num_characters > _FEW_CHARACTERS
+
+
 def _choose_tokenizer(row: _Row, text: Text) -> str:
     """Return a BPE only where the text gives it its vocabulary."""
-    if text.num_characters <= _FEW_CHARACTERS:
+    if not _has_many_characters(text):
         return "char" if text.num_words < row.vocab_size else row.tokenizer
     are_rare = text.num_bytes / text.bytes_per_character < _RARE * text.num_characters
     return "char" if are_rare else "bpe"
 
 
 def _choose_vocab_size(row: _Row, text: Text) -> int:
-    if text.num_characters <= _FEW_CHARACTERS:
+    """Return the size of a BPE: the row's, or the power of two nearest to the characters."""
+    if not _has_many_characters(text):
         return row.vocab_size
     return 2 ** round(math.log2(text.num_characters))
 
@@ -216,8 +220,11 @@ def _fit_width(row: _Row, typed: Mapping[str, Any]) -> dict[str, int]:
     return {"n_embd": row.width, "n_head": row.heads}
 
 
-def _count_passes(values: Mapping[str, Any], num_bytes: float, text: Text) -> float:
-    """Return how often the steps of a run go over the text."""
+def _count_passes(
+    sections: dict[str, dict[str, Any]], flags: Sequence[str], num_bytes: float, text: Text
+) -> float:
+    """Return how often the steps of a run go over the text, with the settings that are typed."""
+    values = read_flags([*choose_defaults(Choice(sections), flags), *flags])
     if values.get("max_steps", -1) < 0:  # as Trainer reads it
         return values.get("num_train_epochs", 3)
     blocks = values["per_device_train_batch_size"] * values.get("gradient_accumulation_steps", 1)
