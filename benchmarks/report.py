@@ -1,7 +1,7 @@
 """Write RESULTS.md from the files in results/, by `python benchmarks/report.py`."""
 
 from pathlib import Path
-from statistics import mean, median
+from statistics import mean, median, stdev
 
 import scaling
 from generation import RUNS as GENERATION
@@ -364,18 +364,20 @@ def own_text() -> str:
     report = read_results("own_text")
     rows = []
     for name, cell in report["cells"].items():
-        figures = []
-        for contestant in ("hf-nanogpt train", "GPT2LMHeadModel, Trainer's defaults"):
-            runs = cell[contestant]
-            seconds = mean(run["seconds"] for run in runs)
-            bits = mean(run["bits_per_byte"] for run in runs)
-            figures.append(f"{bits:.3f} ({seconds:,.0f} s)")
-        ngram, xz = cell["n-gram"], cell["xz -9"]
+        runs = cell["hf-nanogpt train"]
+        ours = [run["bits_per_byte"] for run in runs]
+        spread = f" ± {stdev(ours):.3f}" if len(runs) > 1 else ""
+        seconds = mean(run["seconds"] for run in runs)
+        figures = [f"{mean(ours):.3f}{spread} ({seconds:,.0f} s)"]
+        for contestant in ("GPT2LMHeadModel, Trainer's defaults", "n-gram", "xz -9"):
+            found = cell.get(contestant)
+            figures.append(
+                f"{found['bits_per_byte']:.3f} ({found['seconds']:.{found['seconds'] < 10:d}f} s)"
+                if found
+                else "not measured"
+            )
         text, size = name.split()
-        figures.append(f"{ngram['bits_per_byte']:.3f} ({ngram['seconds']:.1f} s)")
-        figures.append(f"{xz['bits_per_byte']:.3f} ({xz['seconds']:.1f} s)")
-        seeds = str(len(cell["hf-nanogpt train"]))
-        rows.append([f"{text}, {int(size) / 1e3:,.0f} kB", *figures, seeds])
+        rows.append([f"{text}, {int(size) / 1e3:,.0f} kB", *figures, str(len(runs))])
     columns = ["", "plain command", "GPT2LMHeadModel, Trainer's defaults", "n-gram", "xz -9"]
     return f"""## Texts of one's own
 

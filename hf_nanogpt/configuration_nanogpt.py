@@ -55,7 +55,8 @@ class NanoGPTConfig(PreTrainedConfig):
         qk_norm: normalise each query and key head before the rotation (Qwen3, nanochat).
         mlp_type: `"glu"` is down(act(gate(x)) * up(x)) (arXiv:2002.05202), `"mlp"` is
             down(act(up(x))).
-        dropout: probability, after the embeddings, the attention weights and each sublayer.
+        dropout: probability, after the embeddings and each sublayer.
+        attention_dropout: the same, of the attention weights; `None` is the value of `dropout`.
         sliding_window: number of positions that a `"sliding_attention"` layer sees, with its own.
         initializer_range: standard deviation of GPT-2's normal initialisation; `None` selects the
             initialisation made for Muon, which starts at a loss of exactly ln(vocab_size). The
@@ -98,6 +99,7 @@ class NanoGPTConfig(PreTrainedConfig):
     attention_bias: bool = False
     mlp_bias: bool = False
     dropout: float | int = 0.0
+    attention_dropout: float | int | None = None
     sliding_window: int | None = None
     layer_types: Derived[list[str]] = None
     final_logit_softcapping: float | int | None = None
@@ -258,8 +260,10 @@ class NanoGPTConfig(PreTrainedConfig):
             raise ValueError(
                 f"hidden_act={self.hidden_act!r} is unknown; allowed: {sorted(ACT2FN)}."
             )
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout} must be at least 0 and below 1.")
+        for name in ("dropout", "attention_dropout"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 1:
+                raise ValueError(f"{name}={value} must be at least 0 and below 1.")
         for name in ("final_logit_softcapping", "initializer_range", "norm_eps"):
             value = getattr(self, name)
             if value is not None and not value > 0:

@@ -120,6 +120,7 @@ REFUSED = [({name: 0}, [f"{name}=0", "at least"]) for name in SIZES] + [
     ({"hidden_act": "gleu"}, ["hidden_act='gleu'", "'gelu'", "'silu'"]),
     ({"dropout": 1.5}, ["dropout=1.5", "at least 0 and below 1"]),
     ({"dropout": -0.1}, ["dropout=-0.1", "at least 0"]),
+    ({"attention_dropout": 1.0}, ["attention_dropout=1.0", "at least 0 and below 1"]),
 ]
 
 

@@ -152,12 +152,26 @@ def test_biases_that_ours_lacks_are_zeros_there(target, tmp_path):
     torch.testing.assert_close(back(tokens).logits, model(tokens).logits, rtol=0, atol=1e-5)
 
 
-def test_dropout_is_kept_where_the_format_has_it(tmp_path):
-    for family, expected in (("gpt2", 0.25), ("llama", 0.0)):
-        save_checkpoint(family, tmp_path / family, dropout=0.25)
-        export_checkpoint(tmp_path / family, tmp_path / f"{family}-native")
-        convert_checkpoint(tmp_path / f"{family}-native", tmp_path / f"{family}-back")
-        assert load_checkpoint(tmp_path / f"{family}-back")[0].config.dropout == expected
+@pytest.mark.parametrize(
+    ("family", "target", "given", "expected"),
+    [
+        ("gpt2", "gpt2", {"dropout": 0.25}, (0.25, None)),
+        ("gpt2", "gpt2", {"dropout": 0.25, "attention_dropout": 0.0}, (0.25, 0.0)),
+        ("gpt2", "gpt_neo", {"bias": False, "dropout": 0.1, "attention_dropout": 0.2}, (0.1, 0.2)),
+        ("gpt1", "gpt1", {"attention_dropout": 0.2}, (0.0, 0.2)),
+        ("llama", "llama", {"dropout": 0.25}, (0.0, 0.25)),
+        ("llama", "llama", {"dropout": 0.25, "attention_dropout": 0.0}, (0.0, None)),
+        ("llama", "llama", {"dropout": 0.0}, (0.0, None)),
+        ("nanochat", "nanochat", {"attention_dropout": 0.5}, (0.0, 0.5)),
+        ("gpt2", "opt", {"dropout": 0.1, "attention_dropout": 0.2}, (0.0, 0.2)),
+    ],
+)
+def test_dropout_is_kept_where_the_format_has_it(family, target, given, expected, tmp_path):
+    save_checkpoint(family, tmp_path / "ours", **given)
+    export_checkpoint(tmp_path / "ours", tmp_path / "native", to=target)
+    convert_checkpoint(tmp_path / "native", tmp_path / "back")
+    config = load_checkpoint(tmp_path / "back")[0].config
+    assert (config.dropout, config.attention_dropout) == expected
 
 
 def test_tokenizer_and_generation_settings_come_along_both_ways(tmp_path):

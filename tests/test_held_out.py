@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_nanogpt import NanoGPTTrainingArguments, evaluate, pack_documents, train, train_tokenizer
+from hf_nanogpt.training.facts import _describe_evaluation
 from hf_nanogpt.training.held_out import choose_estimate, count_tokens
 
 TOKENIZER = train_tokenizer([], kind="byte")
@@ -101,6 +103,23 @@ def test_the_size_of_an_estimate_can_be_given():
     assert count_tokens(choose(100_000, max_steps=10, eval_tokens=3_100)) == 3_100
     assert len(choose(100_000, max_steps=10, eval_tokens=1).blocks) == 1
     assert len(choose(100_000, max_steps=10, count=7).blocks) == 7
+
+
+@pytest.mark.parametrize(
+    ("characters", "settings", "said"),
+    [
+        (800, {}, r"on all 80\d tokens; so few make rough figures: hold out more$"),
+        (4_000, {}, r"on all 4,00\d tokens$"),
+        (
+            9_000,
+            {"eval_tokens": 310},
+            r"on 310 tokens, in one half of the held-out text; at .* all$",
+        ),
+    ],
+)
+def test_the_plan_says_what_is_measured(characters, settings, said):
+    estimate = choose(characters, max_steps=10_000, **settings)
+    assert re.match(said, _describe_evaluation(estimate, len(blocks_of(characters))))
 
 
 @pytest.fixture(scope="module")

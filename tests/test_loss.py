@@ -107,12 +107,24 @@ def test_dropout_acts_in_training_only(family, attn_implementation, tokens):
     assert all(grad.isfinite().all() for grad in gradients(model).values())
 
 
-def test_attention_weights_are_dropped_and_rescaled(tokens):
-    model = tiny_model("nano", dropout=0.5, attn_implementation="eager").train()
+@pytest.mark.parametrize("dropouts", [{"dropout": 0.5}, {"attention_dropout": 0.5}])
+def test_attention_weights_are_dropped_and_rescaled(dropouts, tokens):
+    model = tiny_model("nano", **dropouts, attn_implementation="eager").train()
     weights = model(tokens, output_attentions=True).attentions[0]
     seen = torch.ones(20, 20, dtype=torch.bool).tril().expand_as(weights)
     assert 0.4 < (weights[seen] == 0).float().mean() < 0.6
     assert weights.sum(-1).mean().item() == pytest.approx(1.0, abs=0.1)
+
+
+@pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
+def test_attention_weights_can_be_kept_where_all_else_is_dropped(attn_implementation, tokens):
+    settings = {"attn_implementation": attn_implementation}
+    model = tiny_model("nano", dropout=0.5, attention_dropout=0, n_layer=1, **settings).train()
+    layer = model.model.layers[0].self_attn
+    states = torch.randn(2, 20, model.config.hidden_size)
+    positions = model.model.rotary_emb(states, torch.arange(20)[None])
+    assert torch.equal(*(layer(states, positions)[0] for _ in range(2)))
+    assert not torch.equal(*(model(tokens).logits for _ in range(2)))
 
 
 @pytest.mark.parametrize("family", soon("nano", of=["nano", "gpt1", "nanochat"]))

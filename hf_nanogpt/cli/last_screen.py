@@ -17,7 +17,7 @@ _LINES = 3  # of each sample
 def render_last_screen(result: Any, program: str) -> str:
     """Return what `train` prints at the end; `program` is how it was called."""
     folder, metrics = result.output_dir, result.metrics
-    start = f"generate {folder} {shlex.quote(result.prompt)}"
+    start = f"generate {folder} {_quote(result.prompt)}"
     if metrics["is_chat"]:
         start = f"chat {folder}"
     width = min(shutil.get_terminal_size().columns, 100)
@@ -105,6 +105,17 @@ def _tell_choice(metrics: dict[str, Any]) -> list[str]:
     if kept < last and "fresh_half" not in metrics:
         told.append("All of the held-out text took part in this choice, which favours them.")
     return told
+
+
+def _quote(text: str) -> str:
+    """Return text as an argument of a shell, in the quotes that are easier to read.
+
+    >>> print(_quote("that's"), _quote("for $5"))
+    "that's" 'for $5'
+    """
+    if "'" in text and not set(text) & set('"$`\\!'):
+        return f'"{text}"'
+    return shlex.quote(text)
 
 
 def _show_samples(result: Any) -> str:

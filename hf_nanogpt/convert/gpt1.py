@@ -8,7 +8,14 @@ from typing import Any
 from ..configuration_nanogpt import NanoGPTConfig
 from ..errors import UserError
 from . import gpt2
-from .rules import Format, export_fields, import_fields, merge_dropouts, plain_heads
+from .rules import (
+    Format,
+    export_dropouts,
+    export_fields,
+    import_dropouts,
+    import_fields,
+    plain_heads,
+)
 
 ROWS = (
     ("transformer.tokens_embed", "model.embed_tokens"),
@@ -31,14 +38,13 @@ def import_config(native: dict[str, Any]) -> dict[str, Any]:
     fields["hidden_act"] = ACTIVATIONS[native["afn"]]
     fields["intermediate_size"] = 4 * native["n_embd"]
     fields["layer_types"] = ["full_attention"] * native["n_layer"]
-    fields["dropout"] = merge_dropouts(native, *gpt2.DROPOUTS)
-    return fields | plain_heads(fields)
+    return fields | import_dropouts(native, *gpt2.DROPOUTS) | plain_heads(fields)
 
 
 def export_config(config: NanoGPTConfig) -> dict[str, Any]:
     """Return the fields of `OpenAIGPTConfig`."""
     names = {ours: name for name, ours in reversed(ACTIVATIONS.items())}
-    dropouts = dict.fromkeys(gpt2.DROPOUTS, config.dropout)
+    dropouts = export_dropouts(config, *gpt2.DROPOUTS)
     activation = names.get(config.hidden_act, "gelu")
     return export_fields(config, FIELDS) | dropouts | {"afn": activation}
 

@@ -8,9 +8,10 @@ from .rules import (
     SPLIT,
     TRANSPOSE,
     Format,
+    export_dropouts,
     export_fields,
+    import_dropouts,
     import_fields,
-    merge_dropouts,
     plain_heads,
     require,
 )
@@ -50,7 +51,7 @@ FIXED = {
     "mlp_bias": True,
     "final_logit_softcapping": None,
 }
-DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
+DROPOUTS = ("attn_pdrop", "resid_pdrop", "embd_pdrop")
 
 
 def import_config(native: dict[str, Any]) -> dict[str, Any]:
@@ -63,13 +64,12 @@ def import_config(native: dict[str, Any]) -> dict[str, Any]:
     )
     fields = FIXED | import_fields(native, FIELDS)
     fields["layer_types"] = ["full_attention"] * native["n_layer"]
-    fields["dropout"] = merge_dropouts(native, *DROPOUTS)
-    return fields | plain_heads(fields)
+    return fields | import_dropouts(native, *DROPOUTS) | plain_heads(fields)
 
 
 def export_config(config: NanoGPTConfig) -> dict[str, Any]:
     """Return the fields of `GPT2Config`."""
-    fields = export_fields(config, FIELDS) | dict.fromkeys(DROPOUTS, config.dropout)
+    fields = export_fields(config, FIELDS) | export_dropouts(config, *DROPOUTS)
     return fields | {"n_ctx": config.max_position_embeddings}  # as in published files; MLX reads it
 
 

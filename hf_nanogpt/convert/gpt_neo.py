@@ -11,9 +11,10 @@ from .rules import (
     SCALE,
     SHARED_FIELDS,
     Format,
+    export_dropouts,
     export_fields,
+    import_dropouts,
     import_fields,
-    merge_dropouts,
     plain_heads,
 )
 
@@ -40,7 +41,7 @@ FIELDS = SHARED_FIELDS | {
     "activation_function": "hidden_act",
     "layer_norm_epsilon": "norm_eps",
 }
-DROPOUTS = ("resid_dropout", "embed_dropout", "attention_dropout")
+DROPOUTS = ("attention_dropout", "resid_dropout", "embed_dropout")
 LAYER_TYPES = {"global": "full_attention", "local": "sliding_attention"}
 
 
@@ -51,15 +52,14 @@ def import_config(native: dict[str, Any]) -> dict[str, Any]:
     fields["layer_types"] = [LAYER_TYPES[name] for name in pattern]
     if "local" in pattern:
         fields["sliding_window"] = native["window_size"]
-    fields["dropout"] = merge_dropouts(native, *DROPOUTS)
-    return fields | plain_heads(fields)
+    return fields | import_dropouts(native, *DROPOUTS) | plain_heads(fields)
 
 
 def export_config(config: NanoGPTConfig) -> dict[str, Any]:
     """Return the fields of `GPTNeoConfig`."""
     names = {ours: name for name, ours in LAYER_TYPES.items()}
     pattern = [names[layer_type] for layer_type in config.layer_types or []]
-    fields = export_fields(config, FIELDS) | dict.fromkeys(DROPOUTS, config.dropout)
+    fields = export_fields(config, FIELDS) | export_dropouts(config, *DROPOUTS)
     window = {"window_size": config.sliding_window} if "local" in pattern else {}
     return fields | window | {"attention_types": [[pattern, 1]], "attention_layers": pattern}
 

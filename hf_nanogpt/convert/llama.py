@@ -4,7 +4,14 @@ from copy import deepcopy
 from typing import Any
 
 from ..configuration_nanogpt import NanoGPTConfig
-from .rules import SHARED_FIELDS, Format, export_fields, import_fields, merge_dropouts
+from .rules import (
+    SHARED_FIELDS,
+    Format,
+    export_dropouts,
+    export_fields,
+    import_dropouts,
+    import_fields,
+)
 
 LAYER = "model.layers.{n}"
 MODULES = (
@@ -51,13 +58,13 @@ def import_config(native: dict[str, Any]) -> dict[str, Any]:
     fields = FIXED | import_fields(native, FIELDS)
     fields["rope_parameters"] = deepcopy(native["rope_parameters"])
     fields["layer_types"] = ["full_attention"] * native["num_hidden_layers"]
-    fields["dropout"] = merge_dropouts(native, "attention_dropout", everywhere=False)
-    return fields
+    return fields | import_dropouts(native, "attention_dropout", everywhere=False)
 
 
 def export_config(config: NanoGPTConfig) -> dict[str, Any]:
     """Return the fields of `LlamaConfig`."""
-    more = {"rope_parameters": deepcopy(config.rope_parameters), "attention_dropout": 0.0}
+    more = export_dropouts(config, "attention_dropout")
+    more["rope_parameters"] = deepcopy(config.rope_parameters)
     return export_fields(config, FIELDS) | more
 
 

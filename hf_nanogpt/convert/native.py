@@ -34,7 +34,7 @@ OBSTACLES = {
     "phi3": "its matrices are fused (qkv_proj, gate_up_proj)",
     "smollm3": "it has no_rope_layers, which have no positions",
 }
-_TRAINING_ONLY = {"dropout", "initializer_range", "use_cache"}
+_TRAINING_ONLY = {"dropout", "attention_dropout", "initializer_range", "use_cache"}
 _INITS = {"initializer_range", "init_std"}
 _BIASES = {"attention_bias", "mlp_bias"}  # where we have none, the export fills in zeros
 

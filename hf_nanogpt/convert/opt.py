@@ -11,9 +11,10 @@ from .rules import (
     SHARED_FIELDS,
     SKIP_TWO,
     Format,
+    export_dropouts,
     export_fields,
+    import_dropouts,
     import_fields,
-    merge_dropouts,
     plain_heads,
     require,
 )
@@ -42,7 +43,7 @@ FIELDS = {name: ours for name, ours in SHARED_FIELDS.items() if name != "initial
     "ffn_dim": "intermediate_size",
     "activation_function": "hidden_act",
 }
-DROPOUTS = ("dropout", "attention_dropout")  # none of the embeddings
+DROPOUTS = ("attention_dropout", "dropout")  # none of the embeddings
 
 
 def import_config(native: dict[str, Any]) -> dict[str, Any]:
@@ -57,13 +58,13 @@ def import_config(native: dict[str, Any]) -> dict[str, Any]:
     fields = gpt2.FIXED | import_fields(native, FIELDS) | {"norm_eps": 1e-5}
     fields |= dict.fromkeys(("attention_bias", "mlp_bias"), native["enable_bias"])
     fields["layer_types"] = ["full_attention"] * native["num_hidden_layers"]
-    fields["dropout"] = merge_dropouts(native, *DROPOUTS, everywhere=False)
+    fields |= import_dropouts(native, *DROPOUTS, everywhere=False)
     return fields | plain_heads(fields)
 
 
 def export_config(config: NanoGPTConfig) -> dict[str, Any]:
     """Return the fields of `OPTConfig`."""
-    fields = export_fields(config, FIELDS) | dict.fromkeys(DROPOUTS, 0.0)
+    fields = export_fields(config, FIELDS) | export_dropouts(config, *DROPOUTS) | {"dropout": 0.0}
     biases = config.attention_bias or config.mlp_bias
     return fields | {"word_embed_proj_dim": config.hidden_size, "enable_bias": biases}
 

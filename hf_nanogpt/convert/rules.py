@@ -219,15 +219,26 @@ def require(native: Mapping[str, Any], **values: Any) -> None:
             )
 
 
-def merge_dropouts(native: Mapping[str, Any], *names: str, everywhere: bool = True) -> float:
-    """Return the dropout of embeddings, attention and sublayers, which we keep in one field.
+def import_dropouts(
+    native: Mapping[str, Any], attention: str, *names: str, everywhere: bool = True
+) -> dict[str, Any]:
+    """Return `attention_dropout`, and `dropout`: one field for `names` of embeddings and sublayers.
 
-    It is 0 where they differ. With `everywhere=False` the format has dropout in some places only,
-    so that any value but 0 differs from that of the others.
+    The second is 0 where those differ. With `everywhere=False` the format lacks some of these
+    places, so that any value but 0 differs from that of the others.
     """
     values = {name: native[name] for name in names}
     distinct = set(values.values()) if everywhere else {0.0, *values.values()}
-    if len(distinct) == 1:
-        return distinct.pop()
-    logger.warning(f"{values} is not converted: dropout is 0.0, set it before you train further.")
-    return 0.0
+    dropout = distinct.pop() if len(distinct) == 1 else 0.0
+    if distinct:
+        logger.warning(
+            f"{values} is not converted: dropout is 0.0, set it before you train further."
+        )
+    own = native[attention]
+    return {"dropout": dropout, "attention_dropout": None if own == dropout else own}
+
+
+def export_dropouts(config: NanoGPTConfig, attention: str, *names: str) -> dict[str, Any]:
+    """Return the fields of another configuration that `import_dropouts` reads."""
+    own = config.dropout if config.attention_dropout is None else config.attention_dropout
+    return {attention: own, **dict.fromkeys(names, config.dropout)}

@@ -188,6 +188,7 @@ ModelArguments = _make_model_arguments()
 _REPLACED = {
     "preset": {*ModelArguments.__annotations__},
     "bias": {"attention_bias", "mlp_bias"},
+    "dropout": {"attention_dropout"},
     "num_train_epochs": {"max_steps"},
     # The rates of another optimizer.
     "optim": {*vars(OPTIM_DEFAULTS["muon"]), "momentum_warmup_steps"},

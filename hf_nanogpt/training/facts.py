@@ -13,13 +13,16 @@ from transformers.training_args import OptimizerNames
 
 from .. import __version__
 from ..data.documents import DataArguments
+from ..data.encoding import is_learnt
 from ..data.packing import PackedBlocks
 from ..data.stored import holds_tokens
 from ..hub.publishable import publish_command, publish_place
 from .arguments import NanoGPTTrainingArguments
-from .held_out import count_tokens
+from .held_out import Estimate, count_tokens
 from .recipes import CHOSEN, Choice
 from .trainer import NanoGPTTrainer
+
+_FEW_TOKENS = 1_000  # held out
 
 
 def describe_plan(
@@ -47,10 +50,9 @@ def describe_plan(
     length, context = trainer.speed.context_length, model.config.max_position_embeddings
     if length and length < context:
         part += f"; blocks of {length:,} tokens of its {context:,} (--context_length)"
-    estimate, evaluation = trainer.estimate, None
-    if estimate and args.eval_strategy != "no":
-        halves = ", in one half of the held-out text" if estimate.has_halves else ""
-        evaluation = f"on {count_tokens(estimate):,} tokens{halves}; at the end on all"
+    evaluation = None
+    if trainer.estimate and isinstance(held_out, PackedBlocks) and args.eval_strategy != "no":
+        evaluation = _describe_evaluation(trainer.estimate, len(held_out))
     facts = {
         "data": f"{learnt} to train on, {measured} held out",
         "tokenizer": _describe_tokenizer(trainer, start_from, data_args),
@@ -63,6 +65,18 @@ def describe_plan(
     reasons = recipe.reasons if isinstance(recipe, Choice) else ()
     lines = [*facts.items(), *(("chosen", reason) for reason in reasons)]
     return "\n".join(f"{name:<10} {fact}" for name, fact in lines if fact)
+
+
+def _describe_evaluation(estimate: Estimate, num_blocks: int) -> str:
+    """Say what the loss is estimated on while training; `num_blocks` are held out."""
+    count = count_tokens(estimate)
+    rows = (estimate.blocks[i]["input_ids"] for i in range(len(estimate.blocks)))
+    what = "tokens" if all(is_learnt(row[1:]).all() for row in rows) else "tokens of answers"
+    if len(estimate.blocks) == num_blocks:
+        rough = "; so few make rough figures: hold out more" if count < _FEW_TOKENS else ""
+        return f"on all {count:,} {what}{rough}"
+    half = ", in one half of the held-out text" if estimate.has_halves else ""
+    return f"on {count:,} {what}{half}; at the end on all"
 
 
 def collect_metrics(
