@@ -9,10 +9,11 @@ first; and `GPT2LMHeadModel` of the same layers, heads, width, context and token
 short texts, and one on long ones; the others have one. Times are those of whole processes, except
 for the n-gram model and xz.
 
-Run: python benchmarks/own_text.py SHAKESPEARE_FILE [--quick | TEXT SIZE] [-- SETTINGS OF TRAIN]
+Run: python benchmarks/own_text.py SHAKESPEARE_FILE [--quick | TEXT SIZE [SEEDS]] [-- SETTINGS]
 TEXT is shakespeare, python or chinese, and SIZE 50000, 200000, 1000000 or 10000000. Each seed that
 is done is kept in results/own_text.json, and is not measured again; --quick measures one
-(shakespeare 50000), and settings are for a trial, which is printed and not kept.
+(shakespeare 50000), SEEDS says how many, and SETTINGS of `train` are for a trial, which is printed
+and not kept.
 """
 
 import json
@@ -31,7 +32,7 @@ from typing import Any
 
 import torch
 import yaml
-from results_file import FOLDER, read_results, write_results
+from results_file import FOLDER, describe_commit, read_results, write_results
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 from xz import measure as measure_xz
 
@@ -81,10 +82,11 @@ def measure_cell(
             row = run_plain(path, run, seed, flags)
             print(json.dumps(row), flush=True)
             settings = row.pop("settings")
+            if cell.setdefault("settings", settings) != settings:
+                raise SystemExit("Other settings are chosen now: remove the cell from the results.")
             ours.append(row)
             if len(ours) == 1:
-                cell["settings"] = settings
-                cell |= measure_others(path, run, seed)
+                cell |= measure_others(path, run, seed) | describe_commit()
             yield cell
 
 
@@ -187,14 +189,17 @@ def main(argv: list[str]) -> None:
     shakespeare, *chosen = argv[: argv.index("--")] if "--" in argv else argv
     cells = [(name, size) for name in TEXTS for size in SIZES]
     if chosen == ["--quick"]:
-        cells = [("shakespeare", 50_000)]
+        cells = cells[:1]
     elif chosen:
-        cells = [(chosen[0], int(chosen[1]))]
+        cells = [cell for cell in cells if [cell[0], str(cell[1])] == chosen[:2]]
+    if not cells:
+        raise SystemExit(f"{' '.join(chosen)} is no cell of the table.\n{__doc__}")
     for name, size in cells:
         text = cut(read_text(name, Path(shakespeare)), size)
         if text is None:  # there is no such amount of it
             continue
-        seeds = SEEDS[:1] if size > MANY_SEEDS or chosen == ["--quick"] or flags else SEEDS
+        is_one = size > MANY_SEEDS or chosen == ["--quick"] or flags
+        seeds = SEEDS[: int(chosen[2]) if len(chosen) > 2 else 1 if is_one else len(SEEDS)]
         key, done = f"{name} {size}", read_cells()
         known = {} if flags else done.get(key, {})
         for cell in measure_cell(text, seeds, flags, known):

@@ -242,6 +242,10 @@ class NanoGPTConfig(PreTrainedConfig):
             layer_type = "full_attention" if full else "sliding_attention"
             self.layer_types = [layer_type] * self.num_hidden_layers
 
+    def find_attention_dropout(self) -> float:
+        """Return the dropout of the attention weights: their own, or that of all else."""
+        return self.dropout if self.attention_dropout is None else self.attention_dropout
+
     def validate_architecture(self):
         """Check the fields that depend on each other: in a new object, a saved one, and a model."""
         self._check_numbers()

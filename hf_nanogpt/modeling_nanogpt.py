@@ -181,8 +181,7 @@ class NanoGPTAttention(nn.Module):
         self.head_dim = config.head_dim
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling = self.head_dim**-0.5
-        attention_dropout = config.attention_dropout
-        self.dropout = config.dropout if attention_dropout is None else attention_dropout
+        self.dropout = config.find_attention_dropout()
         # For the attention functions of transformers: given no mask, they hide the future.
         self.is_causal = True
         sliding = config.layer_types[layer_idx] == "sliding_attention"

@@ -6,6 +6,7 @@ import json
 import random
 import re
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import yaml
 from conftest import CORPUS
 
 from hf_nanogpt import train, train_tokenizer
-from hf_nanogpt.checkpoint.writing import check_output_dir
+from hf_nanogpt.checkpoint.writing import check_output_dir, clear_output_dir
 from hf_nanogpt.cli import main
 from hf_nanogpt.cli.last_screen import render_last_screen
 from hf_nanogpt.data.corpus import prepare_tokenizer
@@ -106,12 +107,12 @@ def test_a_long_text_gets_the_quickstarts_settings_and_holds_out_half_a_megabyte
 
 @pytest.mark.parametrize(
     ("num_bytes", "characters", "vocab_size", "steps"),
-    [(50_000, 1354, 1024, 40), (200_000, 2353, 2048, 150), (1_000_000, 3468, 4096, 500)],
+    [(50_000, 1354, 1024, 25), (200_000, 2353, 2048, 60), (1_000_000, 3468, 4096, 220)],
 )
 def test_a_script_of_many_characters_gets_as_many_tokens_and_few_passes(
     num_bytes, characters, vocab_size, steps
 ):
-    sections = choose_recipe(Text(num_bytes, 3.0, characters, 10_000)).sections
+    sections = choose_recipe(Text(num_bytes, 3.0, characters, 10_000, 0, characters)).sections
     chosen = {name: value for part in sections.values() for name, value in part.items()}
     assert (chosen["tokenizer"], chosen["vocab_size"]) == ("bpe", vocab_size)
     assert chosen["max_steps"] == steps and chosen["dropout"] <= 0.05
@@ -121,12 +122,29 @@ def test_a_script_of_many_characters_gets_a_bpe_that_the_text_can_give(tmp_path)
     path = tmp_path / "chinese.txt"
     path.write_text(CHINESE, encoding="utf-8")
     text = look_at(DataArguments(data=str(path)))
-    assert text == Text(60_000, 3.0, len(set(CHINESE)), 1)
+    most = sorted(Counter(CHINESE).values(), reverse=True)
+    common = next(n for n in range(len(most)) if sum(most[:n]) >= 0.99 * len(CHINESE))
+    assert text == Text(60_000, 3.0, len(set(CHINESE)), 1, 0, common)
     assert text.num_characters > 1000
     chosen = settings_of(text)
     assert chosen["tokenizer"] == "bpe"
     made = train_tokenizer([CHINESE], kind="bpe", vocab_size=chosen["vocab_size"])
     assert len(made) == chosen["vocab_size"]
+
+
+def test_the_size_of_a_compressed_text_is_that_of_the_text(tmp_path):
+    path = tmp_path / "text.txt.gz"
+    text = (CORPUS * (1 + 6_000_000 // len(CORPUS)))[:6_000_000].encode()
+    path.write_bytes(gzip.compress(text, compresslevel=1))
+    assert look_at(DataArguments(data=str(path))).num_bytes == len(text)
+
+
+def test_the_size_of_a_table_is_that_of_its_text_not_of_its_other_columns(tmp_path):
+    path, text = tmp_path / "rows.jsonl", CORPUS[:10_000]
+    row = json.dumps({"text": text, "other": [0.123456789] * 5_000})
+    path.write_text(f"{row}\n" * 600)
+    found = look_at(DataArguments(data=str(path)))
+    assert found.num_bytes == pytest.approx(600 * len(text.encode()), rel=0.02)
 
 
 def test_the_size_of_a_table_is_that_of_its_text_not_of_its_compressed_file(tmp_path):
@@ -136,6 +154,18 @@ def test_the_size_of_a_table_is_that_of_its_text_not_of_its_compressed_file(tmp_
     found = look_at(DataArguments(data=str(path)))
     assert found and found.num_bytes == pytest.approx(600 * len(text.encode()), rel=0.02)
     assert settings_of(found)["validation_fraction"] == 0.08
+
+
+def test_rare_signs_do_not_make_a_script_of_many_characters(tmp_path):
+    path = tmp_path / "text.txt"
+    signs = "".join(map(chr, range(0x4E00, 0x4E00 + 400)))
+    path.write_text((CORPUS * 10)[:49_000] + signs, encoding="utf-8")
+    found = look_at(DataArguments(data=str(path)))
+    assert found and found.num_characters > 400 > found.num_common
+    chosen = settings_of(found)
+    plain = settings_of(english(50_000))
+    for name in ("tokenizer", "max_steps", "dropout", "hidden_size"):
+        assert chosen[name] == plain[name]
 
 
 @pytest.mark.parametrize("text", ["yes no\n", "ACGTTGCA"])
@@ -167,6 +197,26 @@ def test_typed_settings_stay_and_the_others_follow_them():
     assert (
         "validation_fraction" not in choose_recipe(text, ["--validation_data=x"]).sections["data"]
     )
+
+
+def test_what_is_typed_decides_the_passes_and_the_tokenizer(monkeypatch):
+    text = english(50_000)
+    assert settings_of(text, vocab_size=1000)["tokenizer"] == "bpe"
+    assert settings_of(text, vocab_size=1000, tokenizer="char")["tokenizer"] == "char"
+    full, quarter = (settings_of(text, context_length=n)["dropout"] for n in (128, 32))
+    assert (full, quarter) == (0.4, 0.1)
+    # Nothing is held out of a text that has another one to validate on.
+    both = choose_recipe(text, ["--validation_data=x", "--validation_fraction=0.5"])
+    assert both.sections["training"]["max_steps"] == 900 and both.reasons[0].startswith(
+        "tokenizer char: 50 kB"
+    )
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert choose_recipe(text, ["--context_length=32"]).sections["model"]["dropout"] == 0.25
+    monkeypatch.delenv("WORLD_SIZE")
+    # GPT-1 has a context of 512.
+    chinese = Text(300_000, 3.0, 2500, 10_000, 0, 2000)
+    steps, _ = (settings_of(chinese, preset=name)["max_steps"] for name in ("gpt1", "gpt2"))
+    assert steps == pytest.approx(settings_of(chinese)["max_steps"] / 4, abs=10)
 
 
 def test_three_lines_say_what_was_chosen_and_why():
@@ -268,7 +318,7 @@ def test_the_size_of_the_whole_does_not_stretch_its_conversations(tmp_path, monk
     whole = look_at(DataArguments(data=str(path)))
     monkeypatch.setattr("hf_nanogpt.training.looking._LOOK", size // 20)
     start = look_at(DataArguments(data=str(path)))
-    assert start.num_bytes >= size > whole.num_bytes  # a guess, by the file
+    assert start.num_bytes == pytest.approx(whole.num_bytes, rel=0.2)
     assert start.bytes_per_character == whole.bytes_per_character == 1.0  # as in ASCII
     assert choose_recipe(start).sections["model"]["block_size"] == 256
 
@@ -292,6 +342,17 @@ def test_a_recipe_of_the_user_in_the_output_folder_stays(tmp_path):
         assert mine.read_text() == "data: {tokenizer: char}"
     with pytest.raises(UserError, match=r"files that no training wrote \(recipe.yaml\)"):
         check_output_dir(folder, overwrite=True)
+
+
+def test_overwriting_a_run_keeps_the_recipe_that_is_given(tmp_path):
+    recipe = tmp_path / "chosen_recipe.yaml"
+    recipe.write_text("data: {tokenizer: char}")
+    (tmp_path / "model.safetensors").touch()
+    clear_output_dir(tmp_path)
+    store_recipe(recipe, tmp_path)
+    assert recipe.read_text() == "data: {tokenizer: char}" and len(list(tmp_path.iterdir())) == 1
+    store_recipe("quickstart", tmp_path)  # which is another one
+    assert not recipe.exists()
 
 
 def test_settings_are_checked_against_the_chosen_ones_not_against_the_quickstarts(tmp_path):

@@ -405,6 +405,7 @@ MISTAKES = {
     f"{TRAIN} --output_dir=good.txt/x": "output_dir",
     f"{TRAIN} --resume --output_dir=full": "checkpoint-*",
     f"{TRAIN} --resume --overwrite": "exclude each other",
+    "train quickstart --recipe finetune": "keep one of them",
     f"{TRAIN} --lora": "--from CHECKPOINT",
     # checkpoints
     "generate none x": "none|this folder does not exist",

@@ -68,8 +68,14 @@ def test_all_evaluations_cost_at_most_eight_percent_of_the_steps(
     steps = steps or 3 * -(-len(blocks_of(trained)) // 8)
     estimate = choose(2_000_000, trained, **settings)
     # In a step, a token costs three forward passes.
-    cost = evaluations * count_tokens(estimate) / (3 * steps * rows * 32)
+    cost = evaluations * count_tokens(estimate.blocks) / (3 * steps * rows * 32)
     assert 0.06 < cost <= 0.08
+
+
+def test_evaluations_are_cheap_where_the_text_is_shorter_than_a_batch():
+    estimate = choose(2_000_000, 100, max_steps=300, per_device_train_batch_size=16)
+    cost = 10 * count_tokens(estimate.blocks)  # forward passes of 10 evaluations
+    assert 0.06 < cost / (3 * 300 * len(blocks_of(100)) * 32) <= 0.08
 
 
 def test_an_estimate_is_spread_over_every_second_block():
@@ -100,7 +106,7 @@ def test_a_half_that_may_be_one_token_is_no_half(length, num_blocks):
 
 
 def test_the_size_of_an_estimate_can_be_given():
-    assert count_tokens(choose(100_000, max_steps=10, eval_tokens=3_100)) == 3_100
+    assert count_tokens(choose(100_000, max_steps=10, eval_tokens=3_100).blocks) == 3_100
     assert len(choose(100_000, max_steps=10, eval_tokens=1).blocks) == 1
     assert len(choose(100_000, max_steps=10, count=7).blocks) == 7
 
@@ -119,7 +125,7 @@ def test_the_size_of_an_estimate_can_be_given():
 )
 def test_the_plan_says_what_is_measured(characters, settings, said):
     estimate = choose(characters, max_steps=10_000, **settings)
-    assert re.match(said, _describe_evaluation(estimate, len(blocks_of(characters))))
+    assert re.match(said, _describe_evaluation(estimate, blocks_of(characters)))
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +154,14 @@ def test_the_final_figure_is_of_all_held_out_text_and_eval_repeats_it(run, text)
     assert metrics["eval_tokens"] == result.num_tokens
     assert metrics["bits_per_byte"] == pytest.approx(result.bits_per_byte, rel=1e-6)
     assert {row["eval_tokens"] for row in read_evaluations(run)} == {124}  # 4 blocks of 31
+
+
+def test_workers_that_persist_do_not_serve_the_part_for_the_whole(run, text, tmp_path):
+    settings = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
+    train(data=text, output_dir=str(tmp_path), **SMALL, **settings)
+    same, other = (json.loads((path / "metrics.json").read_text()) for path in (run, tmp_path))
+    for name in ("eval_tokens", "bits_per_byte", "fresh_half"):
+        assert other[name] == same[name]
 
 
 def test_blocks_grouped_by_length_are_halved_alike(text, tmp_path):

@@ -97,10 +97,13 @@ def check_writable(path: Path, *, name: str) -> None:
 
 
 def clear_output_dir(output_dir: str | Path) -> None:
-    """Delete what an earlier training left in `output_dir`, and nothing else."""
+    """Delete what an earlier training left in `output_dir`, and nothing else.
+
+    The lock belongs to the training that is starting. So does the recipe: it may be the given one.
+    """
     for pattern in ARTIFACTS:
         for path in Path(output_dir).glob(pattern):
-            if path.name != LOCK:  # the lock belongs to the training that is starting
+            if path.name not in (LOCK, RECIPE):
                 _delete(path)
 
 

@@ -103,7 +103,7 @@ def _tell_choice(metrics: dict[str, Any]) -> list[str]:
     elif kept < last:
         told.append(f"The weights are those of step {kept:,}, where the held-out loss was lowest.")
     if kept < last and "fresh_half" not in metrics:
-        told.append("All of the held-out text took part in this choice, which favours them.")
+        told.append("The held-out text took part in this choice, which favours them.")
     return told
 
 

@@ -37,6 +37,8 @@ def run_train(argv: list[str]) -> None:
     if args.help is not None:
         print_help(_TRAIN_USAGE, list_recipes(), args.help or None)
         return
+    if recipe and args.recipe:
+        raise UserError(f"{recipe} and --recipe={args.recipe} are both given: keep one of them.")
     if args.resume and args.overwrite:
         raise UserError("--resume and --overwrite exclude each other: give one of them.")
 

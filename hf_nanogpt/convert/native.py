@@ -89,7 +89,9 @@ def make_native_config(config: NanoGPTConfig, name: str) -> tuple[str, PreTraine
         )
     native = _build(config, FORMATS[name])
     if FORMATS[name].import_config(native.to_dict())["dropout"] != config.dropout:
-        logger.warning(f"{name} has no dropout={config.dropout}: it was left out.")
+        logger.warning(
+            f"{name} has no dropout={config.dropout} of embeddings and layers: it was left out."
+        )
     return name, native
 
 

@@ -240,5 +240,4 @@ def import_dropouts(
 
 def export_dropouts(config: NanoGPTConfig, attention: str, *names: str) -> dict[str, Any]:
     """Return the fields of another configuration that `import_dropouts` reads."""
-    own = config.dropout if config.attention_dropout is None else config.attention_dropout
-    return {attention: own, **dict.fromkeys(names, config.dropout)}
+    return {attention: config.find_attention_dropout(), **dict.fromkeys(names, config.dropout)}

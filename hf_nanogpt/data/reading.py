@@ -70,6 +70,14 @@ def open_bytes(path: Path) -> BinaryIO:
     return path.open("rb")
 
 
+def count_bytes(path: Path) -> int:
+    """Return the size of a file, as it is when it is decompressed."""
+    if path.suffix.lower() not in _COMPRESSED:
+        return path.stat().st_size
+    with explain_read_errors(path), open_bytes(path) as file:
+        return sum(map(len, iter(lambda: file.read(_AT_ONCE), b"")))
+
+
 def open_text(path: Path) -> TextIO:
     """Open a file of UTF-8 text; no character is changed, but a byte-order mark is dropped."""
     return io.TextIOWrapper(open_bytes(path), encoding="utf-8-sig", newline="")

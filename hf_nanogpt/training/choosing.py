@@ -5,6 +5,7 @@ comes of it, compared with counting and with a compressor.
 """
 
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from ..configuration_nanogpt import NanoGPTConfig
 from ..data.sources import STDLIB
 from ..data.tokenization import TRAINED
 from ..errors import UserError, without_secrets
+from ..presets import load_preset
 from ..untrusted import path_inside
 from .arguments import LONGEST, choose_defaults, parse_settings, read_flags
 from .looking import Text, look_at
@@ -63,7 +65,8 @@ _RARE = 3  # times that each character comes, on average, if a BPE can join more
 # Dropout grows with the passes over the text. The best of 0, 0.1, 0.2, 0.3 and 0.4 was 0 after 2
 # passes, 0.1 after 9, 0.2 after 18, 0.3 after 27 and 0.4 after 41.
 _FEW_PASSES, _PASSES, _MOST_DROPOUT = 4, 90, 0.4
-_MOST_PASSES = 5  # over another script; of Chinese, the loss turned up after 3 to 5
+# Over another script; of Chinese, the loss turned up after 1 to 3. Fewer steps learn too little.
+_MOST_PASSES, _FEWEST_STEPS = 2, 25
 _BPE_BYTES = {512: 2.0, 1024: 2.5, 2048: 3.0, 4096: 4.0}  # that a token stands for, about
 
 
@@ -135,14 +138,15 @@ def choose_recipe(text: Text, flags: Sequence[str] = ()) -> Choice:
     Those set the others too: how often the steps go over the text, for example.
     """
     typed = read_flags(flags)
-    held_out = 0.0 if typed.get("validation_data") else _choose_fraction(text.num_bytes)
-    held_out = typed.get("validation_fraction", held_out)
+    held_out = typed.get("validation_fraction", _choose_fraction(text.num_bytes))
+    if typed.get("validation_data"):
+        held_out = 0.0
     num_bytes = text.num_bytes * (1 - held_out)
     row = next(row for row in _TABLE if num_bytes <= row.num_bytes)
 
     # Data and model.
     data: dict[str, Any] = {
-        "tokenizer": _choose_tokenizer(row, text),
+        "tokenizer": "bpe" if "vocab_size" in typed else _choose_tokenizer(row, text),
         "vocab_size": _choose_vocab_size(row, text),
     }
     values = data | typed
@@ -166,7 +170,8 @@ def choose_recipe(text: Text, flags: Sequence[str] = ()) -> Choice:
     # Steps and dropout, by what the run comes to with the settings that are typed.
     passes = _count_passes(sections, flags, num_bytes, text)
     if _has_many_characters(text) and passes > _MOST_PASSES:
-        training["max_steps"] = max(10, 10 * round(row.steps * _MOST_PASSES / passes / 10))
+        steps = 5 * round(row.steps * _MOST_PASSES / passes / 5)
+        training["max_steps"] = max(_FEWEST_STEPS, steps)
         passes = _count_passes(sections, flags, num_bytes, text)
     model["dropout"] = _choose_dropout(passes)
     if model["dropout"]:
@@ -180,8 +185,8 @@ def _choose_fraction(num_bytes: int) -> float:
 
 
 def _has_many_characters(text: Text) -> bool:
-    """Say whether the script is one like Chinese, rather than an alphabet."""
-    return text.num_characters > _FEW_CHARACTERS
+    """Say whether the script is one like Chinese, rather than an alphabet with rare signs."""
+    return text.num_common > _FEW_CHARACTERS
 
 
 def _choose_tokenizer(row: _Row, text: Text) -> str:
@@ -230,7 +235,11 @@ def _count_passes(
     if values.get("max_steps", -1) < 0:  # as Trainer reads it
         return values.get("num_train_epochs", 3)
     blocks = values["per_device_train_batch_size"] * values.get("gradient_accumulation_steps", 1)
-    tokens = values["max_steps"] * blocks * values.get("max_position_embeddings", 1024)
+    blocks *= int(os.environ.get("WORLD_SIZE", 1))  # of processes that train together
+    context = values.get("max_position_embeddings")
+    if context is None:  # that of a preset
+        context = min(LONGEST, load_preset(values["preset"]).max_position_embeddings)
+    tokens = values["max_steps"] * blocks * (values.get("context_length") or context)
     return tokens * _count_bytes_per_token(values, text) / num_bytes
 
 
@@ -265,7 +274,7 @@ def _explain(
     lines = {
         ("tokenizer", "vocab_size", "chat_template"): f"{_say_size(num_bytes)}{what} to train on, "
         f"with {text.num_characters:,} different characters",
-        ("n_embd", "block_size", "max_steps"): "a larger model would learn so short a text by heart"
+        ("n_embd", "block_size", "max_steps"): "more would learn so short a text by heart"
         if is_short
         else "as much as a few minutes on 2 CPU cores allow",
         ("dropout", "attention_dropout"): _explain_dropout(passes),

@@ -43,16 +43,19 @@ class EvaluatingTrainer(HubTrainer):
 
         The blocks come in their order, which tells one half from the other.
         """
-        # Trainer reads these here, for training and evaluation alike.
+        # Trainer reads these here, for training and evaluation alike. Workers that persist would
+        # serve the blocks of the first evaluation in all later ones.
         args = self.args
-        kept = args.dataloader_drop_last, args.train_sampling_strategy
-        args.dataloader_drop_last = False
+        names = "dataloader_drop_last", "dataloader_persistent_workers", "train_sampling_strategy"
+        kept = {name: getattr(args, name) for name in names}
+        args.dataloader_drop_last = args.dataloader_persistent_workers = False
         if self.estimate is not None:
             args.train_sampling_strategy = "random"  # sequential in evaluations
         try:
             return super().get_eval_dataloader(eval_dataset)
         finally:
-            args.dataloader_drop_last, args.train_sampling_strategy = kept
+            for name, value in kept.items():
+                setattr(args, name, value)
 
     def evaluation_loop(
         self, dataloader, description, *args, metric_key_prefix: str = "eval", **kwargs

@@ -22,7 +22,8 @@ from .held_out import Estimate, count_tokens
 from .recipes import CHOSEN, Choice
 from .trainer import NanoGPTTrainer
 
-_FEW_TOKENS = 1_000  # held out
+_FEW_TOKENS = 1_000  # learnt ones that are held out
+_LONG = 100_000  # tokens held out, of which some are surely learnt
 
 
 def describe_plan(
@@ -52,7 +53,7 @@ def describe_plan(
         part += f"; blocks of {length:,} tokens of its {context:,} (--context_length)"
     evaluation = None
     if trainer.estimate and isinstance(held_out, PackedBlocks) and args.eval_strategy != "no":
-        evaluation = _describe_evaluation(trainer.estimate, len(held_out))
+        evaluation = _describe_evaluation(trainer.estimate, held_out)
     facts = {
         "data": f"{learnt} to train on, {measured} held out",
         "tokenizer": _describe_tokenizer(trainer, start_from, data_args),
@@ -67,16 +68,18 @@ def describe_plan(
     return "\n".join(f"{name:<10} {fact}" for name, fact in lines if fact)
 
 
-def _describe_evaluation(estimate: Estimate, num_blocks: int) -> str:
-    """Say what the loss is estimated on while training; `num_blocks` are held out."""
-    count = count_tokens(estimate)
+def _describe_evaluation(estimate: Estimate, held_out: PackedBlocks) -> str:
+    """Say what the loss is estimated on while training."""
+    count = count_tokens(estimate.blocks)
     rows = (estimate.blocks[i]["input_ids"] for i in range(len(estimate.blocks)))
     what = "tokens" if all(is_learnt(row[1:]).all() for row in rows) else "tokens of answers"
-    if len(estimate.blocks) == num_blocks:
-        rough = "; so few make rough figures: hold out more" if count < _FEW_TOKENS else ""
-        return f"on all {count:,} {what}{rough}"
-    half = ", in one half of the held-out text" if estimate.has_halves else ""
-    return f"on {count:,} {what}{half}; at the end on all"
+    if len(estimate.blocks) == len(held_out):
+        told, total = f"on all {count:,} {what}", count
+    else:
+        half = ", in one half of the held-out text" if estimate.has_halves else ""
+        total = count_tokens(held_out) if held_out.num_tokens < _LONG else _FEW_TOKENS
+        told = f"on {count:,} {what}{half}; at the end on all"
+    return told + ("; so few make rough figures: hold out more" if total < _FEW_TOKENS else "")
 
 
 def collect_metrics(

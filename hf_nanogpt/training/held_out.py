@@ -72,8 +72,11 @@ def _afford(
     args: NanoGPTTrainingArguments, blocks: PackedBlocks | PackedStream, context_length: int
 ) -> int:
     """Return the tokens of one evaluation that keep all of them within `_SHARE`."""
-    rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    per_epoch = args.max_steps if isinstance(blocks, PackedStream) else -(-len(blocks) // rows)
+    rows: float = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    per_epoch = args.max_steps
+    if isinstance(blocks, PackedBlocks):
+        per_epoch = math.ceil(len(blocks) / rows)
+        rows = len(blocks) / per_epoch  # fewer in the last step of an epoch, perhaps the only one
     steps = args.max_steps if args.max_steps > 0 else per_epoch * args.num_train_epochs
     interval = per_epoch if args.eval_strategy == "epoch" else args.eval_steps or steps
     evaluations = math.ceil(1 / interval if interval < 1 else steps / interval)
@@ -81,9 +84,9 @@ def _afford(
     return int(_SHARE * _STEP * steps * rows * context_length / evaluations)
 
 
-def count_tokens(estimate: Estimate) -> int:
-    """Return the tokens that an estimate predicts."""
-    rows = (estimate.blocks[i]["input_ids"] for i in range(len(estimate.blocks)))
+def count_tokens(blocks: Subset | PackedBlocks) -> int:
+    """Return the tokens of blocks that are learnt, and so are measured."""
+    rows = (blocks[i]["input_ids"] for i in range(len(blocks)))
     return sum(int(is_learnt(row)[1:].sum()) for row in rows)
 
 

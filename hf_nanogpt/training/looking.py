@@ -1,5 +1,6 @@
 """What a text is like, by its beginning: its size, its characters, the length of conversations."""
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from datasets import Dataset
 
 from ..data.conversations import MESSAGES
 from ..data.documents import DataArguments, open_table
-from ..data.reading import find_format, read_pieces
+from ..data.reading import count_bytes, find_format, read_pieces
 from ..data.sources import find_files, name_file
 from ..data.stored import holds_tokens
 
@@ -26,6 +27,7 @@ class Text:
     num_characters: int  # different ones
     num_words: int  # different ones, between blanks
     conversation: int = 0  # characters that nine of ten conversations have at most; 0 of other text
+    num_common: int = 0  # different characters that make up 99 % of the text
 
 
 def look_at(data: DataArguments) -> Text | None:
@@ -37,18 +39,17 @@ def look_at(data: DataArguments) -> Text | None:
     if data.streaming or holds_tokens(Path(data.data)):
         return None
     files = find_files(data.data)
-    size = sum(file.stat().st_size for file in files)
     texts: Iterable[str]
     are_chats = False
     if files and not find_format(files[0]):
+        size = sum(map(count_bytes, files))
         named = ((file, name_file(data.data, file)) for file in files)
         texts = (piece for file, name in named for piece in read_pieces(file, name, 100_000))
     else:
         table = open_table(data.data, files, data)
+        size = table.data.nbytes if isinstance(table, Dataset) else 0
         are_chats = "text" not in (table.column_names or [])
         texts = (_spell(row[MESSAGES]) if are_chats else row["text"] for row in table)
-        # Files may be compressed, and those of the Hub are elsewhere.
-        size = max(size, table.data.nbytes) if isinstance(table, Dataset) else size
     return _measure(texts, size, are_chats)
 
 
@@ -59,7 +60,7 @@ def _spell(messages: list[dict[str, Any]]) -> str:
 
 def _measure(texts: Iterable[str], size: int, are_chats: bool) -> Text | None:
     """Count what texts are made of. If they are long, take `size` for their bytes."""
-    characters, words, lengths = set[str](), set[str](), list[int]()
+    characters, words, lengths = Counter[str](), set[str](), list[int]()
     bytes_read = length = 0  # bytes and characters of what is read
     for text in texts:
         characters.update(text)
@@ -72,4 +73,7 @@ def _measure(texts: Iterable[str], size: int, are_chats: bool) -> Text | None:
         return None
     num_bytes = max(bytes_read, size) if length > _LOOK else bytes_read
     longest = int(np.quantile(lengths, 0.9)) if are_chats else 0
-    return Text(num_bytes, bytes_read / length, len(characters), len(words), longest)
+    counts = np.sort(list(characters.values()))[::-1]
+    num_common = 1 + int(np.searchsorted(np.cumsum(counts), 0.99 * length))
+    per_character = bytes_read / length
+    return Text(num_bytes, per_character, len(characters), len(words), longest, num_common)
