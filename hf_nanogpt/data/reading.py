@@ -70,7 +70,7 @@ def open_bytes(path: Path) -> BinaryIO:
     return path.open("rb")
 
 
-def count_bytes(path: Path) -> int:
+def count_file_bytes(path: Path) -> int:
     """Return the size of a file, as it is when it is decompressed."""
     if path.suffix.lower() not in _COMPRESSED:
         return path.stat().st_size

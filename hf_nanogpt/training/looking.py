@@ -11,7 +11,7 @@ from datasets import Dataset
 
 from ..data.conversations import MESSAGES
 from ..data.documents import DataArguments, open_table
-from ..data.reading import count_bytes, find_format, read_pieces
+from ..data.reading import count_file_bytes, find_format, read_pieces
 from ..data.sources import find_files, name_file
 from ..data.stored import holds_tokens
 
@@ -42,7 +42,7 @@ def look_at(data: DataArguments) -> Text | None:
     texts: Iterable[str]
     are_chats = False
     if files and not find_format(files[0]):
-        size = sum(map(count_bytes, files))
+        size = sum(map(count_file_bytes, files))
         named = ((file, name_file(data.data, file)) for file in files)
         texts = (piece for file, name in named for piece in read_pieces(file, name, 100_000))
     else:
