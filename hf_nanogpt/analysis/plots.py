@@ -36,8 +36,10 @@ def plot_losses(
     figure = _new_figure(4.2)
     axes = figure.subplots()
     train, validation = map(series, ("loss", "eval_loss"))
-    axes.plot(*train, color=BLUE, alpha=0.55, linewidth=1.3, label="training")
-    label = "validation, estimated" if final else "validation"
+    # A curve without points has no label. A short run may have logged no training loss.
+    label = "training" if train[0] else ""
+    axes.plot(*train, color=BLUE, alpha=0.55, linewidth=1.3, label=label)
+    label = ("validation, estimated" if final else "validation") if validation[0] else ""
     open_circles = {"marker": "o", "markersize": 4, "markerfacecolor": "white"}
     axes.plot(*validation, color=ORANGE, linewidth=2, label=label, **open_circles)
     if final:
