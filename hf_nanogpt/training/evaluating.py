@@ -48,7 +48,8 @@ class EvaluatingTrainer(HubTrainer):
         args = self.args
         names = "dataloader_drop_last", "dataloader_persistent_workers", "train_sampling_strategy"
         kept = {name: getattr(args, name) for name in names}
-        args.dataloader_drop_last = args.dataloader_persistent_workers = False
+        args.dataloader_drop_last = False
+        args.dataloader_persistent_workers = False
         if self.estimate is not None:
             args.train_sampling_strategy = "random"  # sequential in evaluations
         try:
