@@ -129,7 +129,10 @@ ROPE = {
 
 def native_equivalent(model, native_config, native_class):
     names = set(native_config().to_dict()) & set(model.config.to_dict())
-    fields = {n: getattr(model.config, n) for n in names - {"architectures", "model_type"}}
+    fields = {
+        n: getattr(model.config, n)
+        for n in names - {"architectures", "model_type", "attention_dropout"}
+    }
     config = native_config(**fields, rms_norm_eps=model.config.norm_eps)
     native = native_class(config).eval()
     native.load_state_dict(model.state_dict())
