@@ -21,7 +21,7 @@ _SETTINGS: dict[str, list[tuple[str, str, str]]] = {
         ("n_head", "3", "attention heads"),
         ("n_embd", "192", "width"),
         ("block_size", "256", "context in tokens"),
-        ("dropout", "0.0", "share of activations dropped; 0.1 to 0.3 for small texts"),
+        ("dropout", "0.0", "share of activations dropped; 0.1 to 0.4 for small texts"),
     ],
     "the run": [
         ("output_dir", "runs/quickstart", "folder to write"),
