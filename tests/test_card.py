@@ -236,7 +236,7 @@ HOSTILE = [
 ]
 
 
-@pytest.mark.parametrize("sample", [*HOSTILE, render()])
+@pytest.mark.parametrize("sample", [*HOSTILE, pytest.param(render(), id="a card")])
 def test_no_sample_makes_a_card_look_edited_or_leaves_its_fence(sample, tmp_path):
     card, again = render(sample=sample, prompt="a\n" + sample), render(sample=sample, train_steps=9)
     path = tmp_path / "README.md"

@@ -173,3 +173,10 @@ def test_no_tracked_file_names_a_place_on_one_machine():
             continue
         text = path.read_text(encoding="utf-8")
         assert not re.search(r"/(root|home|work|Users)/[a-z]", text), name
+
+
+@pytest.mark.xdist_group("house")
+def test_the_tests_of_a_group_run_in_one_worker(request):
+    # pytest 9.2 with pytest-xdist 3.8 spreads them, and each worker makes their slow fixtures anew.
+    if getattr(request.config.option, "loadgroup", False):
+        assert request.node.nodeid.endswith("@house")
