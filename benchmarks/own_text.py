@@ -193,15 +193,15 @@ def main(argv: list[str]) -> None:
     elif chosen:
         cells = [cell for cell in cells if [cell[0], str(cell[1])] == chosen[:2]]
     if not cells:
-        raise SystemExit(f"{' '.join(chosen)} is no cell of the table.\n{__doc__}")
+        raise SystemExit(f"The table has no cell {' '.join(chosen)}.\n{__doc__}")
     for name, size in cells:
         text = cut(read_text(name, Path(shakespeare)), size)
         if text is None:  # there is no such amount of it
             continue
         is_one = size > MANY_SEEDS or chosen == ["--quick"] or flags
         seeds = SEEDS[: int(chosen[2]) if len(chosen) > 2 else 1 if is_one else len(SEEDS)]
-        key, done = f"{name} {size}", read_cells()
-        known = {} if flags else done.get(key, {})
+        key = f"{name} {size}"
+        known = {} if flags else read_cells().get(key, {})
         for cell in measure_cell(text, seeds, flags, known):
             if not flags:
                 write_results("own_text", {"cells": read_cells() | {key: cell}})

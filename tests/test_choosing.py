@@ -29,7 +29,7 @@ from hf_nanogpt.training.choosing import choose_recipe, settle_recipe, store_rec
 from hf_nanogpt.training.looking import Text, look_at
 from hf_nanogpt.training.origins import explain_settings
 from hf_nanogpt.training.preparing import make_config
-from hf_nanogpt.training.recipes import as_flags
+from hf_nanogpt.training.recipes import Choice, as_flags
 
 TINY = {
     "n_layer": 1,
@@ -348,11 +348,20 @@ def test_overwriting_a_run_keeps_the_recipe_that_is_given(tmp_path):
     recipe = tmp_path / "chosen_recipe.yaml"
     recipe.write_text("data: {tokenizer: char}")
     (tmp_path / "model.safetensors").touch()
-    clear_output_dir(tmp_path)
+    clear_output_dir(tmp_path, str(recipe))
     store_recipe(recipe, tmp_path)
     assert recipe.read_text() == "data: {tokenizer: char}" and len(list(tmp_path.iterdir())) == 1
     store_recipe("quickstart", tmp_path)  # which is another one
     assert not recipe.exists()
+
+
+def test_overwriting_a_run_replaces_its_choice_though_all_is_typed(tmp_path):
+    recipe = tmp_path / "chosen_recipe.yaml"
+    recipe.write_text("data: {tokenizer: byte}")
+    choice = Choice({"data": {"tokenizer": "char"}, "training": {}})  # without a reason to say
+    clear_output_dir(tmp_path, str(choice))
+    store_recipe(choice, tmp_path)
+    assert "tokenizer: char" in recipe.read_text()
 
 
 def test_settings_are_checked_against_the_chosen_ones_not_against_the_quickstarts(tmp_path):

@@ -96,14 +96,15 @@ def check_writable(path: Path, *, name: str) -> None:
 # Clear
 
 
-def clear_output_dir(output_dir: str | Path) -> None:
+def clear_output_dir(output_dir: str | Path, recipe: str = "") -> None:
     """Delete what an earlier training left in `output_dir`, and nothing else.
 
-    The lock belongs to the training that is starting. So does the recipe: it may be the given one.
+    The lock belongs to the training that is starting, and so does its `recipe`, if that is a file.
     """
+    given = Path(recipe).resolve()
     for pattern in ARTIFACTS:
         for path in Path(output_dir).glob(pattern):
-            if path.name not in (LOCK, RECIPE):
+            if path.name != LOCK and path.resolve() != given:
                 _delete(path)
 
 

@@ -23,7 +23,7 @@ from .recipes import CHOSEN, Choice
 from .trainer import NanoGPTTrainer
 
 _FEW_TOKENS = 1_000  # learnt ones that are held out
-_LONG = 100_000  # tokens held out, of which some are surely learnt
+_LONG = 100_000  # tokens; if more are held out, enough of them are learnt
 
 
 def describe_plan(

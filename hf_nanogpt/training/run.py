@@ -121,7 +121,7 @@ def train(
 
         # Until here nothing has been written or deleted.
         if args.should_save and overwrite:
-            clear_output_dir(args.output_dir)
+            clear_output_dir(args.output_dir, str(chosen))
         elif args.should_save and resume:
             clear_unfinished(args.output_dir, last_checkpoint)
         if args.should_save:
