@@ -164,3 +164,16 @@ def hub(monkeypatch):
 def tokens() -> torch.Tensor:
     """Random token ids, (2, 20), without the pad token."""
     return torch.randint(1, TINY["vocab_size"], (2, 20), generator=torch.Generator().manual_seed(1))
+
+
+def native_equivalent(model, native_config, native_class):
+    """Return the class of transformers with the same settings and weights."""
+    names = set(native_config().to_dict()) & set(model.config.to_dict())
+    fields = {
+        n: getattr(model.config, n)
+        for n in names - {"architectures", "model_type", "attention_dropout"}
+    }
+    config = native_config(**fields, rms_norm_eps=model.config.norm_eps)
+    native = native_class(config).eval()
+    native.load_state_dict(model.state_dict())
+    return native

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import FAMILIES, assert_same, tiny_model
+from conftest import FAMILIES, assert_same, native_equivalent, tiny_model
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -95,13 +95,7 @@ def hessian_product(model: nn.Module, tokens: torch.Tensor) -> list[torch.Tensor
 
 def test_hessian_vector_product_is_that_of_llama(kernels, tokens):
     model = make_model(kernels)
-    names = set(LlamaConfig().to_dict()) & set(model.config.to_dict())
-    fields = {
-        n: getattr(model.config, n)
-        for n in names - {"architectures", "model_type", "attention_dropout"}
-    }
-    llama = LlamaForCausalLM(LlamaConfig(**fields, rms_norm_eps=model.config.norm_eps)).eval()
-    llama.load_state_dict(model.state_dict())
+    llama = native_equivalent(model, LlamaConfig, LlamaForCausalLM)
     for found, expected in zip(*(hessian_product(m, tokens) for m in (model, llama)), strict=True):
         scale = expected.abs().max().item()
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * scale)

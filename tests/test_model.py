@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from conftest import tiny_config, tiny_model
+from conftest import native_equivalent, tiny_config, tiny_model
 from torch import nn
 from transformers import (
     AttentionInterface,
@@ -125,18 +125,6 @@ ROPE = {
         "original_max_position_embeddings": 16,
     },
 }
-
-
-def native_equivalent(model, native_config, native_class):
-    names = set(native_config().to_dict()) & set(model.config.to_dict())
-    fields = {
-        n: getattr(model.config, n)
-        for n in names - {"architectures", "model_type", "attention_dropout"}
-    }
-    config = native_config(**fields, rms_norm_eps=model.config.norm_eps)
-    native = native_class(config).eval()
-    native.load_state_dict(model.state_dict())
-    return native
 
 
 @pytest.mark.parametrize("rope_type", ROPE)
