@@ -196,6 +196,12 @@ def test_compiled_it_is_one_graph(family, tokens):
 def _train_apart(way: str, tokens: torch.Tensor) -> None:
     """Print the loss and the gradient of the head of one step of two processes."""
     torch.distributed.init_process_group("gloo")
+    print(json.dumps(_take_step(way, tokens)))
+    # Only now, without the model: DDP that frees the last of a group waits for its threads forever.
+    torch.distributed.destroy_process_group()
+
+
+def _take_step(way: str, tokens: torch.Tensor) -> list:
     module.LOGITS_AT_ONCE = 7 * V
     model = tiny_model("gpt2").train()  # its head is its embedding
     if way == "ddp":
@@ -209,8 +215,7 @@ def _train_apart(way: str, tokens: torch.Tensor) -> None:
     loss.backward()
     gradient = model.lm_head.weight.grad
     gradient = gradient.full_tensor() if way == "fsdp" else gradient
-    print(json.dumps([loss.item(), gradient.tolist()]))
-    torch.distributed.destroy_process_group()
+    return [loss.item(), gradient.tolist()]
 
 
 @forked
