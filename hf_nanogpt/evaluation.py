@@ -219,7 +219,9 @@ def evaluate(
     model.eval()
     total = torch.zeros(3, dtype=torch.float64)
     try:
-        for batch in tqdm(loader, desc="Evaluating", disable=not show_progress, leave=False):
+        # None: a bar in a terminal, and nothing in a file.
+        hidden = None if show_progress else True
+        for batch in tqdm(loader, desc="Evaluating", disable=hidden, leave=False):
             batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
             total += sum_losses(model, batch, counts).sum(dim=0).cpu()
     finally:

@@ -137,9 +137,14 @@ def pytest_collection_finish():
 
 
 @pytest.fixture(autouse=True)
-def _seed():
-    """Let no test depend on what those before it drew at random."""
+def _start_alike():
+    """Let no test depend on what those before it drew at random, or told accelerate to do."""
     set_seed(0)
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
 
 
 @pytest.fixture(params=FAMILIES)

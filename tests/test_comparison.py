@@ -28,7 +28,9 @@ def workplace(tmp_path, monkeypatch) -> Path:
 def test_table_has_a_row_for_each_checkpoint(workplace, capsys):
     flags = ["--data=my.txt", "--stride=9", "--context_length=32", "--plot=plot.svg"]
     assert main(["eval", "nano", "gpt2", *flags]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    printed, noise = capsys.readouterr()
+    lines = printed.splitlines()
+    assert not noise  # a bar is for a terminal
     drawn = Path("plot.svg").read_text(encoding="utf-8")
     assert lines[0].split("  ")[0] == "checkpoint"
     for name, line in zip(("nano", "gpt2"), lines[1:3], strict=True):

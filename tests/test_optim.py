@@ -10,6 +10,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from conftest import tiny_model
 
 from hf_nanogpt import MuonAdamW, build_optimizer
+from hf_nanogpt.errors import UserError
 from hf_nanogpt.training.optim import OPTIM_DEFAULTS
 from hf_nanogpt.training.orthogonal import orthogonalize
 
@@ -214,6 +215,17 @@ def test_every_parameter_is_in_exactly_one_group(family, recipe, tied):
 def test_rates_of_adamw_beside_muon_fall_with_the_root_of_the_width():
     groups = build_optimizer(tiny_model("nano", n_embd=512, n_layer=1)).param_groups
     assert [group["lr"] for group in groups] == pytest.approx([0.03, 0.075, 0.0075])
+
+
+def test_the_rate_of_the_head_is_what_is_given():
+    model = tiny_model("nano", n_embd=512, n_layer=1)
+    groups = build_optimizer(model, head_learning_rate=0.002).param_groups
+    assert {group["name"]: group["lr"] for group in groups} == pytest.approx(
+        {"matrices": 0.03, "embeddings": 0.075, "others": 0.002}
+    )
+    assert any(p is model.lm_head.weight for p in groups[-1]["params"])
+    with pytest.raises(UserError, match=r"head_learning_rate=0\.002 has an effect only"):
+        build_optimizer(model, recipe="adamw", head_learning_rate=0.002)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

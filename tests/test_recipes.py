@@ -166,18 +166,23 @@ def test_settings_of_an_adapter_are_shown_without_an_architecture():
 def test_a_typed_optimizer_gets_its_own_rates_and_not_those_of_the_recipe(tmp_path):
     recipe = tmp_path / "mine.yaml"
     recipe.write_text(
-        "training: {learning_rate: 0.05, weight_decay: 0.3, momentum_warmup_steps: 9}"
+        "training: {learning_rate: 0.05, weight_decay: 0.3, momentum_warmup_steps: 9, "
+        "head_learning_rate: 0.002}"
     )
 
     def rates(*flags: str) -> tuple:
         args = parse_settings(recipe, flags, use_cpu=True)[2]
-        return args.learning_rate, args.weight_decay, args.momentum_warmup_steps
+        shared = (args.learning_rate, args.weight_decay)
+        return *shared, args.momentum_warmup_steps, args.head_learning_rate
 
-    assert rates() == rates("--optim_recipe=muon") == (0.05, 0.3, 9)
+    assert rates() == rates("--optim_recipe=muon") == (0.05, 0.3, 9, 0.002)
     adamw = OPTIM_DEFAULTS["adamw"]
-    assert rates("--optim_recipe", "adamw") == (adamw.learning_rate, adamw.weight_decay, 0)
-    assert rates("--optim=sgd") == (TrainingArguments.learning_rate, 0.0, 0)
+    assert rates("--optim_recipe", "adamw") == (adamw.learning_rate, adamw.weight_decay, 0, None)
+    assert rates("--optim=sgd") == (TrainingArguments.learning_rate, 0.0, 0, None)
     assert rates("--optim_recipe=adamw", "--learning_rate=0.002")[0] == 0.002
+    # That of the head goes with that of the matrices.
+    assert rates("--learning_rate=0.01") == (0.01, 0.3, 9, None)
+    assert rates("--learning_rate=0.01", "--head_learning_rate=0.1") == (0.01, 0.3, 9, 0.1)
     recipe.write_text("training: {learning_rate: 0.05, optim_recipe: adamw}")
     assert rates("--optim_recipe=adamw")[0] == 0.05
     assert rates("--optim_recipe=muon")[0] == OPTIM_DEFAULTS["muon"].learning_rate

@@ -188,6 +188,8 @@ def test_each_field_of_training_arguments_trains_or_is_refused_by_name(text, tmp
         ({"eval_steps": 0, "eval_strategy": "steps"}, "for none, set eval_strategy=no"),
         ({"momentum_warmup_steps": 9, "optim_recipe": "adamw"}, "momentum_warmup_steps=9 has an"),
         ({"momentum_warmup_steps": 9, "optim": "sgd"}, "only with optim_recipe=muon"),
+        ({"head_learning_rate": 0.1, "optim": "sgd"}, "head_learning_rate=0.1 has an effect only"),
+        ({"head_learning_rate": -0.1}, "head_learning_rate=-0.1 must be at least 0"),
         ({"seed": 2**32}, "seed=4294967296 must be a whole number, at least 0 and below 2**32"),
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps=0"),
         ({"eval_accumulation_steps": 0}, "eval_accumulation_steps=0"),
@@ -315,3 +317,17 @@ def test_a_push_is_refused_offline_before_anything_is_trained(tmp_path, monkeypa
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=r"push_to_hub=True needs the Hub, and HF_HUB_OFFLINE"):
         NanoGPTTrainingArguments(output_dir=str(tmp_path), push_to_hub=True)
+
+
+def test_a_model_to_start_from_goes_over_a_short_text_again(checkpoint, text, tmp_path):
+    def tune(name: str, **settings) -> int:
+        settings |= {"num_threads": 1, "disable_tqdm": True, "use_cpu": True, "sample_steps": 0}
+        folder = str(tmp_path / name)
+        result = train(data=text, output_dir=folder, start_from=checkpoint, **settings)
+        return result.metrics["planned_steps"]
+
+    # 1,800 bytes to train on, in steps of 8 blocks of 32; without a name, the recipe is `finetune`.
+    assert tune("once", min_train_tokens=0) == 8
+    assert tune("again", min_train_tokens=4000) == 3 * 8
+    assert tune("typed", num_train_epochs=2) == 2 * 8
+    assert tune("steps", max_steps=2) == 2

@@ -39,7 +39,7 @@ _SETTINGS: dict[str, list[tuple[str, str, str]]] = {
 }
 # The groups of `--help GROUP`, by the beginnings of the names.
 _GROUPS = {
-    "optim": "optim|learning_rate|weight_decay|adam|max_grad|momentum|lr_|warmup|label_smooth|neft",
+    "optim": "optim|(head_)?learning|weight_decay|adam|max_grad|momentum|lr_|warmup|label_|neft",
     "eval": "eval|do_eval|metric|greater|load_best|batch_eval|per_device_eval|predict|validation",
     "save": "save|output_dir|restore|overwrite|resume|ignore_data|enable_jit",
     "log": "log|report|run_name|disable_tqdm|include_num|sample_|project|trackio|skip_memory",

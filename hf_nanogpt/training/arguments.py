@@ -22,6 +22,7 @@ from ..presets import PRESETS
 from ..untrusted import parse_json
 from .checks import (
     METRICS,
+    ONLY_MUON,
     check_needs,
     check_processes,
     check_run,
@@ -61,12 +62,20 @@ class NanoGPTTrainingArguments(TrainingArguments):
     learning_rate: float | None = setting(  # type: ignore[assignment]
         None, "Peak learning rate; with muon, that of the matrices."
     )
+    head_learning_rate: float | None = setting(
+        None,
+        "With muon, that of the head, norms and biases. Default: half of learning_rate, less above "
+        "width 128. Lower, a large vocabulary is not learnt by heart so soon.",
+    )
     adam_beta1: float | None = None  # type: ignore[assignment]
     adam_beta2: float | None = None  # type: ignore[assignment]
     weight_decay: float | None = None  # type: ignore[assignment]
     max_grad_norm: float | None = None  # type: ignore[assignment]
     momentum_warmup_steps: int = setting(
         0, "Steps in which Muon's momentum rises from 0.85 to 0.95."
+    )
+    min_train_tokens: int = setting(
+        0, "Tokens to train on, at the least: shorter data are gone over again. Not with max_steps."
     )
     document_mask: bool = setting(
         True,
@@ -189,10 +198,11 @@ _REPLACED = {
     "preset": {*ModelArguments.__annotations__},
     "bias": {"attention_bias", "mlp_bias"},
     "dropout": {"attention_dropout"},
-    "num_train_epochs": {"max_steps"},
+    "num_train_epochs": {"max_steps", "min_train_tokens"},
     # The rates of another optimizer.
-    "optim": {*vars(OPTIM_DEFAULTS["muon"]), "momentum_warmup_steps"},
-    "optim_recipe": {*vars(OPTIM_DEFAULTS["muon"]), "momentum_warmup_steps"},
+    "optim": {*vars(OPTIM_DEFAULTS["muon"]), *ONLY_MUON},
+    "optim_recipe": {*vars(OPTIM_DEFAULTS["muon"]), *ONLY_MUON},
+    "learning_rate": {"head_learning_rate"},
     # Steps between evaluations say something only if it is steps that are counted.
     "eval_steps": {"eval_strategy"},
     "save_steps": {"save_strategy"},

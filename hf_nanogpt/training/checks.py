@@ -37,15 +37,21 @@ _WHOLE = {
     "seed": 0,
     "data_seed": 0,
     "momentum_warmup_steps": 0,
+    "min_train_tokens": 0,
     "dataloader_num_workers": 0,
 }
-_FROM_0 = ("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm", "neftune_noise_alpha")
+_FROM_0 = (
+    *("learning_rate", "head_learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm"),
+    "neftune_noise_alpha",
+)
 _SHARES = ("adam_beta1", "adam_beta2", "label_smoothing_factor")
 _INTERVALS = ("logging_steps", "eval_steps", "save_steps", "sample_steps")
 
 # What Trainer passes to every schedule.
 _SET_BY_TRAINER = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch")
 
+# Settings that do something only with Muon.
+ONLY_MUON = ("head_learning_rate", "momentum_warmup_steps")
 # Settings that do something only together with another.
 _NEEDS = {
     "lora_rank": "lora",
@@ -151,11 +157,12 @@ def check_needs(args: Any) -> None:
             raise UserError(f"{name}={value} has no effect without --{needed}: add it.")
     if args.push_to_hub and is_offline_mode():
         raise UserError("push_to_hub=True needs the Hub, and HF_HUB_OFFLINE is set: unset one.")
-    if args.momentum_warmup_steps and (args.optim or args.optim_recipe != "muon"):
-        raise UserError(
-            f"momentum_warmup_steps={args.momentum_warmup_steps} has an effect only with "
-            "optim_recipe=muon: set it to 0."
-        )
+    for name in ONLY_MUON:
+        value = getattr(args, name)
+        if value != defaults[name] and (args.optim or args.optim_recipe != "muon"):
+            raise UserError(
+                f"{name}={value} has an effect only with optim_recipe=muon: leave it out."
+            )
     if not args.lora:
         return
     if args.is_sharded:

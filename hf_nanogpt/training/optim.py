@@ -208,6 +208,7 @@ def build_optimizer(
     *,
     recipe: OptimRecipe = "muon",
     learning_rate: float | None = None,
+    head_learning_rate: float | None = None,
     weight_decay: float | None = None,
     betas: tuple[float, float] | None = None,
     eps: float = 1e-8,
@@ -217,13 +218,15 @@ def build_optimizer(
     """Make the optimizer of a recipe; an argument of `None` means the value in `OPTIM_DEFAULTS`.
 
     `"muon"`: Muon for the matrices inside the layers, at `learning_rate`; AdamW for untied
-    embeddings at 5 times that rate, and for all else (head, norms, biases) at half of it.
+    embeddings at 5 times that rate, and for all else (head, norms, biases) at `head_learning_rate`,
+    which is half of it by default.
     `"adamw"`: AdamW for everything at `learning_rate`, with weight decay on matrices only. Groups
     have a `name`, and every trainable parameter is in exactly one group. For `process_group`, see
     `MuonAdamW`.
 
     One rate serves all widths: the norm of Muon's update does not depend on the width, and AdamW's
-    rates next to it fall with the square root of a width above 128, as nanochat's do. The default
+    rates next to it fall with the square root of a width above 128, as nanochat's do (but for a
+    `head_learning_rate` that is given). The default
     suits some hundred steps of 256 to 2,048 tokens each. With more tokens in a step, the rate can
     be up to twice as high; for many thousand steps it should be lower.
     """
@@ -238,8 +241,14 @@ def build_optimizer(
     betas = (defaults.adam_beta1, defaults.adam_beta2) if betas is None else betas
     # Groups without parameters, such as embeddings under LoRA, are left out.
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    split = _split_for_adamw if recipe == "adamw" else _split_for_muon
-    groups = split(named, model.config, lr, decay)
+    if recipe == "adamw":
+        if head_learning_rate is not None:
+            raise UserError(
+                f"head_learning_rate={head_learning_rate} has an effect only with recipe=muon."
+            )
+        groups = _split_for_adamw(named, lr, decay)
+    else:
+        groups = _split_for_muon(named, model.config, lr, head_learning_rate, decay)
     filled = [{"name": name, **group} for name, group in groups.items() if group["params"]]
     return MuonAdamW(
         filled,
@@ -251,7 +260,7 @@ def build_optimizer(
     )
 
 
-def _split_for_adamw(named: _Named, config: Any, lr: float, decay: float) -> _Groups:
+def _split_for_adamw(named: _Named, lr: float, decay: float) -> _Groups:
     matrices, vectors = ([p for _, p in named if (p.ndim >= 2) is two_d] for two_d in (True, False))
     return {
         "matrices": {"lr": lr, "weight_decay": decay, "params": matrices},
@@ -259,12 +268,15 @@ def _split_for_adamw(named: _Named, config: Any, lr: float, decay: float) -> _Gr
     }
 
 
-def _split_for_muon(named: _Named, config: Any, lr: float, decay: float) -> _Groups:
+def _split_for_muon(
+    named: _Named, config: Any, lr: float, head_lr: float | None, decay: float
+) -> _Groups:
     narrowed = lr * min(1.0, _REFERENCE_WIDTH / config.hidden_size) ** 0.5
+    other_lr = narrowed * _OTHER_LR if head_lr is None else head_lr
     groups: _Groups = {
         "matrices": {"lr": lr, "weight_decay": decay, "algorithm": "muon", "params": []},
         "embeddings": {"lr": narrowed * _EMBEDDING_LR, "weight_decay": 0.0, "params": []},
-        "others": {"lr": narrowed * _OTHER_LR, "weight_decay": 0.0, "params": []},
+        "others": {"lr": other_lr, "weight_decay": 0.0, "params": []},
     }
     tied = getattr(config, "tie_word_embeddings", False)
     for name, parameter in named:

@@ -1,5 +1,6 @@
 """What a training needs before its first step: data, tokenizer, model and the blocks to learn."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias, cast
@@ -112,6 +113,8 @@ def prepare_blocks(
 ) -> tuple[Blocks, Blocks]:
     """Tokenise the corpus, and cut it into the blocks to train and to validate on.
 
+    Blocks of fewer than `min_train_tokens` tokens raise the passes over them, `num_train_epochs`.
+
     Raises:
         UserError: nothing can be learnt from the blocks, or they never end.
     """
@@ -138,6 +141,9 @@ def prepare_blocks(
             f"data={without_secrets(data_args.data)} is one character or token over and over, so "
             "there is nothing to learn: give other text."
         )
+    if isinstance(blocks, PackedBlocks) and args.max_steps <= 0:
+        passes = math.ceil(args.min_train_tokens / (len(blocks) * length))
+        args.num_train_epochs = max(args.num_train_epochs, passes)
     held_out = cut_blocks(validation, **cut)
     held_out.num_bytes = corpus.num_bytes
     if not _have_targets(held_out):

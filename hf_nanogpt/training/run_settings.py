@@ -24,7 +24,8 @@ logger = logging.get_logger(__name__)
 # checkpoint, whatever the user asks for.
 _DECISIVE = (
     *("optim_recipe", "optim", "optim_args", "optim_target_modules", "momentum_warmup_steps"),
-    *("learning_rate", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay"),
+    *("learning_rate", "head_learning_rate", "weight_decay"),
+    *("adam_beta1", "adam_beta2", "adam_epsilon"),
     *("max_grad_norm", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
     *("seed", "data_seed", "bf16", "fp16", "label_smoothing_factor"),
     *("neftune_noise_alpha", "train_sampling_strategy", "dataloader_drop_last", "document_mask"),

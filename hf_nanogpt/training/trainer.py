@@ -213,6 +213,7 @@ class NanoGPTTrainer(EvaluatingTrainer):
                 self.model if model is None else model,
                 recipe=args.optim_recipe,
                 learning_rate=args.learning_rate,
+                head_learning_rate=args.head_learning_rate,
                 weight_decay=args.weight_decay,
                 betas=(args.adam_beta1 or 0.0, args.adam_beta2 or 0.0),
                 eps=args.adam_epsilon,
