@@ -162,7 +162,7 @@ def choose_recipe(text: Text, flags: Sequence[str] = ()) -> Choice:
         **_fit_width(row, typed),
         "block_size": context,
     }
-    training = {
+    training: dict[str, Any] = {
         "max_steps": row.steps,
         "per_device_train_batch_size": batch,
         "per_device_eval_batch_size": batch,
