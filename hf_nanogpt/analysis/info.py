@@ -29,7 +29,7 @@ def describe(model: str) -> dict[str, str]:
     embedding = sum(table.weight.numel() for table in tables if table is not None)
     flops = count_flops(lm)
     cached = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    heads = f"{config.num_attention_heads} of {config.head_dim}"
+    heads = f"{config.num_attention_heads} of width {config.head_dim}"
     tied = "tied" if config.tie_word_embeddings else "untied"
     return {
         "layers": f"{config.num_hidden_layers:,}",

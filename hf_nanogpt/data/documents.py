@@ -63,6 +63,8 @@ class DataArguments:
     )
     num_proc: int | None = setting(default=None, help="Number of processes that tokenise.")
 
+    exact_vocab_size = True  # not where it was chosen: a text may give a BPE fewer tokens
+
     def __post_init__(self):
         check_chat_template(self.chat_template)
         check_fraction("validation_fraction", self.validation_fraction)

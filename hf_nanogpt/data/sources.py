@@ -127,7 +127,7 @@ def _check_file(path: Path, name: str) -> None:
     if (place := head.find(b"\0")) >= 0 and _is_text(head[:place]):  # NUL is valid UTF-8
         raise UserError(
             f"data={name} looks like a binary file: it has a NUL byte at offset {start + place}. "
-            "Give UTF-8 text. If it is one, remove them: tr -d '\\000' < FILE > NEW_FILE."
+            "Give UTF-8 text. To remove such bytes from a text: tr -d '\\000' < FILE > NEW_FILE."
         )
     if not _is_text(head):
         raise UserError(f"data={name} is not UTF-8 text: convert it to UTF-8, or give text.")

@@ -46,7 +46,8 @@ def make_tokenizer(args: DataArguments, documents: Documents) -> PreTrainedToken
         return load_tokenizer(args.tokenizer)
     texts = _limit(map(get_text, documents))
     kind = cast(TokenizerKind, args.tokenizer)
-    return train_tokenizer(texts, kind=kind, vocab_size=args.vocab_size)
+    most = args.vocab_size
+    return train_tokenizer(texts, kind=kind, vocab_size=most, exact=args.exact_vocab_size)
 
 
 def _limit(texts: Iterable[str]) -> Iterator[str]:
@@ -83,7 +84,11 @@ def load_tokenizer(name: str | Path, *, needs_eos: bool = True) -> PreTrainedTok
 
 
 def train_tokenizer(
-    texts: Iterable[str], *, kind: TokenizerKind = "bpe", vocab_size: int = 2048
+    texts: Iterable[str],
+    *,
+    kind: TokenizerKind = "bpe",
+    vocab_size: int = 2048,
+    exact: bool = True,
 ) -> PreTrainedTokenizerFast:
     """Make a tokenizer from `texts`; `<|endoftext|>` begins and ends documents, `<|pad|>` pads.
 
@@ -100,12 +105,12 @@ def train_tokenizer(
 
     Raises:
         UserError: `kind` is unknown, or `vocab_size` is below 257 (the bytes and `<|endoftext|>`)
-            or more than the text can give.
+            or, if it is to be `exact`, more than the text can give.
     """
     if kind not in TRAINED:
         raise UserError(f"kind={kind!r} must be bpe, char or byte.{did_you_mean(kind, TRAINED)}")
     if kind == "bpe":
-        tokenizer = _train_bpe(texts, vocab_size)
+        tokenizer = _train_bpe(texts, vocab_size, exact)
     else:
         characters = set(chain.from_iterable(texts)) if kind == "char" else set()
         tokenizer = _join_characters(characters)
@@ -119,7 +124,7 @@ def train_tokenizer(
     )
 
 
-def _train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+def _train_bpe(texts: Iterable[str], vocab_size: int, exact: bool) -> Tokenizer:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     if vocab_size <= len(alphabet):
         raise UserError(
@@ -135,7 +140,7 @@ def _train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         show_progress=sys.stderr.isatty() and not are_progress_bars_disabled(),
     )
     tokenizer.train_from_iterator(_cut_runs(texts), trainer)
-    if (size := tokenizer.get_vocab_size()) < vocab_size:
+    if exact and (size := tokenizer.get_vocab_size()) < vocab_size:
         raise UserError(
             f"This text gives a BPE only {size} tokens, not vocab_size={vocab_size}: give more "
             f"text, tokenizer='char', or vocab_size={size} or less."

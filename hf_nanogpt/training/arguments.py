@@ -199,6 +199,8 @@ _REPLACED = {
     "bias": {"attention_bias", "mlp_bias"},
     "dropout": {"attention_dropout"},
     "num_train_epochs": {"max_steps", "min_train_tokens"},
+    "min_train_tokens": {"max_steps"},
+    "max_steps": {"min_train_tokens"},
     # The rates of another optimizer.
     "optim": {*vars(OPTIM_DEFAULTS["muon"]), *ONLY_MUON},
     "optim_recipe": {*vars(OPTIM_DEFAULTS["muon"]), *ONLY_MUON},
@@ -288,6 +290,8 @@ def parse_settings(
     check_text(str(recipe), *chosen)
     data, model, training = make_parser().parse([*choose_defaults(recipe, chosen), *chosen])
     check_run(training)
+    if isinstance(recipe, Choice) and "vocab_size" not in read_flags(chosen):
+        data.exact_vocab_size = False
     architecture = {name: value for name, value in vars(model).items() if value is not None}
     _limit_context(architecture, data)
     if "rope_parameters" in architecture:

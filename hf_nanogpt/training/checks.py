@@ -149,6 +149,21 @@ def _list(names: Any) -> str:
     return f"{', '.join(others)} or {last}"
 
 
+def _check_together(args: Any, defaults: dict[str, Any]) -> None:
+    """Raise a `UserError` for a setting that has no effect beside another."""
+    if args.min_train_tokens and args.max_steps > 0:
+        raise UserError(
+            f"min_train_tokens={args.min_train_tokens} has no effect with max_steps="
+            f"{args.max_steps}: leave one of them out."
+        )
+    for name in ONLY_MUON:
+        value = getattr(args, name)
+        if value != defaults[name] and (args.optim or args.optim_recipe != "muon"):
+            raise UserError(
+                f"{name}={value} has an effect only with optim_recipe=muon: leave it out."
+            )
+
+
 def check_needs(args: Any) -> None:
     """Raise a `UserError` for a setting that has no effect without another."""
     defaults = {field.name: field.default for field in fields(args)}
@@ -157,12 +172,7 @@ def check_needs(args: Any) -> None:
             raise UserError(f"{name}={value} has no effect without --{needed}: add it.")
     if args.push_to_hub and is_offline_mode():
         raise UserError("push_to_hub=True needs the Hub, and HF_HUB_OFFLINE is set: unset one.")
-    for name in ONLY_MUON:
-        value = getattr(args, name)
-        if value != defaults[name] and (args.optim or args.optim_recipe != "muon"):
-            raise UserError(
-                f"{name}={value} has an effect only with optim_recipe=muon: leave it out."
-            )
+    _check_together(args, defaults)
     if not args.lora:
         return
     if args.is_sharded:

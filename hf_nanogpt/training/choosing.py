@@ -66,9 +66,9 @@ _RARE = 6  # times that each character comes, on average, if a BPE can have as m
 # Dropout grows with the passes over the text. The best of 0, 0.1, 0.2, 0.3 and 0.4 was 0 after 2
 # passes, 0.1 after 9, 0.2 after 18, 0.3 after 27 and 0.4 after 41.
 _FEW_PASSES, _PASSES, _MOST_DROPOUT = 4, 90, 0.4
-# Over another script: about 14 over 50 kB, and 3 over 1 MB; divided by the root of the bytes. The
-# head learns it by heart first; at a fifth of the usual rate, it gave 4 to 6 % fewer bits.
-_MOST_PASSES, _HEAD_RATE = 3000, 0.003
+# Over another script, divided by the root of its bytes: 14 over 50 kB, and 3 over 1 MB. The head is
+# what learns it by heart first; at this lower rate, the text took 2 to 6 % fewer bits.
+_MOST_PASSES, _FEWEST_STEPS, _HEAD_RATE = 3000, 25, 0.003
 _BPE_BYTES = {512: 2.0, 1024: 2.5, 2048: 3.0, 4096: 4.0}  # that a token stands for, about
 
 
@@ -87,8 +87,12 @@ def settle_recipe(
     Raises:
         UserError: as `parse_settings`, or the data cannot be read.
     """
-    if recipe is not None or start_from is not None:
-        return FINETUNE if recipe is None else recipe
+    if recipe is not None:
+        return recipe
+    if start_from is not None:
+        if "data" not in read_flags(flags):
+            raise UserError("data: name the text that the model is to learn: --data my.txt.")
+        return FINETUNE
     # The steps of the quickstart are not those of the run, which may have other limits.
     sections = {"data": read_sections(QUICKSTART)["data"]}
     data, _, _ = parse_settings(Choice(sections), flags)
@@ -156,7 +160,7 @@ def choose_recipe(text: Text, flags: Sequence[str] = ()) -> Choice:
         data["validation_fraction"] = held_out
     if text.conversation and values["tokenizer"] in TRAINED:  # others bring their own
         data["chat_template"] = "chatml"
-    context, batch = _fit_conversations(row, text, _count_bytes_per_token(values, text))
+    context, batch = _fit_context(row, text, _count_bytes_per_token(values, text))
     model: dict[str, Any] = {
         "n_layer": _LAYERS,
         **_fit_width(row, typed),
@@ -173,9 +177,9 @@ def choose_recipe(text: Text, flags: Sequence[str] = ()) -> Choice:
     passes = _count_passes(sections, flags, num_bytes, text)
     if _has_many_characters(text):
         training["head_learning_rate"] = _HEAD_RATE
-        share = min(1.0, _MOST_PASSES / num_bytes**0.5 / passes)
-        training["max_steps"] = max(5, 5 * round(row.steps * share / 5))
-        passes = _count_passes(sections, flags, num_bytes, text)
+        if passes > (most := _MOST_PASSES / num_bytes**0.5):
+            training["max_steps"] = max(_FEWEST_STEPS, 5 * round(row.steps * most / passes / 5))
+            passes = _count_passes(sections, flags, num_bytes, text)
     model["dropout"] = _choose_dropout(passes)
     if model["dropout"]:
         model["attention_dropout"] = 0.0  # it gains 0.5 %, in steps that take 1.5 times as long
@@ -205,13 +209,16 @@ def _choose_vocab_size(row: _Row, text: Text) -> int:
     return 256 + text.num_characters if _has_many_characters(text) else row.vocab_size
 
 
-def _fit_conversations(row: _Row, text: Text, bytes_per_token: float) -> tuple[int, int]:
-    """Return a row's context and batch; a longer context and fewer rows for longer conversations.
+def _fit_context(row: _Row, text: Text, bytes_per_token: float) -> tuple[int, int]:
+    """Return a row's context and batch; a longer context and fewer rows where that is better.
 
-    What is left of a conversation when it is cut lacks the question.
+    What is left of a conversation when it is cut lacks the question. Of a script of many
+    characters, which repeat less, 256 tokens say more than 128 (1 % fewer bits), or than 512.
     """
     context, batch = row.context, row.batch
     tokens = text.conversation * text.bytes_per_character / bytes_per_token
+    if _has_many_characters(text):
+        tokens = max(tokens, 255)
     while context <= tokens and context < LONGEST:
         context, batch = 2 * context, max(1, batch // 2)
     return context, batch
@@ -272,15 +279,11 @@ def _explain(
         del values["vocab_size"]  # which has no effect
     is_short = num_bytes <= _TABLE[-2].num_bytes
     what = " of conversations" if text.conversation else ""
+    names = ("tokenizer", "vocab_size", "head_learning_rate", "chat_template")
     lines = {
-        ("tokenizer", "vocab_size", "chat_template"): f"{_say_size(num_bytes)}{what} to train on, "
+        names: f"{_say_size(num_bytes)}{what} to train on, "
         f"with {text.num_characters:,} different characters",
-        (
-            "n_embd",
-            "block_size",
-            "max_steps",
-            "head_learning_rate",
-        ): "more would learn so short a text by heart"
+        ("n_embd", "block_size", "max_steps"): "more would learn so short a text by heart"
         if is_short
         else "as much as a few minutes on 2 CPU cores allow",
         ("dropout", "attention_dropout"): _explain_dropout(passes),

@@ -156,6 +156,7 @@ def collect_facts(
             "Batch": f"{batch} blocks of {length} tokens",
             "Optimizer": _name_optimizer(args),
             "Learning rate": args.learning_rate,
+            "Learning rate of the head": args.head_learning_rate,
             "Schedule": SchedulerType(args.lr_scheduler_type).value,
             "Weight decay": args.weight_decay,
             "Precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",

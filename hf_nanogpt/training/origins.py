@@ -1,7 +1,7 @@
 """Where each setting of a training comes from: a flag, recipe, preset, the corpus or a default."""
 
 from collections.abc import Container, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ def explain_settings(
             given |= dict.fromkeys(("attention_bias", "mlp_bias") if "bias" in given else ())
     preset = architecture.get("preset", "nano")
     in_preset: dict[str, Any] = {}
-    groups = {"data": dict(vars(data))}
+    groups = {"data": {field.name: getattr(data, field.name) for field in fields(data)}}
     for name in _list_unused(data, start_from) - typed.keys():
         del groups["data"][name]
     if not start_from:

@@ -142,7 +142,7 @@ def prepare_blocks(
             "there is nothing to learn: give other text."
         )
     if isinstance(blocks, PackedBlocks) and args.max_steps <= 0:
-        passes = math.ceil(args.min_train_tokens / (len(blocks) * length))
+        passes = math.ceil(args.min_train_tokens / (blocks.num_tokens - blocks.num_padding))
         args.num_train_epochs = max(args.num_train_epochs, passes)
     held_out = cut_blocks(validation, **cut)
     held_out.num_bytes = corpus.num_bytes

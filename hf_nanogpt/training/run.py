@@ -54,8 +54,7 @@ logger = logging.get_logger(__name__)
 class TrainingResult:
     """Where the checkpoint is, the content of its `metrics.json`, and a sample of its writing.
 
-    `metrics["samples"]` has three; `sample` is the first. The `question` is the prompt of a chat as
-    people read it, without special tokens.
+    `metrics["samples"]` has three, `sample` is the first, `question` a chat's prompt in plain text.
     """
 
     output_dir: Path
@@ -78,7 +77,7 @@ def train(
 
     Args:
         recipe: the name of a recipe of the package, or the path of a YAML file; by default what
-            suits the text (see choosing.py), or `quickstart`.
+            suits the text (see choosing.py), `finetune` with `start_from`, or `quickstart`.
         flags: settings as on the command line; they win over `settings`.
         start_from: folder or Hub id of a checkpoint to continue training; by default, model and
             tokenizer are made from scratch. It is measured first: its loss on the held-out text and
@@ -195,6 +194,8 @@ def _find_checkpoint(args: NanoGPTTrainingArguments) -> str | None:
         [found] = broadcast_object_list([found])
     if not found and args.should_save:
         logger.warning(f"{args.output_dir} has no checkpoint yet: training starts from scratch.")
+    if found and "min_train_tokens" not in read_record(found).get("settings", {}):
+        args.min_train_tokens = 0  # as before there was this setting
     return found
 
 

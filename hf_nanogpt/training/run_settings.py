@@ -32,7 +32,7 @@ _DECISIVE = (
 )
 # These may change, with a warning. A user may want a longer run; and the same total batch size may
 # be split in another way, which only regroups the same sums.
-_LENGTH = ("max_steps", "num_train_epochs")
+_LENGTH = ("max_steps", "num_train_epochs", "min_train_tokens")
 _GROUPING = ("per_device_train_batch_size", "gradient_accumulation_steps", "processes")
 
 
@@ -90,8 +90,9 @@ def check_settings_match(checkpoint: str, settings: dict[str, Any]) -> None:
             f"{checkpoint} cannot be resumed exactly: it was saved with save_only_model, or not by "
             "this version of hf_nanogpt. Start a new training in another output_dir."
         )
-    # Version 0.1.0 had no such choice, and evaluated on all.
-    before = {"document_mask": True, "eval_blocks": None} | record["settings"]
+    # Version 0.1.0 had no such choices, and evaluated on all.
+    before = {"document_mask": True, "eval_blocks": None, "min_train_tokens": 0}
+    before |= record["settings"]
     if isinstance(path := before.get("tokenizer"), str):  # as version 0.1.0 wrote it
         before["tokenizer"] = publish_place(path)
     # A run may begin or cease to look for its best model, but not by another metric.
