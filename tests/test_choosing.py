@@ -19,9 +19,10 @@ from hf_nanogpt.checkpoint.writing import check_output_dir, clear_output_dir
 from hf_nanogpt.cli import main
 from hf_nanogpt.cli.last_screen import render_last_screen
 from hf_nanogpt.data.corpus import prepare_tokenizer
-from hf_nanogpt.data.documents import DataArguments
+from hf_nanogpt.data.documents import DataArguments, load_documents
 from hf_nanogpt.data.packing import tokenize_documents
 from hf_nanogpt.data.stored import prepare_data
+from hf_nanogpt.data.tokenization import make_tokenizer
 from hf_nanogpt.errors import UserError
 from hf_nanogpt.hub.staging import Release, stage_step
 from hf_nanogpt.training.arguments import parse_settings, read_flags
@@ -214,10 +215,10 @@ def test_what_is_typed_decides_the_passes_and_the_tokenizer(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert choose_recipe(text, ["--context_length=32"]).sections["model"]["dropout"] == 0.25
     monkeypatch.delenv("WORLD_SIZE")
-    # GPT-1 has a context of 512.
+    # GPT-1 has a context of 512, twice as long as what is chosen.
     chinese = Text(300_000, 3.0, 2500, 10_000, 0, 2000)
     steps, _ = (settings_of(chinese, preset=name)["max_steps"] for name in ("gpt1", "gpt2"))
-    assert steps == pytest.approx(settings_of(chinese)["max_steps"] / 4, abs=10)
+    assert steps == pytest.approx(settings_of(chinese)["max_steps"] / 2, abs=10)
 
 
 def test_three_lines_say_what_was_chosen_and_why():
@@ -477,3 +478,27 @@ def test_tables_with_other_columns_are_refused_in_a_sentence(tmp_path):
     (tmp_path / "2.csv").write_text("b,body\n1,other\n")
     with pytest.raises(UserError, match=r"text_column='text' is not in .*2.csv"):
         settle_recipe(None, [f"--data={tmp_path}"])
+
+
+@pytest.mark.parametrize("between", ["", " ", "\n"])
+def test_a_chosen_bpe_takes_the_tokens_that_the_text_can_give(tmp_path, between):
+    path = tmp_path / "text.txt"
+    text = between.join(CHINESE)
+    path.write_text(text, encoding="utf-8")
+    flags = [f"--data={path}", "--validation_fraction=0.5"]
+    chosen = settle_recipe(None, flags)
+    data, _, _ = parse_settings(chosen, flags)
+    assert (data.tokenizer, data.vocab_size) == ("bpe", 256 + len(set(text)))
+    assert 1000 < len(make_tokenizer(data, load_documents(data)[0])) <= data.vocab_size
+    # One that is typed is what the person gets.
+    typed, _, _ = parse_settings(chosen, [*flags, "--vocab_size=9000"])
+    with pytest.raises(UserError, match="not vocab_size=9000"):
+        make_tokenizer(typed, load_documents(typed)[0])
+
+
+def test_a_script_of_many_characters_gets_a_context_of_256_and_at_least_25_steps():
+    chinese = Text(50_000, 3.0, 1354, 10_000, 0, 1354)
+    assert settings_of(chinese)["max_position_embeddings"] == 256
+    assert settings_of(chinese)["per_device_train_batch_size"] == 8
+    assert settings_of(chinese, max_position_embeddings=2048)["max_steps"] == 25
+    assert choose_recipe(chinese, ["--block_size=0"])  # which is refused later, by name

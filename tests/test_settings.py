@@ -13,7 +13,9 @@ from transformers.trainer_utils import SchedulerType
 
 from hf_nanogpt import NanoGPTTrainingArguments, train
 from hf_nanogpt.errors import UserError
+from hf_nanogpt.training import run
 from hf_nanogpt.training.checks import check_run, check_schedule
+from hf_nanogpt.training.run_settings import describe_settings
 
 SMALL = {
     "tokenizer": "byte",
@@ -189,6 +191,10 @@ def test_each_field_of_training_arguments_trains_or_is_refused_by_name(text, tmp
         ({"momentum_warmup_steps": 9, "optim_recipe": "adamw"}, "momentum_warmup_steps=9 has an"),
         ({"momentum_warmup_steps": 9, "optim": "sgd"}, "only with optim_recipe=muon"),
         ({"head_learning_rate": 0.1, "optim": "sgd"}, "head_learning_rate=0.1 has an effect only"),
+        (
+            {"min_train_tokens": 9, "max_steps": 3},
+            "min_train_tokens=9 has no effect with max_steps=3",
+        ),
         ({"head_learning_rate": -0.1}, "head_learning_rate=-0.1 must be at least 0"),
         ({"seed": 2**32}, "seed=4294967296 must be a whole number, at least 0 and below 2**32"),
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps=0"),
@@ -331,3 +337,18 @@ def test_a_model_to_start_from_goes_over_a_short_text_again(checkpoint, text, tm
     assert tune("again", min_train_tokens=4000) == 3 * 8
     assert tune("typed", num_train_epochs=2) == 2 * 8
     assert tune("steps", max_steps=2) == 2
+
+
+def test_an_older_training_that_is_resumed_goes_over_its_text_as_before(
+    checkpoint, text, tmp_path, monkeypatch
+):
+    settings = {"num_threads": 1, "disable_tqdm": True, "use_cpu": True, "sample_steps": 0}
+    settings |= {"data": text, "output_dir": str(tmp_path / "run"), "save_steps": 4}
+    with monkeypatch.context() as before:
+        before.setattr(run, "describe_settings", lambda *args: _without_passes(*args))
+        train(start_from=checkpoint, min_train_tokens=0, **settings)
+    assert train(start_from=checkpoint, resume=True, **settings).metrics["planned_steps"] == 8
+
+
+def _without_passes(*args) -> dict:
+    return {k: v for k, v in describe_settings(*args).items() if k != "min_train_tokens"}
