@@ -212,8 +212,8 @@ def _choose_vocab_size(row: _Row, text: Text) -> int:
 def _fit_context(row: _Row, text: Text, bytes_per_token: float) -> tuple[int, int]:
     """Return a row's context and batch; a longer context and fewer rows where that is better.
 
-    What is left of a conversation when it is cut lacks the question. Of a script of many
-    characters, which repeat less, 256 tokens say more than 128 (1 % fewer bits), or than 512.
+    What is left of a conversation when it is cut lacks the question. Of 200 kB of Chinese, 256
+    tokens gave 0.7 % fewer bits than 128, and 0.2 % fewer than 512.
     """
     context, batch = row.context, row.batch
     tokens = text.conversation * text.bytes_per_character / bytes_per_token
