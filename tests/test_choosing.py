@@ -502,3 +502,12 @@ def test_a_script_of_many_characters_gets_a_context_of_256_and_at_least_25_steps
     assert settings_of(chinese)["per_device_train_batch_size"] == 8
     assert settings_of(chinese, max_position_embeddings=2048)["max_steps"] == 25
     assert choose_recipe(chinese, ["--block_size=0"])  # which is refused later, by name
+
+
+def test_only_a_text_that_is_gone_over_gets_a_slow_head():
+    def is_slow(num_bytes: int, *flags: str) -> bool:
+        text = Text(num_bytes, 3.0, 4000, 10_000, 0, 4000)
+        return "head_learning_rate" in choose_recipe(text, flags).sections["training"]
+
+    assert is_slow(1_000_000) and is_slow(10_000_000, "--max_steps=2000")
+    assert not is_slow(10_000_000) and not is_slow(1_000_000, "--max_steps=100")

@@ -176,7 +176,8 @@ def choose_recipe(text: Text, flags: Sequence[str] = ()) -> Choice:
     # Steps and dropout, by what the run comes to with the settings that are typed.
     passes = _count_passes(sections, flags, num_bytes, text)
     if _has_many_characters(text):
-        training["head_learning_rate"] = _HEAD_RATE
+        if passes > 1:  # of what is read once, a slow head learns too little
+            training["head_learning_rate"] = _HEAD_RATE
         if passes > (most := _MOST_PASSES / num_bytes**0.5):
             training["max_steps"] = max(_FEWEST_STEPS, 5 * round(row.steps * most / passes / 5))
             passes = _count_passes(sections, flags, num_bytes, text)
