@@ -183,6 +183,7 @@ def test_typed_settings_stay_and_the_others_follow_them():
     text = english(50_000)
     assert settings_of(text, max_steps=10)["dropout"] == 0
     assert settings_of(text, num_train_epochs=30)["max_steps"] == -1  # Trainer prefers it
+    assert settings_of(text, min_train_tokens=5_000_000)["dropout"] == 0.4
     assert settings_of(text, num_train_epochs=30)["dropout"] == 0.35
     assert settings_of(text, dropout=0.5, tokenizer="byte")["dropout"] == 0.5
     assert settings_of(text)["attention_dropout"] == 0

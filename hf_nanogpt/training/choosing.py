@@ -241,15 +241,17 @@ def _count_passes(
 ) -> float:
     """Return how often the steps of a run go over the text, with the settings that are typed."""
     values = read_flags([*choose_defaults(Choice(sections), flags), *flags])
+    per_token = _count_bytes_per_token(values, text) / num_bytes
     if values.get("max_steps", -1) < 0:  # as Trainer reads it
-        return values.get("num_train_epochs", 3)
+        repeated = values.get("min_train_tokens", 0) * per_token
+        return max(values.get("num_train_epochs", 3), repeated)
     blocks = values["per_device_train_batch_size"] * values.get("gradient_accumulation_steps", 1)
     blocks *= int(os.environ.get("WORLD_SIZE", 1))  # of processes that train together
     context = values.get("max_position_embeddings")
     if context is None:  # that of a preset
         context = min(LONGEST, load_preset(values["preset"]).max_position_embeddings)
     tokens = values["max_steps"] * blocks * (values.get("context_length") or context)
-    return tokens * _count_bytes_per_token(values, text) / num_bytes
+    return tokens * per_token
 
 
 def _count_bytes_per_token(values: Mapping[str, Any], text: Text) -> float:
