@@ -350,7 +350,7 @@ MISTAKES = {
     "train --data one.txt": "one.txt|too small",
     "train --data binary.bin": "binary.bin|UTF-8",
     "train --data blanks.txt": "blanks.txt|only blanks",
-    "train --data nul.txt": "nul.txt|binary|NUL byte at offset 9003|remove them",
+    "train --data nul.txt": "nul.txt|binary|NUL byte at offset 9003|To remove such bytes",
     "train --data late.txt": "late.txt|NUL|remove them",
     "train --data same.txt": "same.txt|one character|nothing to learn",
     f"train --data same.txt --tokenizer=bpe {shlex.join(SIZE[:4])}": "vocab_size=|only",

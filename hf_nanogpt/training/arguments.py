@@ -290,8 +290,8 @@ def parse_settings(
     check_text(str(recipe), *chosen)
     data, model, training = make_parser().parse([*choose_defaults(recipe, chosen), *chosen])
     check_run(training)
-    if isinstance(recipe, Choice) and "vocab_size" not in read_flags(chosen):
-        data.exact_vocab_size = False
+    if isinstance(recipe, Choice):
+        data.exact_vocab_size = bool({"tokenizer", "vocab_size"} & read_flags(chosen).keys())
     architecture = {name: value for name, value in vars(model).items() if value is not None}
     _limit_context(architecture, data)
     if "rope_parameters" in architecture:
