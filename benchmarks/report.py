@@ -385,8 +385,9 @@ Bits per byte of the end of a text after training on what comes before it, and t
 command is `hf-nanogpt train --data TEXT`: it chooses what it needs. The n-gram model is
 interpolated by Witten and Bell's rule, and its order is the best one for the held-out text. `xz`
 reads the training text first. The plain command has the mean and the standard deviation of its
-seeds, the others have one run. Two or three ran at once, with a thread each; Shakespeare's megabyte
-alone had two threads and no other run. Version 0.1.0 is commit b3eb325, with `train --data TEXT
+seeds, the others have one run. Two or three ran at once, with a thread each, and beside the Chinese
+ones ran test suites, so that their times are several times too long; Shakespeare's megabyte alone
+had two threads and no other run. Version 0.1.0 is commit b3eb325, with `train --data TEXT
 --validation_fraction 0.1 --seed 1`. Python's library repeats itself, so that `xz` wins
 there, but for 200 kB.
 
