@@ -6,6 +6,7 @@ import shutil
 import signal
 import tempfile
 from pathlib import Path
+from unittest.mock import patch
 
 from minihub import Hub
 
@@ -140,11 +141,8 @@ def pytest_collection_finish():
 def _start_alike():
     """Let no test depend on what those before it drew at random, or told accelerate to do."""
     set_seed(0)
-    before = dict(os.environ)
-    yield
-    for name in os.environ.keys() - before.keys():
-        del os.environ[name]
-    os.environ.update(before)
+    with patch.dict(os.environ):  # which puts all back
+        yield
 
 
 @pytest.fixture(params=FAMILIES)

@@ -345,7 +345,7 @@ def test_an_older_training_that_is_resumed_goes_over_its_text_as_before(
     settings = {"num_threads": 1, "disable_tqdm": True, "use_cpu": True, "sample_steps": 0}
     settings |= {"data": text, "output_dir": str(tmp_path / "run"), "save_steps": 4}
     with monkeypatch.context() as before:
-        before.setattr(run, "describe_settings", lambda *args: _without_passes(*args))
+        before.setattr(run, "describe_settings", _without_passes)
         train(start_from=checkpoint, min_train_tokens=0, **settings)
     assert train(start_from=checkpoint, resume=True, **settings).metrics["planned_steps"] == 8
 

@@ -226,9 +226,9 @@ def build_optimizer(
 
     One rate serves all widths: the norm of Muon's update does not depend on the width, and AdamW's
     rates next to it fall with the square root of a width above 128, as nanochat's do (but for a
-    `head_learning_rate` that is given). The default
-    suits some hundred steps of 256 to 2,048 tokens each. With more tokens in a step, the rate can
-    be up to twice as high; for many thousand steps it should be lower.
+    `head_learning_rate` that is given). The default suits some hundred steps of 256 to 2,048 tokens
+    each. With more tokens in a step, the rate can be up to twice as high; for many thousand steps
+    it should be lower.
     """
     if recipe not in OPTIM_DEFAULTS:
         known = ", ".join(OPTIM_DEFAULTS)
